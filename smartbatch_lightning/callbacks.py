@@ -1,0 +1,118 @@
+"""What watches a run and writes down what came of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from rich.console import Console
+from torch import Tensor
+
+
+class PaddingSummary(Callback):
+    """Counts what was trained on, logs the padding of each epoch, and says at the end what batching saved.
+
+    Logs `train_padding_ratio`: tokens that are padding, over real tokens.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting: samples, tokens with padding and real tokens, of this rank and run."""
+        self._total = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting the epoch."""
+        self._epoch = torch.zeros_like(self._total)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Counts a batch, on its device, without waiting for it."""
+        mask = batch["attention_mask"]
+        self._epoch[0] += mask.shape[0]
+        self._epoch[1] += mask.numel()
+        self._epoch[2] += mask.sum()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the padding of the epoch over all ranks."""
+        counted = trainer.strategy.reduce(self._epoch, reduce_op="sum")
+        assert isinstance(counted, Tensor)
+        self._total += counted
+        _, tokens, real_tokens = counted.tolist()
+        pl_module.log("train_padding_ratio", tokens / max(1, real_tokens) - 1, rank_zero_only=True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the balance, on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        samples, tokens, real_tokens = self._total.tolist()
+        console = Console()
+        console.print(
+            f"Trained on {samples:,} samples, {real_tokens:,} real tokens, as {tokens:,} with padding "
+            f"({tokens / max(1, real_tokens) - 1:.2%} over)."
+        )
+        max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
+        if samples and max_length:
+            fixed = samples * max_length
+            console.print(f"Padded to {max_length} they would be {fixed:,}: [bold]{1 - tokens / fixed:.1%} saved.[/]")
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        if measured:
+            console.print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes predictions as one table, a row a sample in the order of the input.
+
+    Columns: `index`, the row in the split; `label`, the likeliest class; and a `probability_NAME` for each class.
+
+    Args:
+        path: File to write, as Parquet or CSV by its ending.
+
+    Raises:
+        ValueError: The ending is another.
+    """
+
+    def __init__(self, path: str = "predictions.parquet") -> None:
+        super().__init__(write_interval="epoch")
+        self.path = Path(path)
+        if self.path.suffix not in (".parquet", ".csv"):
+            raise ValueError(
+                f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
+            )
+
+    def write_on_epoch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        predictions: Sequence[dict[str, Tensor]],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Gathers all ranks' predictions, brings them into order and writes them, on rank 0."""
+        index = torch.cat([batch["index"] for batch in predictions]).cpu()
+        probabilities = torch.cat([batch["probabilities"] for batch in predictions]).cpu()
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, (index, probabilities))
+            index, probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not trainer.is_global_zero:
+            return
+        order = index.argsort()
+        columns = probabilities[order].numpy()
+        names = getattr(pl_module, "label_names", None) or [str(number) for number in range(columns.shape[1])]
+        table = pa.table(
+            {
+                "index": index[order].numpy(),
+                "label": [names[number] for number in columns.argmax(axis=1)],
+                **{f"probability_{name}": columns[:, number] for number, name in enumerate(names)},
+            }
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.suffix == ".csv":
+            pyarrow.csv.write_csv(table, self.path)
+        else:
+            pyarrow.parquet.write_table(table, self.path)
+        Console().print(f"Wrote {len(table):,} predictions to {self.path}")

@@ -1,0 +1,289 @@
+"""SmartBatchDataModule: a data set by name or file -> batches of similar length for the Lightning Trainer."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from smartbatch_lightning import demo
+from smartbatch_lightning.cache import cache_dir
+from smartbatch_lightning.collate import PadCollator, Padding
+from smartbatch_lightning.errors import cause, listed
+from smartbatch_lightning.labels import Classes, label_values
+from smartbatch_lightning.loader import SmartBatchLoader
+from smartbatch_lightning.planning import Batching, stratified_split
+from smartbatch_lightning.sampler import SmartBatchSampler
+from smartbatch_lightning.sources import read_dataset
+from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
+
+
+class SmartBatchDataModule(L.LightningDataModule):
+    """Tokenizes text once and batches samples of similar length, planned anew every epoch.
+
+    Subclass it for other data: `load_dataset`, `tokenize` and `make_collator` are each a method of its own.
+
+    Args:
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, JSON lines or Parquet file; a folder of such files or
+            one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
+        tokenizer: Name or folder of a pretrained fast tokenizer. The command line takes the model's, unless another
+            is given; the demo has its own.
+        dataset_config: Configuration of a data set on the Hub that has several, such as `sst2` of `nyu-mll/glue`.
+        text_columns: Column of text, or two columns for pairs of sentences.
+        label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans.
+        label_names: Names of the classes in the order of their numbers; by default those of the `ClassLabel`, or what
+            the training split holds, sorted.
+        train_split: Split to train on.
+        validation_split: Split to validate on, or the share of the training split to set aside for it, drawn from
+            `seed` with the same share of every label; None for no validation.
+        test_split: Split to test on.
+        predict_split: Split to predict; it needs no labels.
+        max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        batch_size: Samples in a batch at most, on one rank.
+        batching: How batches are chosen. `smart`: runs of the samples sorted by length, in random order; `tutorial`:
+            Chris McCormick's algorithm; `random`: an ordinary shuffle.
+        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`.
+        jitter: Tokens by which lengths are randomly moved before sorting (`smart` only): more mixes better, pads more.
+        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; 8 suits tensor cores.
+        seed: Of plans and the split; by default that of `seed_everything`, else 0.
+        num_workers: Processes that load batches. A batch takes some 50 microseconds, so 0 is rarely the bottleneck.
+        pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
+        cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
+
+    Raises:
+        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+    """
+
+    def __init__(
+        self,
+        dataset: str | dict[str, str] = "demo",
+        tokenizer: str | None = None,
+        *,
+        dataset_config: str | None = None,
+        text_columns: str | list[str] = "text",
+        label_column: str = "label",
+        label_names: list[str] | None = None,
+        train_split: str = "train",
+        validation_split: str | float | None = 0.1,
+        test_split: str = "test",
+        predict_split: str = "test",
+        max_length: int = 400,
+        batch_size: int = 16,
+        batching: Batching = "smart",
+        padding: Padding = "longest",
+        jitter: float = 1.0,
+        pad_to_multiple_of: int = 1,
+        seed: int | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if dataset != "demo" and tokenizer in (None, "demo"):
+            raise ValueError(
+                f"the tokenizer for {dataset} is {tokenizer!r}, and the demo's knows few words but the demo's. Set "
+                "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; set --data.batch_size to 1 or more.")
+        if max_length < 3:
+            raise ValueError(
+                f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
+            )
+        if isinstance(text_columns, list) and len(text_columns) not in (1, 2):
+            raise ValueError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.tokenizer_name = tokenizer or "demo"
+        self.text_columns = [text_columns] if isinstance(text_columns, str) else text_columns
+        self.label_column = label_column
+        self.train_split = train_split
+        self.validation_split = validation_split
+        self.test_split = test_split
+        self.predict_split = predict_split
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.batching = batching
+        self.padding = padding
+        self.jitter = jitter
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.num_workers = num_workers
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.cache_dir = cache_dir
+        self._label_names = label_names
+
+    # --- what a subclass may want to do differently ---
+
+    def load_dataset(self) -> DatasetDict:
+        """The splits, as `datasets` knows them. Override for data of other kinds."""
+        return read_dataset(self.dataset, self.dataset_config, label_column=self.label_column)
+
+    def tokenize(self, dataset: Dataset) -> TokenTable:
+        """Token ids of one split, out of the cache where they have been made before."""
+        return tokenize_to_cache(
+            dataset,
+            self.tokenizer,
+            text_columns=self.text_columns,
+            max_length=self.max_length,
+            cache_dir=Path(self.cache_dir) if self.cache_dir else cache_dir(),
+        )
+
+    def make_collator(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
+        """What turns rows of `TokenDataset` into a batch."""
+        return PadCollator(
+            self.tokenizer.pad_token_id or 0,
+            padding=self.padding,
+            max_length=self.max_length,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+    # --- what the data turns out to be ---
+
+    @cached_property
+    def splits(self) -> DatasetDict:
+        """All splits of the data set."""
+        return self.load_dataset()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded."""
+        name = str(demo.model_dir()) if self.tokenizer_name == "demo" else self.tokenizer_name
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the "
+                "path of a folder written by save_pretrained, or a name on the Hub and a network."
+            ) from error
+        if self.max_length > tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length is {self.max_length}, but {name} takes {tokenizer.model_max_length} tokens at most. "
+                f"Set --data.max_length to {tokenizer.model_max_length} or less."
+            )
+        return tokenizer
+
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The classes; None where nothing tells, as in data without labels."""
+        if self._label_names is not None:
+            return Classes(self._label_names)
+        if self.train_split not in self.splits or self.label_column not in self.splits[self.train_split].column_names:
+            return None
+        return Classes.of(self._split(self.train_split), self.label_column, self.train_split)
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes in the order of their numbers; None where nothing tells."""
+        return None if self.classes is None else self.classes.names
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes; None where nothing tells."""
+        return None if self.classes is None else len(self.classes.names)
+
+    # --- Lightning's hooks ---
+
+    def prepare_data(self) -> None:
+        """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it."""
+        named = [self.train_split, self.validation_split, self.test_split, self.predict_split]
+        for split in self.splits:
+            if split in named and len(self.splits[split]):
+                self.tokenize(self._split(split))
+
+    def setup(self, stage: str) -> None:
+        """Makes the data sets of a stage out of what `prepare_data` left."""
+        if stage == "fit":
+            self.train_data, self.validation_data = self._train_and_validation()
+        elif stage == "validate":
+            self.validation_data = self._train_and_validation()[1]
+        elif stage == "test":
+            self.test_data = self._token_dataset(self.test_split)
+        elif stage == "predict":
+            self.predict_data = self._token_dataset(self.predict_split, with_labels=False)
+
+    def train_dataloader(self) -> SmartBatchLoader:
+        """Batches planned anew every epoch; the same ones under `overfit_batches`."""
+        return self._loader(self.train_data, shuffle=not getattr(self.trainer, "overfit_batches", 0))
+
+    def val_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
+        """Batches in order of length; nothing where there is no validation."""
+        return [] if self.validation_data is None else self._loader(self.validation_data, shuffle=False)
+
+    def test_dataloader(self) -> SmartBatchLoader:
+        """Batches in order of length."""
+        return self._loader(self.test_data, shuffle=False)
+
+    def predict_dataloader(self) -> SmartBatchLoader:
+        """Batches in order of length; each sample's `index` is its row."""
+        return self._loader(self.predict_data, shuffle=False)
+
+    # --- the rest ---
+
+    def _loader(self, data: TokenDataset, *, shuffle: bool) -> SmartBatchLoader:
+        sampler = SmartBatchSampler(
+            data.lengths,
+            self.batch_size,
+            self.batching,
+            jitter=self.jitter,
+            seed=self.seed,
+            shuffle=shuffle,
+            num_replicas=self.trainer.world_size if self.trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+        )
+        return SmartBatchLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=self.make_collator(),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+    def _train_and_validation(self) -> tuple[TokenDataset, TokenDataset | None]:
+        train = self._token_dataset(self.train_split)
+        if isinstance(self.validation_split, str):
+            return train, self._token_dataset(self.validation_split)
+        if self.validation_split is None:
+            return train, None
+        assert train.labels is not None
+        parts = stratified_split(train.labels, self.validation_split, self.seed)
+        train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
+        return train, validation
+
+    def _token_dataset(self, split: str, *, with_labels: bool = True) -> TokenDataset:
+        dataset = self._split(split)
+        labels = None
+        if with_labels:
+            values = label_values(dataset, self.label_column, split)
+            if self.classes is None:
+                raise ValueError(
+                    f"nothing tells which classes there are: {self.dataset} has no training split "
+                    f"{self.train_split!r} with labels. Set --data.label_names to the model's, in order."
+                )
+            labels = self.classes.numbers(values, split)
+        return TokenDataset(self.tokenize(dataset), labels)
+
+    def _split(self, split: str) -> Dataset:
+        """A split that has samples and the text columns."""
+        if split not in self.splits:
+            raise ValueError(
+                f"the split {split!r} is not in {self.dataset}, which has {listed(self.splits)}. "
+                "Set --data.train_split, validation_split, test_split or predict_split."
+            )
+        dataset = self.splits[split]
+        if not len(dataset):
+            raise ValueError(f"the split {split!r} of {self.dataset} has no samples. Give data with at least one.")
+        for column in self.text_columns:
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"the text column {column!r} is not in the split {split!r} of {self.dataset}, which has "
+                    f"{listed(dataset.column_names)}. Set --data.text_columns."
+                )
+        return dataset

@@ -1,0 +1,95 @@
+"""Labels as they stand in the data -> numbers of classes, with names."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+from numpy.typing import NDArray
+
+from smartbatch_lightning.errors import listed
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set.
+
+    Attributes:
+        names: Name of each class, in the order of their numbers.
+        values: What stands in the data for each class; None where strings are names and whole numbers are numbers.
+    """
+
+    names: list[str]
+    values: pa.Array | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset, column: str, split: str) -> "Classes":
+        """Those of a `ClassLabel`, else the distinct labels, sorted.
+
+        Raises:
+            ValueError: As `label_values`.
+        """
+        feature = dataset.features.get(column)
+        if isinstance(feature, ClassLabel):
+            return cls(list(feature.names))
+        found = pc.unique(label_values(dataset, column, split))
+        found = found.take(pc.sort_indices(found))
+        return cls([str(value) for value in found.to_pylist()], found)
+
+    def numbers(self, labels: pa.ChunkedArray, split: str) -> NDArray[np.int64]:
+        """Number of each label's class. Shape (num_samples,).
+
+        Raises:
+            ValueError: A label is of none of the classes.
+        """
+        if self.values is not None and self.values.type == labels.type:
+            numbers = pc.index_in(labels, value_set=self.values)
+        elif _is_text(labels.type):
+            numbers = pc.index_in(labels, value_set=pa.array(self.names, labels.type))
+        else:
+            whole = labels.cast(pa.int64())
+            known = pc.and_(pc.greater_equal(whole, 0), pc.less(whole, len(self.names)))
+            numbers = pc.if_else(known, whole, None)
+        if numbers.null_count:
+            row = _first(numbers.is_null())
+            raise ValueError(
+                f"row {row} (counted from 0) of the split {split!r} has the label {labels[row].as_py()!r}, which is "
+                f"none of the classes of the training split: {listed(self.names)}. Correct it, drop such rows, or use "
+                "predict, which needs no labels."
+            )
+        return np.asarray(numbers, np.int64)
+
+
+def label_values(dataset: Dataset, column: str, split: str) -> pa.ChunkedArray:
+    """A split's labels as they stand in the data.
+
+    Raises:
+        ValueError: There is no such column, it holds no labels, or a label is missing.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"the label column {column!r} is not in the split {split!r}, which has "
+            f"{listed(dataset.column_names)}. Set --data.label_column."
+        )
+    labels = dataset.select_columns(column).with_format("arrow")[:].column(column)
+    if labels.null_count:
+        raise ValueError(
+            f"row {_first(labels.is_null())} (counted from 0) of the split {split!r} has no label in "
+            f"{column!r}. Drop such rows, or give them a label."
+        )
+    kind = labels.type
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+        raise ValueError(
+            f"the label column {column!r} of the split {split!r} holds {kind}; labels are whole numbers, "
+            "strings or booleans. Set --data.label_column, or turn them into classes."
+        )
+    return labels
+
+
+def _first(flags: pa.ChunkedArray) -> int:
+    return int(pc.index(flags, True).as_py())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -1,0 +1,284 @@
+"""SequenceClassifier: a pretrained transformer with a classification head, AdamW and linear warm-up."""
+
+import json
+import math
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    get_linear_schedule_with_warmup,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from smartbatch_lightning import demo
+from smartbatch_lightning.errors import cause
+
+Batch = dict[str, Tensor]
+
+
+class SequenceClassifier(L.LightningModule):
+    """Fine-tunes BERT or one of its kin to classify texts.
+
+    Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; it knows
+    nothing of how batches were made. The model is built in `configure_model`, when the Trainer knows the data: the
+    number of classes and their names come from the data module unless they are given. A checkpoint carries the
+    architecture, so that loading one needs neither the Hub nor the pretrained weights.
+
+    To do things differently, override `step`, `make_metrics`, `make_optimizer` or `make_scheduler`.
+
+    Args:
+        pretrained: Name on the Hugging Face Hub or folder written by `save_pretrained`; `demo` for the small BERT of
+            the embedded demo.
+        num_labels: Number of classes; by default the data module's.
+        learning_rate: Peak learning rate of AdamW.
+        adam_epsilon: AdamW's term for numerical stability.
+        weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
+        warmup_steps: Optimizer steps over which the learning rate rises from 0.
+        warmup_ratio: The same as a share of all optimizer steps; give one of the two.
+        config: Architecture as `PretrainedConfig.to_dict` gives it, for fresh weights. Checkpoints fill it in.
+
+    Attributes:
+        model: The `transformers` model; None until `configure_model`.
+    """
+
+    model: PreTrainedModel | None
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        num_labels: int | None = None,
+        *,
+        learning_rate: float = 5e-5,
+        adam_epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if warmup_steps and warmup_ratio:
+            raise ValueError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
+        if warmup_steps < 0 or not 0 <= warmup_ratio <= 1:
+            raise ValueError(
+                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
+                "between 0 and 1."
+            )
+        self.pretrained = pretrained
+        self.num_labels = num_labels
+        self.learning_rate = learning_rate
+        self.adam_epsilon = adam_epsilon
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.warmup_ratio = warmup_ratio
+        self.config = config
+        self.model = None
+
+    # --- what a subclass may want to do differently ---
+
+    def step(self, batch: Batch, stage: Literal["train", "val", "test"]) -> Tensor:
+        """Loss of a batch, logged with the metrics of its stage.
+
+        Args:
+            batch: Inputs of the model and `labels` (batch,).
+            stage: `train`, `val` or `test`.
+
+        Returns:
+            The mean loss over the samples of the batch, a scalar.
+        """
+        output = self(**_model_inputs(batch))
+        loss: Tensor | None = output.loss
+        labels = batch["labels"]
+        assert loss is not None, "a batch without labels has no loss"
+        mean_loss: MeanMetric = getattr(self, f"{stage}_loss")
+        metrics: MetricCollection = getattr(self, f"{stage}_metrics")
+        mean_loss.update(loss.detach(), len(labels))
+        metrics.update(output.logits.detach(), labels)
+        logged: dict[str, Metric] = {f"{stage}_loss": mean_loss, **dict(metrics.items())}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def make_metrics(self, num_labels: int) -> MetricCollection:
+        """Metrics of logits and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on."""
+        accuracy = MulticlassAccuracy(num_labels, average="micro")
+        return MetricCollection({"accuracy": accuracy, "f1": MulticlassF1Score(num_labels, average="macro")})
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon)
+
+    def make_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+        """Linear rise over the warm-up, then linear decay to 0 at the last of `num_steps` optimizer steps."""
+        warmup_steps = self.warmup_steps or math.ceil(self.warmup_ratio * num_steps)
+        schedule: LRScheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
+            optimizer, warmup_steps, num_steps
+        )
+        return schedule
+
+    # --- Lightning's hooks ---
+
+    def configure_model(self) -> None:
+        """Builds the model for the data's classes where there is none yet, and checks that it fits the data."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        label_names: list[str] | None = getattr(datamodule, "label_names", None)
+        if self.model is None:
+            model = self._pretrained_model(label_names) if self.config is None else _fresh_model(self.config)
+            # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
+            self.model = model.train()
+            self.hparams["config"] = json.loads(model.config.to_json_string(use_diff=False))
+            metrics = self.make_metrics(len(self.label_names))
+            for stage in ("train", "val", "test"):
+                setattr(self, f"{stage}_loss", MeanMetric())  # weighted by samples, over all batches and ranks
+                setattr(self, f"{stage}_metrics", metrics.clone(prefix=f"{stage}_"))
+        _check_labels("the checkpoint", self.model.config, label_names)
+        _check_inputs(self.model, datamodule)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW and its schedule over exactly the optimizer steps that will run."""
+        num_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise ValueError(
+                "the learning rate falls to 0 at the last step, but training has no end. Set --trainer.max_epochs or "
+                "--trainer.max_steps."
+            )
+        optimizer = self.make_optimizer()
+        scheduler = self.make_scheduler(optimizer, int(num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length)."""
+        if self.model is None:
+            raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
+        output: SequenceClassifierOutput = self.model(**inputs)
+        return output
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a training batch."""
+        loss = self.step(batch, "train")
+        self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Metrics of a validation batch."""
+        self.step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Metrics of a test batch."""
+        self.step(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """Probabilities (batch, num_labels), float32, and `index` (batch,), each sample's row, if batches have it."""
+        logits = self(**_model_inputs(batch, without=("labels",))).logits
+        rows = {"index": batch["index"]} if "index" in batch else {}
+        return {**rows, "probabilities": logits.float().softmax(-1)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint for other classes, before its weights are found not to fit."""
+        saved = checkpoint.get("hyper_parameters", {}).get("config")
+        if saved is not None and self.model is not None:
+            _check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
+
+    # --- the rest ---
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits; none before `configure_model`."""
+        return [] if self.model is None else _label_names(self.model.config)
+
+    def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
+        name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
+        labels: dict[str, Any] = {}
+        if label_names is not None:
+            labels["id2label"] = dict(enumerate(label_names))
+            labels["label2id"] = {label: number for number, label in enumerate(label_names)}
+        elif self.num_labels is not None:
+            labels["num_labels"] = self.num_labels
+        if label_names and self.num_labels not in (None, len(label_names)):
+            raise ValueError(
+                f"num_labels is {self.num_labels}, but the data has {len(label_names)} classes: {label_names}. Leave "
+                "num_labels out; it is taken from the data."
+            )
+        try:
+            config = AutoConfig.from_pretrained(name)
+            if any("SequenceClassification" in kind for kind in config.architectures or []):
+                _check_labels(name, config, label_names, names_matter=False)
+            # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, **labels
+            )
+        except OSError as error:
+            raise ValueError(
+                f"the model {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the path "
+                "of a folder written by save_pretrained, or a name on the Hub and a network."
+            ) from error
+        return model
+
+
+def _fresh_model(config: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+        AutoConfig.for_model(**config)
+    )
+    return model
+
+
+def _model_inputs(batch: Batch, without: tuple[str, ...] = ()) -> Batch:
+    """What of a batch is for the model: all but the row numbers."""
+    return {name: value for name, value in batch.items() if name not in ("index", *without)}
+
+
+def _label_names(config: PretrainedConfig) -> list[str]:
+    return [name for _, name in sorted((int(number), str(name)) for number, name in (config.id2label or {}).items())]
+
+
+def _check_labels(
+    source: str, config: PretrainedConfig, label_names: list[str] | None, *, names_matter: bool = True
+) -> None:
+    trained = _label_names(config)
+    if label_names is None or trained == label_names:
+        return
+    if names_matter or len(trained) != len(label_names) or sorted(trained) == sorted(label_names):
+        raise ValueError(
+            f"{source} classifies into {trained}, but the data has {label_names}. Use the data it was trained for, "
+            "or a checkpoint trained for these; where only the names differ, set --data.label_names to the model's."
+        )
+
+
+def _check_inputs(model: PreTrainedModel, datamodule: Any) -> None:
+    """Refuses data that the embedding tables have no rows for: on a GPU that would be an assertion in a kernel."""
+    longest = _longest_input(model)
+    max_length = getattr(datamodule, "max_length", None)
+    if longest is not None and max_length is not None and max_length > longest:
+        raise ValueError(
+            f"max_length is {max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
+            f"{longest} or less."
+        )
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, but the model knows "
+            f"{model.config.vocab_size}. Give the data module the model's own tokenizer."
+        )
+
+
+def _longest_input(model: PreTrainedModel) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kin count positions from the padding index on
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config, "max_position_embeddings", None)

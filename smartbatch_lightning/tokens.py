@@ -1,0 +1,211 @@
+"""Tokenized text on Arrow: written once, memory-mapped afterwards; lengths for free, rows without a copy."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from smartbatch_lightning.cache import write_once
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_ROWS_PER_WRITE = 4096
+_COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
+
+
+class TokenTable:
+    """Token ids of a data set's samples, memory-mapped from an Arrow file.
+
+    The file is seen as one flat array in which every sample is a slice; where the slices start and how long they are
+    comes from the offsets that Arrow keeps.
+
+    Args:
+        path: A file written by `tokenize_to_cache`.
+
+    Attributes:
+        lengths: Tokens of each sample. Shape (num_samples,), int64.
+
+    Raises:
+        ValueError: The file is cut short or corrupt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with pa.memory_map(str(path)) as file:
+                content = file.read_buffer()
+            reader = pa.ipc.open_file(content)
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            promised = json.loads(reader.schema.metadata[b"smartbatch"])
+            self._columns = {name: _slices(content, batches, name) for name in reader.schema.names}
+        except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole token file: {error}. Delete it; it is made again.") from error
+        self.lengths = self._columns["input_ids"][2]
+        if len(self.lengths) != promised["num_samples"] or not (
+            np.all(self.lengths >= 1) and np.all(self.lengths <= promised["max_length"])
+        ):
+            raise ValueError(f"{path} does not hold the samples that it promises. Delete it; it is made again.")
+
+    def __reduce__(self) -> tuple[type["TokenTable"], tuple[Path]]:
+        return TokenTable, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, sample: int) -> dict[str, NDArray[Any]]:
+        """Views of a sample's `input_ids` and, for pairs, `token_type_ids`. Shapes (length,)."""
+        row = {}
+        for name, (flat, starts, lengths) in self._columns.items():
+            start = starts[sample]
+            row[name] = flat[start : start + lengths[sample]]
+        return row
+
+
+class TokenDataset(TorchDataset[dict[str, Any]]):
+    """Samples for training: token ids, label and row number.
+
+    Args:
+        table: Token ids of all samples of a split.
+        labels: Number of each sample's class, or None where there are no labels. Shape (num_rows of the table,).
+        rows: Rows of the table that belong to this data set; by default all.
+    """
+
+    def __init__(
+        self, table: TokenTable, labels: NDArray[np.int64] | None = None, rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self.table = table
+        self.labels = labels
+        self.rows = np.arange(len(table)) if rows is None else rows
+        self.lengths: NDArray[np.int64] = table.lengths if rows is None else table.lengths[rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        """`input_ids` and perhaps `token_type_ids`, `labels`; `index` is the row in the split that was loaded."""
+        row = int(self.rows[sample])
+        fields: dict[str, Any] = {**self.table[row], "index": row}
+        if self.labels is not None:
+            fields["labels"] = int(self.labels[row])
+        return fields
+
+
+def tokenize_to_cache(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_columns: Sequence[str],
+    max_length: int,
+    cache_dir: Path,
+) -> TokenTable:
+    """Tokenizes a data set, or finds that it has been done before.
+
+    The file's name is computed from the data's fingerprint, the tokenizer itself, `max_length` and the text columns:
+    another start, rank or number of processes finds it. A file that is cut short or corrupt is made again.
+
+    Args:
+        dataset: One split.
+        tokenizer: A fast tokenizer. It is copied, never changed.
+        text_columns: One column of text, or two for sentence pairs.
+        max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        cache_dir: Where the file is kept.
+
+    Raises:
+        ValueError: The tokenizer is not a fast one, or a text is missing or no text.
+    """
+    backend = _backend(tokenizer, max_length)
+    with_types = len(text_columns) == 2 and "token_type_ids" in tokenizer.model_input_names
+    recipe = [_FORMAT, dataset._fingerprint, backend.to_str(), list(text_columns), with_types]
+    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    names = [name for name in _COLUMN_TYPES if with_types or name != "token_type_ids"]
+    schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(_COLUMN_TYPES[name]))) for name in names])
+    promised = json.dumps({"num_samples": len(dataset), "max_length": max_length})
+
+    def write(path: Path) -> None:
+        with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": promised})) as file:
+            for texts in _texts(dataset, text_columns):
+                encodings = backend.encode_batch_fast(texts)
+                columns = {
+                    "input_ids": [encoding.ids for encoding in encodings],
+                    "token_type_ids": [encoding.type_ids for encoding in encodings],
+                }
+                file.write(pa.record_batch([columns[name] for name in names], schema=schema))
+
+    return TokenTable(write_once(cache_dir / f"tokens-{key}.arrow", write, _is_whole))
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        TokenTable(path)
+    except ValueError as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
+def _slices(
+    content: pa.Buffer, batches: list[pa.RecordBatch], name: str
+) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    """A ragged column as a flat view of the whole file, and the start and length of each row in it."""
+    dtype = _COLUMN_TYPES[name]
+    flat = np.frombuffer(content, dtype, count=content.size // dtype.itemsize)
+    starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for batch in batches:
+        batch.validate(full=True)
+        column = batch.column(name)
+        first = (column.values.buffers()[1].address - content.address) // dtype.itemsize
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        starts.append(first + offsets[:-1])
+        lengths.append(np.diff(offsets))
+    return flat, np.concatenate(starts), np.concatenate(lengths)
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
+    """A copy of the Rust tokenizer that truncates and never pads, whatever the original was last asked to do."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{tokenizer.name_or_path} has only a slow tokenizer ({type(tokenizer).__name__}). "
+            "Choose a model with a tokenizer.json, or override SmartBatchDataModule.tokenize."
+        )
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    return backend
+
+
+def _texts(dataset: Dataset, text_columns: Sequence[str]) -> Iterator[list[str] | list[tuple[str, str]]]:
+    """Blocks of texts or pairs of texts, with a progress bar over samples."""
+    columns = dataset.select_columns(list(text_columns)).with_format("arrow")
+    with tqdm(total=len(dataset), desc="Tokenizing", unit=" samples") as bar:
+        for start in range(0, len(dataset), _ROWS_PER_WRITE):
+            block = columns[start : start + _ROWS_PER_WRITE]
+            for name in text_columns:
+                column = block.column(name)
+                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+                    raise ValueError(
+                        f"the text column {name!r} holds {column.type}, not text. Set --data.text_columns to a column "
+                        "of text, or turn it into text."
+                    )
+                if column.null_count:
+                    row = start + column.is_null().to_pylist().index(True)
+                    raise ValueError(
+                        f"the text column {name!r} has no text in row {row} (counted from 0). Drop such rows, or "
+                        "fill them with an empty text."
+                    )
+            lists = [block.column(name).to_pylist() for name in text_columns]
+            yield lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
+            bar.update(len(block))

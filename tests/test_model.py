@@ -1,0 +1,310 @@
+"""Tests of the classifier."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from datasets import load_dataset
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+)
+
+from smartbatch_lightning import PadCollator, SequenceClassifier, SmartBatchDataModule, demo
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+FAMILIES = {
+    "bert": BertConfig(**SMALL, vocab_size=2000),
+    "roberta": RobertaConfig(**SMALL, vocab_size=2000, max_position_embeddings=514, pad_token_id=1),
+    "camembert": CamembertConfig(**SMALL, vocab_size=2000, max_position_embeddings=514, pad_token_id=1),
+    "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=2000),
+    "electra": ElectraConfig(**SMALL, vocab_size=2000, embedding_size=32),
+}
+
+
+def trainer(folder: Path, **options) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(default_root_dir=folder, accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
+
+
+class Steps(Callback):
+    """Records what each optimizer step was made with."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@pytest.fixture
+def data() -> SmartBatchDataModule:
+    return SmartBatchDataModule(max_length=64, seed=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_and_takes_its_classes_from_the_data(family: str, data, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_config(FAMILIES[family]).base_model.save_pretrained(tmp_path / "model")
+    model = SequenceClassifier(str(tmp_path / "model"))
+    trainer(tmp_path, limit_train_batches=2, limit_val_batches=1).fit(model, data)
+    assert model.label_names == ["negative", "positive"]
+    assert model.model.config.label2id == {"negative": 0, "positive": 1}
+    assert type(model.model).__name__.endswith("ForSequenceClassification")
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(data, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_config(FAMILIES["bert"]).save_pretrained(tmp_path / "model")
+
+    class Modes(SequenceClassifier):
+        seen: set = set()
+
+        def step(self, batch, stage):
+            modes = {module.training for module in self.modules() if isinstance(module, nn.Dropout)}
+            self.seen.add((stage, *modes))
+            return super().step(batch, stage)
+
+    trainer(tmp_path, limit_train_batches=2, limit_val_batches=1).fit(Modes(str(tmp_path / "model")), data)
+    assert Modes.seen == {("train", True), ("val", False)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1.0, 0.75, 0.5, 0.25]),
+        ({"warmup_steps": 2}, [0.0, 0.5, 1.0, 0.5]),
+        ({"warmup_ratio": 0.5}, [0.0, 0.5, 1.0, 0.5]),
+        ({"warmup_ratio": 0.3}, [0.0, 0.5, 1.0, 0.5]),
+    ],
+)
+@pytest.mark.parametrize("way", ["epochs", "accumulation", "max_steps"])
+def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_at_the_last_step(
+    options: dict, expected: list[float], way: str, data, tmp_path: Path
+) -> None:
+    limits = {
+        "epochs": {"max_epochs": 2, "limit_train_batches": 2},
+        "accumulation": {"max_epochs": 2, "limit_train_batches": 3, "accumulate_grad_batches": 2},
+        "max_steps": {"max_steps": 4, "max_epochs": 50, "limit_train_batches": 3},
+    }[way]
+    steps = Steps()
+    model = SequenceClassifier(learning_rate=1.0e-3, **options)
+    run = trainer(tmp_path, limit_val_batches=0, callbacks=[steps], **limits)
+    run.fit(model, data)
+    rates = [rate / 1.0e-3 for rate in steps.rates]
+    if way == "accumulation":
+        rates = [rate for number, rate in enumerate(rates) if number % 3 != 1]
+    assert rates == pytest.approx(expected)
+    assert run.optimizers[0].param_groups[0]["lr"] == 0
+
+
+def test_weights_decay_but_biases_and_normalisation_do_not() -> None:
+    model = SequenceClassifier(weight_decay=0.1, adam_epsilon=1e-7)
+    model.configure_model()
+    optimizer = model.make_optimizer()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["eps"] == 1e-7
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+    assert set(names.values()) == {0.0, 0.1}
+    for name, value in names.items():
+        assert value == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1), name
+
+
+def test_frozen_parameters_are_left_out_of_the_optimizer() -> None:
+    model = SequenceClassifier()
+    model.configure_model()
+    model.model.base_model.requires_grad_(False)
+    assert sum(len(group["params"]) for group in model.make_optimizer().param_groups) == 2
+
+
+def test_metrics_are_those_of_all_samples_together(data, tmp_path: Path) -> None:
+    """Batches are of unequal size, so that a mean over batches would be another number."""
+    data.batch_size = 7
+    model = SequenceClassifier()
+    [logged] = trainer(tmp_path).validate(model, data)
+    rows = data.validation_data
+    batch = PadCollator()([rows[row] for row in range(len(rows))])
+    labels = batch.pop("labels")
+    batch.pop("index")
+    with torch.no_grad():
+        output = model.eval()(**batch, labels=labels)
+    predicted = output.logits.argmax(1)
+    f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum()) for c in (0, 1)]
+    assert logged["val_loss"] == pytest.approx(float(output.loss), abs=1e-6)
+    assert logged["val_accuracy"] == pytest.approx(float((predicted == labels).float().mean()))
+    assert logged["val_f1"] == pytest.approx(float(sum(f1) / 2), abs=1e-6)
+
+
+def test_a_run_logs_loss_accuracy_and_f1_of_every_stage(data, tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_train_batches=2)
+    run.fit(SequenceClassifier(), data)
+    assert {"train_loss", "train_accuracy", "train_f1", "val_loss", "val_accuracy", "val_f1"} <= set(
+        run.callback_metrics
+    )
+    assert set(run.test(run.lightning_module, data)[0]) == {"test_loss", "test_accuracy", "test_f1"}
+
+
+def test_metrics_optimizer_schedule_and_step_can_each_be_overridden(data, tmp_path: Path) -> None:
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassRecall
+
+    class Own(SequenceClassifier):
+        def make_metrics(self, num_labels):
+            return MetricCollection({"recall": MulticlassRecall(num_labels)})
+
+        def make_optimizer(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+        def make_scheduler(self, optimizer, num_steps):
+            return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, num_steps)
+
+        def step(self, batch, stage):
+            return 2 * super().step(batch, stage)
+
+    steps = Steps()
+    run = trainer(tmp_path, limit_train_batches=2, callbacks=[steps])
+    run.fit(Own(), data)
+    assert steps.rates == [0.05, 0.05]
+    assert "val_recall" in run.callback_metrics
+    assert "val_accuracy" not in run.callback_metrics
+
+
+def test_a_plain_dataloader_is_enough_when_the_number_of_labels_is_given(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 5, 6, 2], "labels": row % 3} for row in range(8)]
+    loader = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=PadCollator())
+    AutoModelForSequenceClassification.from_config(FAMILIES["bert"]).base_model.save_pretrained(tmp_path / "model")
+    model = SequenceClassifier(str(tmp_path / "model"), num_labels=3)
+    trainer(tmp_path).fit(model, loader)
+    assert len(model.label_names) == 3
+
+
+# --- checkpoints ---
+
+
+@pytest.fixture
+def checkpoint(data, tmp_path: Path) -> Path:
+    run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
+    AutoModelForSequenceClassification.from_config(FAMILIES["bert"]).base_model.save_pretrained(tmp_path / "model")
+    run.fit(SequenceClassifier(str(tmp_path / "model"), learning_rate=1e-3), data)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    (tmp_path / "model").rename(tmp_path / "gone")
+    return tmp_path / "run.ckpt"
+
+
+def test_a_checkpoint_loads_without_the_pretrained_model_and_with_weights_only(
+    checkpoint: Path, data, tmp_path
+) -> None:
+    saved = torch.load(checkpoint, weights_only=True)
+    model = SequenceClassifier.load_from_checkpoint(checkpoint, weights_only=True)
+    assert model.learning_rate == 1e-3
+    assert model.label_names == ["negative", "positive"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved["state_dict"][name])
+    first = trainer(tmp_path).test(model, data, weights_only=True)
+    assert first == trainer(tmp_path).test(model, data, ckpt_path=checkpoint, weights_only=True)
+
+
+def test_a_checkpoint_for_other_labels_is_refused(checkpoint: Path, minilm: str, tmp_path: Path) -> None:
+    (tmp_path / "stars.csv").write_text("text,label\n" + "\n".join(f"film,{row % 3}" for row in range(30)))
+    data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, minilm, test_split="train")
+    message = (
+        r"the checkpoint classifies into .*'negative', 'positive'.*, but the data has .*'0', '1', '2'.*Use the data"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).test(SequenceClassifier.load_from_checkpoint(checkpoint), data)
+    (tmp_path / "gone").rename(tmp_path / "model")
+    data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, str(demo.model_dir()), test_split="train")
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).test(SequenceClassifier(str(tmp_path / "model")), data, ckpt_path=checkpoint)
+
+
+def test_a_finetuned_folder_for_another_number_of_labels_is_refused(data, tmp_path: Path) -> None:
+    config = BertConfig(**SMALL, vocab_size=2000, num_labels=5)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "five")
+    with pytest.raises(ValueError, match="five classifies into .*LABEL_4.*, but the data has"):
+        trainer(tmp_path).fit(SequenceClassifier(str(tmp_path / "five")), data)
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps is 5 and warmup_ratio 0.1; set one of them to 0"),
+        ({"warmup_steps": -1}, "give steps of 0 or more"),
+        ({"warmup_ratio": 1.5}, "a share between 0 and 1"),
+    ],
+)
+def test_warm_ups_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceClassifier(**options)
+
+
+def test_a_number_of_labels_that_is_not_the_datas_is_refused(data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_labels is 3, but the data has 2 classes.*Leave num_labels out"):
+        trainer(tmp_path).fit(SequenceClassifier(num_labels=3), data)
+
+
+def test_training_without_an_end_is_refused(data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training has no end. Set --trainer.max_epochs"):
+        trainer(tmp_path, max_epochs=-1).fit(SequenceClassifier(), data)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 128), ("roberta", 126)])
+def test_samples_longer_than_the_model_takes_are_refused(family: str, longest: int, data, tmp_path: Path) -> None:
+    config = FAMILIES[family].__class__.from_dict(FAMILIES[family].to_dict() | {"max_position_embeddings": 128})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "short")
+    data.max_length = 127 if family == "roberta" else 129
+    with pytest.raises(
+        ValueError, match=f"but the model takes {longest} tokens at most. Set --data.max_length to {longest}"
+    ):
+        trainer(tmp_path).fit(SequenceClassifier(str(tmp_path / "short")), data)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(minilm: str, tmp_path: Path) -> None:
+    data = SmartBatchDataModule("demo", minilm)
+    with pytest.raises(ValueError, match="has 30522 tokens, but the model knows .*the model's own tokenizer"):
+        trainer(tmp_path).fit(SequenceClassifier(), data)
+
+
+def test_a_model_name_without_a_network_says_how_to_use_a_folder(data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'bert-base-uncased' is neither a folder here .*written by save_pretrained"):
+        trainer(tmp_path).fit(SequenceClassifier("bert-base-uncased"), data)
+
+
+def test_a_model_that_is_not_built_says_how_to_build_it() -> None:
+    with pytest.raises(RuntimeError, match="not built yet. Run it with a Trainer, or call configure_model"):
+        SequenceClassifier()(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+# --- padding ---
+
+
+def test_padding_does_not_change_the_logits(minilm: str, imdb: Path) -> None:
+    """Real weights on real reviews, each alone and in a padded batch, float32."""
+    reviews = load_dataset("parquet", data_files=str(imdb / "test.parquet"), split="train").select(
+        range(0, 25_000, 1000)
+    )
+    data = SmartBatchDataModule("demo", minilm, max_length=256)
+    rows = data.tokenize(reviews)
+    model = SequenceClassifier(minilm)
+    model.configure_model()
+    model.eval()
+    pad = PadCollator(pad_to_multiple_of=8)
+    with torch.no_grad():
+        together = model(**pad([rows[row] for row in range(len(rows))])).logits
+        alone = torch.cat([model(**PadCollator()([rows[row]])).logits for row in range(len(rows))])
+    assert len(set(rows.lengths.tolist())) > 10
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)

@@ -1,0 +1,294 @@
+"""Tests of the planner: what every plan promises, whatever the batching."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from smartbatch_lightning import BatchPlan, plan_epoch
+from smartbatch_lightning.planning import mates_kept, steps_per_epoch, stratified_split
+
+BATCHINGS = ["smart", "tutorial", "random"]
+
+cases = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 600), min_size=1, max_size=400).map(np.array),
+        "batch_size": st.integers(1, 40),
+        "batching": st.sampled_from(BATCHINGS),
+        "seed": st.integers(0, 2**32),
+        "epoch": st.integers(0, 50),
+        "num_replicas": st.integers(1, 9),
+        "jitter": st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0]),
+        "shuffle": st.booleans(),
+    }
+).filter(lambda case: len(case["lengths"]) >= case["num_replicas"])
+
+
+def review_lengths(num_samples: int, seed: int = 0) -> NDArray[np.int64]:
+    """Lengths with the spread of IMDB's reviews cut at 400 tokens."""
+    drawn = np.exp(np.random.default_rng(seed).normal(5.4, 0.7, num_samples)).astype(np.int64) + 10
+    return np.minimum(drawn, 400)
+
+
+def batches(plan: BatchPlan) -> list[list[int]]:
+    return [plan[number].tolist() for number in range(len(plan))]
+
+
+@given(cases)
+@settings(max_examples=300, deadline=None)
+def test_every_sample_appears_once_over_all_ranks(case: dict) -> None:
+    plan = plan_epoch(**case)
+    ranks = range(case["num_replicas"])
+    seen = [sample for rank in ranks for batch in plan.share(rank) for sample in batch]
+    assert sorted(seen) == list(range(len(case["lengths"])))
+
+
+@given(cases)
+@settings(max_examples=300, deadline=None)
+def test_every_rank_takes_equally_many_steps_and_no_batch_is_empty(case: dict) -> None:
+    plan = plan_epoch(**case)
+    steps = steps_per_epoch(len(case["lengths"]), case["batch_size"], case["num_replicas"])
+    assert [len(list(plan.share(rank))) for rank in range(case["num_replicas"])] == [steps] * case["num_replicas"]
+    assert plan.batch_sizes().min() >= 1
+
+
+@given(cases)
+@settings(max_examples=300, deadline=None)
+def test_no_batch_is_larger_than_asked_but_where_steps_could_not_be_equal(case: dict) -> None:
+    largest = plan_epoch(**case).batch_sizes().max()
+    if case["batch_size"] == 1 and len(case["lengths"]) % case["num_replicas"]:
+        assert largest == 2
+    else:
+        assert largest <= case["batch_size"]
+
+
+@given(cases, st.integers(0, 50))
+@settings(max_examples=200, deadline=None)
+def test_the_number_of_batches_is_the_same_in_every_epoch(case: dict, other: int) -> None:
+    assert len(plan_epoch(**case)) == len(plan_epoch(**case | {"epoch": other}))
+
+
+@given(cases)
+@settings(max_examples=200, deadline=None)
+def test_the_same_arguments_give_the_same_plan_and_touch_no_global_random_state(case: dict) -> None:
+    np.random.seed(0)
+    plan = plan_epoch(**case)
+    state = repr(np.random.get_state())
+    np.random.seed(1)
+    again = plan_epoch(**case)
+    assert plan.order.tolist() == again.order.tolist()
+    assert plan.offsets.tolist() == again.offsets.tolist()
+    np.random.seed(0)
+    assert repr(np.random.get_state()) == state
+
+
+@given(cases, st.integers(0, 30))
+@settings(max_examples=200, deadline=None)
+def test_going_on_after_a_step_yields_exactly_the_remaining_batches(case: dict, step: int) -> None:
+    plan = plan_epoch(**case)
+    for rank in range(case["num_replicas"]):
+        rest = [batch.tolist() for batch in plan.share(rank, first_step=step)]
+        assert rest == [batch.tolist() for batch in plan.share(rank)][step:]
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+def test_epochs_seeds_and_batchings_have_plans_of_their_own(batching: str) -> None:
+    lengths = review_lengths(2000)
+    plans = [plan_epoch(lengths, 16, batching, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({plan.order.tobytes() for plan in plans}) == 6
+
+
+def test_a_plan_is_pinned_so_that_no_version_or_machine_may_change_it() -> None:
+    lengths = np.array([5, 3, 9, 9, 2, 7, 7, 7, 1, 4])
+    pinned = {
+        "smart": [[9, 0, 6], [2, 3], [5, 7], [8, 4, 1]],
+        "tutorial": [[9, 0, 5], [8, 4, 1], [7, 2, 3], [6]],
+        "random": [[1, 4, 6], [5, 8, 0], [7, 2], [9, 3]],
+    }
+    for batching, expected in pinned.items():
+        assert batches(plan_epoch(lengths, 3, batching, seed=321, epoch=1)) == expected
+
+
+@pytest.mark.parametrize("num_replicas", [1, 4])
+def test_smart_batches_are_contiguous_runs_of_the_sorted_samples(num_replicas: int) -> None:
+    lengths = review_lengths(1003)
+    plan = plan_epoch(lengths, 16, "smart", seed=5, num_replicas=num_replicas, jitter=0)
+    spans = sorted((lengths[batch].min(), lengths[batch].max()) for batch in map(np.array, batches(plan)))
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_jitter_moves_a_sample_past_another_by_twice_its_tokens_at_most() -> None:
+    lengths = np.arange(1, 2001)
+    for jitter in (1.0, 2.0, 8.0):
+        plan = plan_epoch(lengths, 1, "smart", seed=1, jitter=jitter)
+        by_batch = plan_epoch(lengths, 2000, "smart", seed=1, jitter=jitter)[0]
+        assert len(plan) == 2000
+        rises = np.maximum.accumulate(lengths[by_batch]) - lengths[by_batch]
+        assert 0 < rises.max() <= 2 * jitter
+
+
+@pytest.mark.parametrize("batching", ["smart", "random"])
+def test_ties_fall_at_random(batching: str) -> None:
+    """Each of 8 equal samples comes first in its batch about equally often."""
+    first = np.zeros(8)
+    for epoch in range(800):
+        first[plan_epoch(np.full(8, 10), 8, batching, epoch=epoch, jitter=0)[0][0]] += 1
+    assert first.min() > 60
+    assert first.max() < 140
+
+
+def test_the_batches_come_in_random_order() -> None:
+    lengths = review_lengths(8000)
+    widths = plan_epoch(lengths, 16, "smart").longest(lengths)
+    assert abs(np.corrcoef(np.arange(len(widths)), widths)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("batching", ["smart", "tutorial"])
+def test_the_batches_of_a_step_are_neighbours_in_length(batching: str) -> None:
+    lengths = review_lengths(4000)
+    ranked = np.empty(4000, np.int64)
+    ranked[np.lexsort((np.arange(4000), lengths))] = np.arange(4000)
+    plan = plan_epoch(lengths, 16, batching, num_replicas=8, jitter=0)
+    for step in range(0, len(plan), 8):
+        samples = np.concatenate([plan[step + rank] for rank in range(8)])
+        assert np.ptp(lengths[samples]) <= 60 or batching == "tutorial"
+        assert all(lengths[plan[step + rank]].max() <= lengths[plan[step + rank + 1]].min() for rank in range(7))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_tutorial_draws_contiguous_runs_of_what_is_left_of_the_sorted_list(num_replicas: int) -> None:
+    """Replays every draw on a real list: each is a run of neighbours in it, and taking them all empties it."""
+    lengths = review_lengths(1217)
+    left = np.argsort(lengths, kind="stable").tolist()
+    plan = plan_epoch(lengths, 16, "tutorial", seed=9, num_replicas=num_replicas)
+    for step in range(0, len(plan), num_replicas):
+        run = [sample for rank in range(num_replicas) for sample in plan[step + rank].tolist()]
+        start = left.index(run[0])
+        assert left[start : start + len(run)] == run
+        del left[start : start + len(run)]
+    assert not left
+
+
+def test_tutorial_starts_its_runs_anywhere_with_equal_chance() -> None:
+    starts = [int(plan_epoch(np.arange(1, 12), 2, "tutorial", epoch=epoch)[0][0]) for epoch in range(2000)]
+    counts = np.bincount(starts, minlength=11)
+    assert counts[10] == 0
+    assert counts[:10].min() > 140
+    assert counts[:10].max() < 265
+
+
+def test_tutorial_leaves_one_short_batch_at_the_end_as_the_tutorial_does() -> None:
+    assert plan_epoch(review_lengths(25_000), 16, "tutorial").batch_sizes().tolist() == [16] * 1562 + [8]
+
+
+def test_random_deals_the_samples_of_a_step_to_its_ranks_by_length() -> None:
+    lengths = review_lengths(25_000)
+    plan = plan_epoch(lengths, 16, "random", num_replicas=8)
+    tokens = np.add.reduceat(lengths[plan.order], plan.offsets[:-1]).reshape(-1, 8)
+    assert tokens.max(1).sum() / tokens.mean(1).sum() < 1.02
+
+
+def test_random_on_many_ranks_takes_the_steps_of_an_ordinary_shuffle() -> None:
+    lengths = review_lengths(1000)
+    dealt = plan_epoch(lengths, 4, "random", num_replicas=4, seed=2)
+    shuffled = plan_epoch(lengths, 16, "random", num_replicas=1, seed=2)
+    for step in range(len(shuffled)):
+        samples = np.concatenate([dealt[4 * step + rank] for rank in range(4)])
+        assert sorted(samples) == sorted(shuffled[step])
+
+
+@pytest.mark.parametrize("batching", ["smart", "tutorial"])
+def test_evaluation_goes_by_length_without_randomness(batching: str) -> None:
+    lengths = review_lengths(500)
+    plan = plan_epoch(lengths, 16, batching, shuffle=False)
+    assert plan.order.tolist() == np.argsort(lengths, kind="stable").tolist()
+
+
+def test_random_evaluation_keeps_the_order_of_the_samples() -> None:
+    assert plan_epoch(review_lengths(500), 16, "random", shuffle=False).order.tolist() == list(range(500))
+
+
+def test_jitter_mixes_batches_from_epoch_to_epoch() -> None:
+    lengths = review_lengths(25_000)
+    kept = [
+        mates_kept(*(plan_epoch(lengths, 16, "smart", epoch=epoch, jitter=jitter) for epoch in (0, 1)))
+        for jitter in (0.0, 1.0, 4.0)
+    ]
+    assert kept[0] > kept[1] > kept[2]
+    assert kept[1] < 0.08
+
+
+def test_mates_kept_is_one_for_the_same_plan_and_nearly_zero_for_a_shuffle() -> None:
+    lengths = review_lengths(5000)
+    plan = plan_epoch(lengths, 10, "random")
+    assert mates_kept(plan, plan) == 1
+    assert mates_kept(plan, plan_epoch(lengths, 10, "random", epoch=1)) < 0.01
+
+
+def test_padded_tokens_counts_what_padding_to_the_longest_makes() -> None:
+    lengths = review_lengths(333)
+    plan = plan_epoch(lengths, 16, "smart")
+    assert plan.padded_tokens(lengths) == sum(len(batch) * lengths[batch].max() for batch in batches(plan))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.uint16, np.int64])
+def test_lengths_may_be_of_any_integer_type(kind: type) -> None:
+    lengths = review_lengths(300)
+    assert batches(plan_epoch(lengths.astype(kind), 16)) == batches(plan_epoch(lengths, 16))
+
+
+def test_lengths_of_millions_of_tokens_are_planned() -> None:
+    lengths = np.array([1, 5_000_000, 3, 4_000_000])
+    assert sorted(map(sorted, batches(plan_epoch(lengths, 2)))) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; give at least 1"),
+        ({"num_replicas": 0}, "num_replicas is 0; give the number of ranks"),
+        ({"num_replicas": 4}, "3 samples cannot be shared by 4 ranks.*at most 3 devices"),
+        ({"batching": "sorted"}, "batching is 'sorted'; choose one of smart, tutorial, random"),
+        ({"jitter": -1.0}, "jitter is -1.0; give a number of tokens, 0 or more"),
+        ({"lengths": [3, 0, 2]}, "sample 1 has length 0; every sample needs a token"),
+        ({"lengths": [[3, 4]]}, "give one integer a sample"),
+        ({"lengths": [1.5, 2.0]}, "float64; give one integer a sample"),
+        ({"lengths": []}, "0 samples cannot be shared"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_with_a_remedy(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_epoch(**{"lengths": [3, 1, 2], **arguments})
+
+
+def test_a_batch_that_is_not_there_is_an_index_error() -> None:
+    with pytest.raises(IndexError, match="batch 1 of a plan of 1 batches"):
+        plan_epoch([1, 2, 3], 4)[1]
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=300),
+    st.floats(0.01, 0.99),
+    st.integers(0, 1000),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_stratified_split_keeps_the_share_of_every_label(labels: list[int], share: float, seed: int) -> None:
+    if not 0 < round(len(labels) * share) < len(labels):
+        with pytest.raises(ValueError, match="leaves one part of the split empty"):
+            stratified_split(labels, share, seed)
+        return
+    first, second = stratified_split(labels, share, seed)
+    assert sorted([*first, *second]) == list(range(len(labels)))
+    actual = len(second) / len(labels)
+    for label in set(labels):
+        taken = sum(labels[sample] == label for sample in second)
+        assert abs(taken - labels.count(label) * actual) <= 1
+
+
+def test_a_split_depends_on_its_seed() -> None:
+    labels = [0, 1] * 50
+    assert stratified_split(labels, 0.2, 1)[1].tolist() == stratified_split(labels, 0.2, 1)[1].tolist()
+    assert stratified_split(labels, 0.2, 1)[1].tolist() != stratified_split(labels, 0.2, 2)[1].tolist()

@@ -1,0 +1,63 @@
+"""Tests of the sampler and the loader outside of Lightning."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from smartbatch_lightning import PadCollator, SmartBatchSampler
+from smartbatch_lightning.loader import SmartBatchLoader
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, 101)
+ROWS = [{"input_ids": list(range(length)), "label": row % 2, "index": row} for row, length in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("batching", ["smart", "tutorial", "random"])
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+def test_ranks_share_every_epoch_and_no_sample_twice(batching: str, num_replicas: int) -> None:
+    for epoch in range(3):
+        seen: list[int] = []
+        for rank in range(num_replicas):
+            sampler = SmartBatchSampler(LENGTHS, 8, batching, num_replicas=num_replicas, rank=rank)
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler)
+            seen += [sample for batch in batches for sample in batch]
+        assert sorted(seen) == list(range(101))
+
+
+def test_epochs_differ_and_come_back() -> None:
+    sampler = SmartBatchSampler(LENGTHS, 8)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == epochs[2]
+
+
+def test_it_works_in_a_plain_dataloader_over_rows_tokenized_elsewhere() -> None:
+    loader = DataLoader(ROWS, batch_sampler=SmartBatchSampler(LENGTHS, 8), collate_fn=PadCollator())
+    seen = torch.cat([batch["index"] for batch in loader])
+    assert sorted(seen.tolist()) == list(range(101))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(num_workers: int) -> None:
+    sampler = SmartBatchSampler(LENGTHS, 8)
+    loader = SmartBatchLoader(ROWS, batch_sampler=sampler, collate_fn=PadCollator(), num_workers=num_workers)
+    batches = iter(loader)
+    loader.sampler.set_epoch(3)
+    first = next(batches)["index"].tolist()
+    sampler.set_epoch(3)
+    assert first == next(iter(sampler))
+
+
+def test_a_rank_outside_of_the_world_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank is 2; with num_replicas=2 give"):
+        SmartBatchSampler(LENGTHS, num_replicas=2, rank=2)
+
+
+def test_a_batch_size_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size is 0; give at least 1"):
+        SmartBatchSampler(LENGTHS, 0)

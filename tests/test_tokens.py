@@ -1,0 +1,162 @@
+"""Tests of the token cache."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
+
+from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
+
+TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 9000]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+@pytest.fixture
+def tokenize(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    def run(dataset: Dataset, text_columns: tuple[str, ...] = ("text",), max_length: int = 64, **options) -> TokenTable:
+        options = {"tokenizer": tokenizer, "cache_dir": tmp_path, **options}
+        return tokenize_to_cache(dataset, text_columns=text_columns, max_length=max_length, **options)
+
+    return run
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.arrow"))
+
+
+def test_the_ids_are_those_of_the_tokenizer(tokenize, tokenizer) -> None:
+    table = tokenize(Dataset.from_dict({"text": TEXTS}))
+    expected = tokenizer(TEXTS, truncation=True, max_length=64)["input_ids"]
+    assert [table[row]["input_ids"].tolist() for row in range(len(table))] == expected
+    assert table.lengths.tolist() == [len(ids) for ids in expected]
+    assert set(table[0]) == {"input_ids"}
+
+
+def test_pairs_have_token_types_and_are_cut_together(tokenize, tokenizer) -> None:
+    pairs = {"a": TEXTS, "b": TEXTS[::-1]}
+    table = tokenize(Dataset.from_dict(pairs), ("a", "b"))
+    expected = tokenizer(pairs["a"], pairs["b"], truncation=True, max_length=64)
+    for row in range(len(table)):
+        assert table[row]["input_ids"].tolist() == expected["input_ids"][row]
+        assert table[row]["token_type_ids"].tolist() == expected["token_type_ids"][row]
+
+
+def test_many_blocks_are_one_table(tokenize) -> None:
+    table = tokenize(Dataset.from_dict({"text": [f"film {number}" for number in range(9000)]}))
+    assert len(table) == 9000
+    assert len({table[row]["input_ids"].tobytes() for row in range(9000)}) == 9000
+
+
+def test_rows_are_views_of_the_file_not_copies(tokenize) -> None:
+    row = tokenize(Dataset.from_dict({"text": TEXTS}))[0]["input_ids"]
+    assert not row.flags.owndata
+    assert not row.flags.writeable
+
+
+def test_a_second_start_finds_the_file(tokenize, tmp_path: Path) -> None:
+    tokenize(Dataset.from_dict({"text": TEXTS}))
+    [name] = files(tmp_path)
+    before = (tmp_path / name).stat().st_mtime_ns
+    tokenize(Dataset.from_dict({"text": TEXTS}))
+    assert files(tmp_path) == [name]
+    assert (tmp_path / name).stat().st_mtime_ns == before
+
+
+def test_a_tokenizer_that_was_used_or_told_to_pad_finds_the_file(tokenize, minilm: str, tmp_path: Path) -> None:
+    dataset = Dataset.from_dict({"text": TEXTS})
+    tokenize(dataset)
+    used = AutoTokenizer.from_pretrained(minilm)
+    used(TEXTS, padding="max_length", truncation=True, max_length=17)
+    tokenize(dataset, tokenizer=used)
+    assert len(files(tmp_path)) == 1
+    assert len(used("word " * 100)["input_ids"]) == 102
+
+
+def test_the_file_is_found_by_data_read_from_disk_by_another_process_count(tokenize, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(f"film {n},{n % 2}" for n in range(50)))
+    for num_proc in (None, 2):
+        data = load_dataset("csv", data_files=str(tmp_path / "data.csv"), split="train", num_proc=num_proc)
+        tokenize(data)
+    assert len(files(tmp_path)) == 1
+
+
+def test_other_data_columns_or_length_have_a_file_of_their_own(tokenize, tmp_path: Path) -> None:
+    data = Dataset.from_dict({"text": TEXTS, "other": TEXTS})
+    tokenize(data)
+    tokenize(data, max_length=32)
+    tokenize(data, ("other",))
+    tokenize(data, ("text", "other"))
+    tokenize(Dataset.from_dict({"text": TEXTS[::-1], "other": TEXTS}))
+    assert len(files(tmp_path)) == 5
+
+
+def test_a_data_set_of_selected_rows_is_tokenized_in_its_own_order(tokenize, tokenizer) -> None:
+    data = Dataset.from_dict({"text": TEXTS}).select([3, 0])
+    assert [tokenize(data)[row]["input_ids"].tolist() for row in range(2)] == [
+        tokenizer(TEXTS[row])["input_ids"] for row in (3, 0)
+    ]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "zeros", "text", "zeros inside"])
+def test_a_damaged_file_is_made_again(tokenize, tmp_path: Path, damage: str) -> None:
+    data = Dataset.from_dict({"text": [f"film {n} " * (n + 1) for n in range(100)]})
+    table = tokenize(data)
+    expected = [table[row]["input_ids"].tolist() for row in range(100)]
+    path = table.path
+    content = path.read_bytes()
+    middle = bytes(len(content) // 2)
+    damaged = {
+        "cut short": content[: len(content) // 2],
+        "empty": b"",
+        "zeros": bytes(len(content)),
+        "text": b"not arrow at all",
+        "zeros inside": content[:400] + middle + content[400 + len(middle) :],
+    }
+    del table
+    path.write_bytes(damaged[damage])
+    again = tokenize(data)
+    assert [again[row]["input_ids"].tolist() for row in range(100)] == expected
+
+
+def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "tokens.arrow").write_bytes(b"half")
+    with pytest.raises(ValueError, match="tokens.arrow is not a whole token file.*Delete it"):
+        TokenTable(tmp_path / "tokens.arrow")
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["fine", None, "film"], "the text column 'text' has no text in row 1.*Drop such rows"),
+        ([1, 2, 3], "the text column 'text' holds int64, not text. Set --data.text_columns"),
+    ],
+)
+def test_a_column_without_text_is_refused(tokenize, column: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenize(Dataset.from_dict({"text": column}))
+
+
+def test_a_slow_tokenizer_is_refused(tokenize) -> None:
+    with pytest.raises(ValueError, match="has only a slow tokenizer .CanineTokenizer.*tokenizer.json"):
+        tokenize(Dataset.from_dict({"text": TEXTS}), tokenizer=CanineTokenizer())
+
+
+def test_samples_know_their_row_and_label_and_survive_pickling(tokenize) -> None:
+    table = tokenize(Dataset.from_dict({"text": TEXTS}))
+    data = TokenDataset(table, np.array([0, 1, 0, 1, 0]), rows=np.array([4, 1]))
+    for samples in (data, pickle.loads(pickle.dumps(data))):
+        assert [samples[0]["index"], samples[1]["index"]] == [4, 1]
+        assert [samples[0]["labels"], samples[1]["labels"]] == [0, 1]
+        assert samples.lengths.tolist() == [64, 2]
+        assert samples[1]["input_ids"].tolist() == table[1]["input_ids"].tolist()
+
+
+def test_a_text_of_a_megabyte_is_cut_like_any_other(tokenize) -> None:
+    assert tokenize(Dataset.from_dict({"text": ["film " * 210_000]})).lengths.tolist() == [64]

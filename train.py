@@ -1,0 +1,3 @@
+from smartbatch_lightning.cli import main
+
+main()
