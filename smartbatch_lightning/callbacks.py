@@ -18,15 +18,22 @@ class PaddingSummary(Callback):
     """Counts what was trained on, logs the padding of each epoch, and says at the end what batching saved.
 
     Logs `train_padding_ratio`: tokens that are padding, over real tokens.
+
+    Attributes:
+        samples: Samples trained by all ranks since training started, up to the last whole epoch.
+        tokens: Their tokens, with padding.
+        real_tokens: Their tokens, without.
     """
 
+    samples = tokens = real_tokens = 0
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting: samples, tokens with padding and real tokens, of this rank and run."""
-        self._total = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
+        """Starts counting anew."""
+        self.samples = self.tokens = self.real_tokens = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts counting the epoch."""
-        self._epoch = torch.zeros_like(self._total)
+        self._epoch = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -41,24 +48,24 @@ class PaddingSummary(Callback):
         """Logs the padding of the epoch over all ranks."""
         counted = trainer.strategy.reduce(self._epoch, reduce_op="sum")
         assert isinstance(counted, Tensor)
-        self._total += counted
-        _, tokens, real_tokens = counted.tolist()
+        samples, tokens, real_tokens = counted.tolist()
+        self.samples += samples
+        self.tokens += tokens
+        self.real_tokens += real_tokens
         pl_module.log("train_padding_ratio", tokens / max(1, real_tokens) - 1, rank_zero_only=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the balance, on rank 0."""
         if not trainer.is_global_zero:
             return
-        samples, tokens, real_tokens = self._total.tolist()
-        console = Console()
+        console = Console(soft_wrap=True)
         console.print(
-            f"Trained on {samples:,} samples, {real_tokens:,} real tokens, as {tokens:,} with padding "
-            f"({tokens / max(1, real_tokens) - 1:.2%} over)."
+            f"Trained on {self.samples:,} samples: {self.real_tokens:,} real tokens, {self.tokens:,} with padding."
         )
         max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
-        if samples and max_length:
-            fixed = samples * max_length
-            console.print(f"Padded to {max_length} they would be {fixed:,}: [bold]{1 - tokens / fixed:.1%} saved.[/]")
+        if self.samples and max_length:
+            fixed = self.samples * max_length
+            console.print(f"With fixed padding to {max_length}: {fixed:,}. {1 - self.tokens / fixed:.1%} saved.")
         measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
         if measured:
             console.print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()))

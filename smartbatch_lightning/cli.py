@@ -57,8 +57,8 @@ class SmartBatchCLI(LightningCLI):
 
 def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
-    # what a user cannot act on: batches are collated in microseconds, so that workers gain nothing, and our sampler
-    # does return every sample for prediction
-    for message in (".*does not have many workers.*", ".*using a custom batch sampler.*for prediction.*"):
-        warnings.filterwarnings("ignore", message=message)
+    # what a user cannot act on: batches are collated in microseconds, so that workers gain nothing; our sampler does
+    # return every sample for prediction; and whoever sets no validation data knows
+    for message in ("does not have many workers", "using a custom batch sampler", "Total length of `list`"):
+        warnings.filterwarnings("ignore", message=f".*{message}")
     SmartBatchCLI()

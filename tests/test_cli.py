@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -28,15 +27,14 @@ class OwnData(SmartBatchDataModule):
 
 
 def cli(*args: str) -> SmartBatchCLI:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
-        return SmartBatchCLI([*args, *QUIET])
+    return SmartBatchCLI([*args, *QUIET])
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr(sys, "argv", ["smartbatch"])  # pytest's own arguments are not the command's
 
 
 def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None:
