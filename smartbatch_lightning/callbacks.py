@@ -30,9 +30,6 @@ class PaddingSummary(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts counting anew."""
         self.samples = self.tokens = self.real_tokens = 0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting the epoch."""
         self._epoch = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
@@ -49,6 +46,7 @@ class PaddingSummary(Callback):
         counted = trainer.strategy.reduce(self._epoch, reduce_op="sum")
         assert isinstance(counted, Tensor)
         samples, tokens, real_tokens = counted.tolist()
+        self._epoch.zero_()
         self.samples += samples
         self.tokens += tokens
         self.real_tokens += real_tokens

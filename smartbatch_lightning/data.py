@@ -51,7 +51,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         jitter: Tokens by which lengths are randomly moved before sorting (`smart` only): more mixes better, pads more.
         pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; 8 suits tensor cores.
         seed: Of plans and the split; by default that of `seed_everything`, else 0.
-        num_workers: Processes that load batches. A batch takes some 50 microseconds, so 0 is rarely the bottleneck.
+        num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck.
         pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
         cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
 

@@ -35,7 +35,8 @@ class SequenceClassifier(L.LightningModule):
     number of classes and their names come from the data module unless they are given. A checkpoint carries the
     architecture, so that loading one needs neither the Hub nor the pretrained weights.
 
-    To do things differently, override `step`, `make_metrics`, `make_optimizer` or `make_scheduler`.
+    To do things differently, override `compute_loss`, `make_metrics`, `make_optimizer`, `make_scheduler` or the whole
+    `step`.
 
     Args:
         pretrained: Name on the Hugging Face Hub or folder written by `save_pretrained`; `demo` for the small BERT of
@@ -98,9 +99,8 @@ class SequenceClassifier(L.LightningModule):
             The mean loss over the samples of the batch, a scalar.
         """
         output = self(**_model_inputs(batch))
-        loss: Tensor | None = output.loss
         labels = batch["labels"]
-        assert loss is not None, "a batch without labels has no loss"
+        loss = self.compute_loss(output, labels)
         mean_loss: MeanMetric = getattr(self, f"{stage}_loss")
         metrics: MetricCollection = getattr(self, f"{stage}_metrics")
         mean_loss.update(loss.detach(), len(labels))
@@ -108,6 +108,16 @@ class SequenceClassifier(L.LightningModule):
         logged: dict[str, Metric] = {f"{stage}_loss": mean_loss, **dict(metrics.items())}
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
+
+    def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
+        """Mean loss over the samples of a batch, a scalar: the model's own cross-entropy.
+
+        Args:
+            output: The model's, with `logits` (batch, num_labels).
+            labels: Numbers of the classes, (batch,).
+        """
+        assert output.loss is not None, "a batch without labels has no loss"
+        return output.loss
 
     def make_metrics(self, num_labels: int) -> MetricCollection:
         """Metrics of logits and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on."""

@@ -169,13 +169,20 @@ def test_metrics_optimizer_schedule_and_step_can_each_be_overridden(data, tmp_pa
         def make_scheduler(self, optimizer, num_steps):
             return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1, num_steps)
 
-        def step(self, batch, stage):
-            return 2 * super().step(batch, stage)
+        def compute_loss(self, output, labels):
+            return 2 * super().compute_loss(output, labels)
 
+        def step(self, batch, stage):
+            stages.append(stage)
+            return super().step(batch, stage)
+
+    stages: list[str] = []
     steps = Steps()
-    run = trainer(tmp_path, limit_train_batches=2, callbacks=[steps])
+    run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=1, callbacks=[steps])
     run.fit(Own(), data)
     assert steps.rates == [0.05, 0.05]
+    assert stages[-3:] == ["train", "train", "val"]
+    assert run.callback_metrics["val_loss"] > 1.2  # twice the log of 2
     assert "val_recall" in run.callback_metrics
     assert "val_accuracy" not in run.callback_metrics
 
