@@ -19,9 +19,8 @@ def cache_dir() -> Path:
 def write_once(path: Path, write: Callable[[Path], None], is_whole: Callable[[Path], bool] = Path.exists) -> Path:
     """Makes a file or folder unless it is there, and whole.
 
-    Processes that ask at the same time wait for the first and find its result. It is written beside its place and
-    renamed, so that whoever is killed half-way leaves nothing that could be taken for finished; what it leaves is
-    removed by the next.
+    Processes that ask at the same time wait for the first and find its result. Whoever is killed half-way leaves
+    nothing that could be taken for finished; what it leaves is removed by the next.
 
     Args:
         path: The file or folder.
@@ -34,17 +33,22 @@ def write_once(path: Path, write: Callable[[Path], None], is_whole: Callable[[Pa
     with FileLock(f"{path}.lock"):
         if is_whole(path):
             return path
-        draft = path.with_name(f"{path.name}.unfinished")
-        _remove(draft)
-        write(draft)
-        for written in [draft, *draft.rglob("*")]:
-            if written.is_file():
-                with written.open("rb") as file:
-                    os.fsync(file.fileno())
-        if path.is_dir():
-            _remove(path)
-        draft.replace(path)
+        replace_whole(path, write)
     return path
+
+
+def replace_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file or folder beside its place, to the disk, and renames it: a kill leaves the one before, whole."""
+    draft = path.with_name(f"{path.name}.unfinished")
+    _remove(draft)
+    write(draft)
+    for written in [draft, *draft.rglob("*")]:
+        if written.is_file():
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+    if path.is_dir():
+        _remove(path)
+    draft.replace(path)
 
 
 def _remove(path: Path) -> None:

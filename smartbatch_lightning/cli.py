@@ -25,7 +25,11 @@ class SmartBatchCLI(LightningCLI):
         options = {
             "seed_everything_default": 321,
             "save_config_kwargs": {"overwrite": True},
-            "trainer_defaults": {"max_epochs": 2, "gradient_clip_val": 1.0},
+            "trainer_defaults": {
+                "max_epochs": 2,
+                "gradient_clip_val": 1.0,
+                "plugins": {"class_path": "smartbatch_lightning.cluster.AtomicCheckpointIO"},
+            },
             **options,
         }
         super().__init__(

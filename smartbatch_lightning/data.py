@@ -18,6 +18,7 @@ from smartbatch_lightning.errors import cause, listed
 from smartbatch_lightning.labels import Classes, label_values
 from smartbatch_lightning.loader import SmartBatchLoader
 from smartbatch_lightning.planning import Batching, stratified_split
+from smartbatch_lightning.resume import align_progress, position, recipe
 from smartbatch_lightning.sampler import SmartBatchSampler
 from smartbatch_lightning.sources import read_dataset
 from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
@@ -54,6 +55,8 @@ class SmartBatchDataModule(L.LightningDataModule):
         num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck.
         pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
         cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
+        resume_regardless: Resume a checkpoint of other data, seed or batching at the same step of the new plan, where
+            some samples of the epoch may be trained twice or not at all.
 
     Raises:
         ValueError: An argument or the data is not usable; the message says what was met and what to do.
@@ -82,6 +85,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         cache_dir: str | None = None,
+        resume_regardless: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -117,7 +121,9 @@ class SmartBatchDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.cache_dir = cache_dir
+        self.resume_regardless = resume_regardless
         self._label_names = label_names
+        self._restored: dict[str, Any] | None = None
 
     # --- what a subclass may want to do differently ---
 
@@ -200,7 +206,9 @@ class SmartBatchDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Makes the data sets of a stage out of what `prepare_data` left."""
         if stage == "fit":
+            self._restored = None
             self.train_data, self.validation_data = self._train_and_validation()
+            self._train_sampler = self._sampler(self.train_data, shuffle=True)
         elif stage == "validate":
             self.validation_data = self._train_and_validation()[1]
         elif stage == "test":
@@ -210,24 +218,61 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches planned anew every epoch; the same ones under `overfit_batches`."""
-        return self._loader(self.train_data, shuffle=not getattr(self.trainer, "overfit_batches", 0))
+        self._train_sampler.shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        return self._loader(self.train_data, self._train_sampler, on_epoch=self._on_epoch if self.trainer else None)
 
     def val_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
         """Batches in order of length; nothing where there is no validation."""
-        return [] if self.validation_data is None else self._loader(self.validation_data, shuffle=False)
+        return [] if self.validation_data is None else self._evaluation_loader(self.validation_data)
 
     def test_dataloader(self) -> SmartBatchLoader:
         """Batches in order of length."""
-        return self._loader(self.test_data, shuffle=False)
+        return self._evaluation_loader(self.test_data)
 
     def predict_dataloader(self) -> SmartBatchLoader:
         """Batches in order of length; each sample's `index` is its row."""
-        return self._loader(self.predict_data, shuffle=False)
+        return self._evaluation_loader(self.predict_data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands, and what its plan is made from."""
+        if self.trainer is None or not hasattr(self, "train_data"):
+            return {}
+        return {
+            "recipe": recipe(self.train_data, self._train_sampler),
+            **position(self.trainer, self._train_sampler),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, on any number of ranks.
+
+        Raises:
+            ValueError: The checkpoint is of other data, another seed or another batching.
+        """
+        if not state:
+            return
+        now = recipe(self.train_data, self._train_sampler)
+        differing = [
+            f"{name} was {state['recipe'].get(name)}, now {now[name]}"
+            for name in now
+            if state["recipe"].get(name) != now[name]
+        ]
+        if differing and not self.resume_regardless:
+            raise ValueError(
+                f"the checkpoint cannot be resumed exactly: {'; '.join(differing)}. Set these as they were; or set "
+                "--data.resume_regardless=true to go on at the same step of the new plan; or start anew from its "
+                "weights with SequenceClassifier.load_from_checkpoint."
+            )
+        self._restored = state
+        self._train_sampler.resume(state["epoch"], [(ranks, steps) for ranks, steps in state["trained"]])
 
     # --- the rest ---
 
-    def _loader(self, data: TokenDataset, *, shuffle: bool) -> SmartBatchLoader:
-        sampler = SmartBatchSampler(
+    def _on_epoch(self, sampler: SmartBatchSampler) -> None:
+        assert self.trainer is not None
+        align_progress(self.trainer, sampler, resumed=self._restored is not None)
+
+    def _sampler(self, data: TokenDataset, *, shuffle: bool) -> SmartBatchSampler:
+        return SmartBatchSampler(
             data.lengths,
             self.batch_size,
             self.batching,
@@ -237,9 +282,15 @@ class SmartBatchDataModule(L.LightningDataModule):
             num_replicas=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
+
+    def _evaluation_loader(self, data: TokenDataset) -> SmartBatchLoader:
+        return self._loader(data, self._sampler(data, shuffle=False))
+
+    def _loader(self, data: TokenDataset, sampler: SmartBatchSampler, **options: Any) -> SmartBatchLoader:
         return SmartBatchLoader(
             data,
             batch_sampler=sampler,
+            **options,
             collate_fn=self.make_collator(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -18,11 +18,14 @@ class _SamplerHandle(DistributedSampler[Any], SequentialSampler):
     `overfit_batches` does not; and the object on which Lightning calls `set_epoch`.
     """
 
-    def __init__(self, batch_sampler: SmartBatchSampler) -> None:
+    def __init__(self, batch_sampler: SmartBatchSampler, on_epoch: Callable[[SmartBatchSampler], None] | None) -> None:
         self.batch_sampler = batch_sampler
+        self.on_epoch = on_epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+        if self.on_epoch is not None:
+            self.on_epoch(self.batch_sampler)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -31,7 +34,8 @@ class _SamplerHandle(DistributedSampler[Any], SequentialSampler):
 class _LazyIterator(Iterator[Any]):
     """Starts iterating at the first `next()`.
 
-    Lightning calls `iter(loader)` before `set_epoch`; workers would already fetch batches of the epoch before.
+    Lightning calls `iter(loader)` before `set_epoch` and before it restores progress; workers would already fetch
+    batches of the wrong epoch.
     """
 
     def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
@@ -50,17 +54,32 @@ class SmartBatchLoader(DataLoader[Any]):
     Args:
         dataset: A map-style data set.
         batch_sampler: Chooses this rank's batches.
+        on_epoch: Called when Lightning has set the epoch, before it counts the epoch's batches.
         options: Everything else that `DataLoader` takes. Arguments that exclude a batch sampler are dropped, since
             Lightning builds loaders anew for prediction with them set.
     """
 
-    def __init__(self, dataset: Any, *, batch_sampler: SmartBatchSampler, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_sampler: SmartBatchSampler,
+        on_epoch: Callable[[SmartBatchSampler], None] | None = None,
+        **options: Any,
+    ) -> None:
         for excluded in ("sampler", "shuffle", "batch_size", "drop_last"):
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
         ours = getattr(batch_sampler, "_batch_sampler", batch_sampler)
-        self.__dict__["sampler"] = _SamplerHandle(ours)
+        self.__dict__["sampler"] = _SamplerHandle(ours, on_epoch)
 
     def __iter__(self) -> Any:
         return _LazyIterator(super().__iter__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's state is enough, but Lightning warns of loaders that have none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, as `state_dict`."""

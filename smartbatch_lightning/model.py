@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -177,6 +179,14 @@ class SequenceClassifier(L.LightningModule):
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         output: SequenceClassifierOutput = self.model(**inputs)
         return output
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draws the random state of the step, that of dropout, from seed, epoch, batch and rank.
+
+        A checkpoint holds no random state: without this, a resumed run would go on with another one.
+        """
+        words = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a training batch."""

@@ -1,0 +1,93 @@
+"""Where training stands, and how Lightning is told to go on from there: the one place that touches its loops' progress.
+
+Lightning keeps how many epochs and batches were trained, in counters that are internal to it (lightning 2.6); the
+tests in `tests/test_resume.py` pin what is used of them here.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
+
+from smartbatch_lightning.sampler import SmartBatchSampler
+from smartbatch_lightning.tokens import TokenDataset
+
+
+def recipe(data: TokenDataset, sampler: SmartBatchSampler) -> dict[str, Any]:
+    """What an epoch's plan is made from, but for the number of ranks: a resume is exact where all of it is equal."""
+    digest = hashlib.sha256()
+    for array in (data.lengths, data.rows, data.labels):
+        digest.update(np.ascontiguousarray(array, np.int64).tobytes() if array is not None else b"none")
+    return {
+        "data": digest.hexdigest()[:16],
+        "batching": sampler.batching,
+        "batch_size": sampler.batch_size,
+        "jitter": sampler.jitter,
+        "seed": sampler.seed,
+    }
+
+
+def position(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
+    """Where training stands: an epoch, and what was trained of it, as `SmartBatchSampler.resume` takes it.
+
+    Counted by what the optimizer has seen, not by what workers fetched: batches whose gradients were still being
+    accumulated are trained again.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if epochs.started <= epochs.processed:  # between two epochs
+        return {"epoch": epochs.processed, "trained": []}
+    steps = batches.processed
+    if steps < trainer.num_training_batches:
+        steps -= steps % trainer.accumulate_grad_batches
+    before = sampler.trained
+    return {
+        "epoch": epochs.processed,
+        "trained": [*before, (sampler.num_replicas, steps - (sampler.first_step if before else 0))],
+    }
+
+
+def align_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: bool) -> None:
+    """Makes Lightning count the epoch's batches from where the sampler goes on.
+
+    Called when Lightning has restored its progress and set the epoch, and has not begun to count. There is something
+    to do after a resume on another number of ranks, where a step is another share of the epoch, and after one from
+    the middle of an accumulation.
+
+    Args:
+        trainer: In `fit`.
+        sampler: The training loader's.
+        resumed: The data module has found its state in the checkpoint.
+    """
+    loop = trainer.fit_loop
+    progress: Any = loop.epoch_loop.batch_progress
+    # a checkpoint of an exception leaves these one ahead for ever, and Lightning repeats a batch at the next resume
+    progress.total.ready = progress.total.started = progress.total.processed
+    if not resumed and loop.restarted_mid_epoch:
+        rank_zero_warn(
+            "The checkpoint has no state of this data module, perhaps because its class was renamed. Going on after "
+            f"{progress.current.processed} batches of the epoch, which is exact if data, seed, batching and the number "
+            "of ranks are as before."
+        )
+        sampler.resume(sampler.epoch, [(sampler.num_replicas, progress.current.processed)])
+    if not sampler.trained:
+        return
+    shift = sampler.first_step - progress.current.processed
+    for counter in ("ready", "started", "processed", "completed"):
+        setattr(progress.current, counter, getattr(progress.current, counter) + shift)
+    if any(num_replicas != sampler.num_replicas for num_replicas, _ in sampler.trained) and trainer.max_steps == -1:
+        _align_schedules(trainer, sampler)
+
+
+def _align_schedules(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
+    """Puts schedules by the step at the same share of training as before, since an epoch now has other steps."""
+    window = trainer.accumulate_grad_batches
+    steps = sampler.epoch * math.ceil(len(sampler) / window) + sampler.first_step // window
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step" and isinstance(config.scheduler, LambdaLR):
+            config.scheduler.last_epoch = steps - 1
+            config.scheduler.step()

@@ -1,0 +1,419 @@
+"""InterruptionError runs: what follows is what would have followed, to the last bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from test_fit import Seen
+from test_model import trainer
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, SmartBatchSampler, plan_epoch
+from smartbatch_lightning.cluster import AtomicCheckpointIO
+
+BATCHINGS = ["smart", "tutorial", "random"]
+STEPS = 7  # batches in an epoch of the short runs below
+
+
+class Dropped(SequenceClassifier):
+    """The demo's model with dropout, so that the random state matters."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for module in self.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+
+
+class InterruptionError(Exception):
+    """Stands for whatever ends a run."""
+
+
+class SaveAndStop(Callback):
+    """Saves after a batch, then ends the run."""
+
+    def __init__(self, path: Path, epoch: int, batch: int) -> None:
+        self.path, self.at = path, (epoch, batch)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if (trainer.current_epoch, batch_idx) == self.at:
+            trainer.save_checkpoint(self.path)
+            raise InterruptionError
+
+
+def data(**options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(**{"validation_split": 0.9, "max_length": 16, "batch_size": 32, "seed": 5, **options})
+
+
+def train(folder: Path, *callbacks: Callback, ckpt_path=None, module=None, **options) -> tuple[list, dict]:
+    """Batches by epoch, and the final weights."""
+    seen, model = Seen(), Dropped(learning_rate=1e-3)
+    run = trainer(folder, **{"max_epochs": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0, **options})
+    run.callbacks += [seen, *callbacks]
+    seen.epochs = [[] for _ in range(run.max_epochs)]
+    seen.on_train_epoch_start = lambda *_: None
+    seen.on_train_batch_end = lambda t, m, o, batch, i: seen.epochs[t.current_epoch].append(
+        tuple(batch["index"].tolist())
+    )
+    torch.manual_seed(0)
+    try:
+        run.fit(model, module or data(), ckpt_path=ckpt_path)
+    except InterruptionError:
+        return seen.epochs, {}
+    return seen.epochs, model.state_dict()
+
+
+def assert_same(resumed: dict, whole: dict) -> None:
+    assert resumed.keys() == whole.keys()
+    for name in whole:
+        assert torch.equal(resumed[name], whole[name]), name
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("num_replicas", [1, 2, 3])
+@pytest.mark.parametrize("step", [0, 1, 7])
+def test_resuming_yields_exactly_the_remaining_batches(batching: str, num_replicas: int, step: int) -> None:
+    lengths = [5, 9, 3] * 50
+    for rank in range(num_replicas):
+        options = {"batch_size": 4, "batching": batching, "num_replicas": num_replicas, "rank": rank}
+        whole, rest = (SmartBatchSampler(lengths, **options) for _ in range(2))
+        rest.resume(2, [(num_replicas, step)])
+        for epoch in (2, 3):
+            whole.set_epoch(epoch)
+            rest.set_epoch(epoch)
+            assert list(rest) == list(whole)[step if epoch == 2 else 0 :]
+            assert len(rest) == len(whole)
+        rest.set_epoch(2)
+        assert rest.first_step == step
+
+
+@pytest.mark.parametrize("batching", BATCHINGS)
+@pytest.mark.parametrize("runs", [[(2, 5)], [(1, 9)], [(2, 5), (4, 2)], [(3, 4), (3, 1), (1, 6)], [(4, 0), (2, 3)]])
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+def test_ranks_of_any_number_train_what_is_left_of_the_epoch_once(batching, runs, num_replicas) -> None:
+    lengths = [5, 9, 3, 12, 4, 30] * 25
+    trained: list[int] = []
+    for number, (ranks, steps) in enumerate(runs):
+        for rank in range(ranks):
+            sampler = SmartBatchSampler(lengths, 4, batching, num_replicas=ranks, rank=rank)
+            sampler.resume(0, runs[:number])
+            trained += [sample for batch in list(sampler)[:steps] for sample in batch]
+    counts = set()
+    for rank in range(num_replicas):
+        sampler = SmartBatchSampler(lengths, 4, batching, num_replicas=num_replicas, rank=rank)
+        sampler.resume(0, runs)
+        batches = list(sampler)
+        counts.add(len(batches))
+        assert sampler.first_step + len(batches) == len(sampler)
+        trained += [sample for batch in batches for sample in batch]
+    assert len(counts) == 1
+    assert sorted(trained) == list(range(150))
+
+
+def test_an_epoch_that_is_all_trained_leaves_nothing_to_any_number_of_ranks() -> None:
+    sampler = SmartBatchSampler([5] * 40, 4, num_replicas=2, rank=0)
+    sampler.resume(0, [(1, 10)])
+    assert list(sampler) == []
+    assert sampler.first_step == len(sampler) == 5
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (0, STEPS - 1), (1, 3), (2, 5)])
+def test_a_run_resumed_after_an_optimizer_step_ends_with_the_same_weights(
+    epoch, batch, accumulate, tmp_path: Path
+) -> None:
+    options = {"accumulate_grad_batches": accumulate}
+    whole, weights = train(tmp_path, **options)
+    assert [len(batches) for batches in whole] == [STEPS] * 3
+    before, _ = train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", epoch, batch), **options)
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", **options)
+    assert [a + b for a, b in zip(before, after, strict=True)] == whole
+    assert_same(resumed, weights)
+
+
+def test_batches_whose_gradients_were_being_accumulated_are_trained_again(tmp_path: Path) -> None:
+    whole, weights = train(tmp_path, accumulate_grad_batches=3)
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 4), accumulate_grad_batches=3)
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", accumulate_grad_batches=3)
+    assert after[1] == whole[1][3:]
+    assert_same(resumed, weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_n_epochs": 1},
+        {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+        {"every_n_train_steps": STEPS},
+        {"every_n_train_steps": 3},
+        {"every_n_epochs": 1, "monitor": "val_loss"},
+    ],
+)
+@pytest.mark.parametrize("val_check_interval", [1.0, 3])
+def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_interval, tmp_path: Path) -> None:
+    checks = {"val_check_interval": val_check_interval, "enable_checkpointing": True}
+    whole, weights = train(tmp_path, ModelCheckpoint(tmp_path / "all", save_top_k=-1, **options), **checks)
+    checkpoints = sorted((tmp_path / "all").glob("*.ckpt"))
+    assert len(checkpoints) >= 3
+    for checkpoint in checkpoints:
+        state = torch.load(checkpoint, weights_only=True)["SmartBatchDataModule"]
+        saver = ModelCheckpoint(tmp_path / "again", save_top_k=-1, **options)
+        after, resumed = train(tmp_path, saver, ckpt_path=checkpoint, **checks)
+        done = sum(steps for _, steps in state["trained"])
+        expected = [[]] * state["epoch"] + [
+            epoch[done if n == 0 else 0 :] for n, epoch in enumerate(whole[state["epoch"] :])
+        ]
+        assert after == expected, checkpoint.name
+        if any(after):
+            assert_same(resumed, weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
+    """Lightning's checkpoint of an exception leaves counters ahead, and would repeat a batch at the second resume."""
+
+    class FailAt(Callback):
+        def __init__(self, epoch: int, batch: int) -> None:
+            self.at = (epoch, batch)
+
+        def on_before_zero_grad(self, trainer, *_) -> None:
+            if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.at:
+                raise InterruptionError
+
+    whole, weights = train(tmp_path)
+    rescue = {"enable_checkpointing": True}
+    first, _ = train(tmp_path, OnExceptionCheckpoint(tmp_path, "1"), FailAt(0, 4), **rescue)
+    stop = SaveAndStop(tmp_path / "2.ckpt", 1, 2)
+    second, _ = train(tmp_path, stop, ckpt_path=tmp_path / "1.ckpt", **rescue)
+    third, resumed = train(tmp_path, ckpt_path=tmp_path / "2.ckpt", **rescue)
+    assert [a + b + c for a, b, c in zip(first, second, third, strict=True)] == whole
+    assert_same(resumed, weights)
+
+
+def test_workers_change_nothing_on_resume(tmp_path: Path) -> None:
+    whole, weights = train(tmp_path)
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2), module=data(num_workers=2))
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(num_workers=1))
+    assert after[1] == whole[1][3:]
+    assert_same(resumed, weights)
+
+
+def test_reloading_the_loader_every_epoch_changes_nothing_on_resume(tmp_path: Path) -> None:
+    options = {"reload_dataloaders_every_n_epochs": 1}
+    whole, weights = train(tmp_path, **options)
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2), **options)
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", **options)
+    assert after == [[], whole[1][3:], whole[2]]
+    assert_same(resumed, weights)
+
+
+def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_path: Path) -> None:
+    class Renamed(SmartBatchDataModule):
+        pass
+
+    whole, weights = train(tmp_path)
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2))
+    renamed = Renamed(validation_split=0.9, max_length=16, batch_size=32, seed=5)
+    with pytest.warns(UserWarning, match="no state of this data module.*Going on after 3 batches of the epoch"):
+        after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=renamed)
+    assert after == [[], whole[1][3:], whole[2]]
+    assert_same(resumed, weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 16}, "batch_size was 32, now 16"),
+        ({"seed": 6}, "data was .*seed was 5, now 6"),
+        ({"batching": "random"}, "batching was smart, now random"),
+        ({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
+        ({"max_length": 17}, "data was"),
+    ],
+)
+def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
+    with pytest.raises(
+        ValueError, match=f"cannot be resumed exactly: {message}.*resume_regardless=true.*load_from_checkpoint"
+    ):
+        train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(**options))
+    after, _ = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(**options, resume_regardless=True))
+    assert len(after[0]) == (STEPS if options != {"batch_size": 16} else 13) - 3
+
+
+def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: Path) -> None:
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"b.ckpt is cut short or corrupt: .*in its folder are \['a.ckpt', 'b.ckpt'\]"):
+        train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, tmp_path / "a.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"step": 1}
+
+
+# --- processes, killed ---
+
+
+def start(folder: Path, **options) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("run_to_be_killed.py")
+    command = [sys.executable, str(script), str(folder), *(f"{name}={value}" for name, value in options.items())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PL_"))}
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
+    assert run.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
+
+
+def diaries(folder: Path, rank: int = 0) -> list[list[tuple[int, int, tuple[int, ...]]]]:
+    """For each run of a rank its batches: epoch, number and ids. A line that the kill cut short is left out."""
+    runs: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    path = folder / f"diary-{rank}.txt"
+    text = path.read_text() if path.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if line.startswith("start"):
+            runs.append([])
+        else:
+            epoch, batch, *ids = map(int, line.split())
+            runs[-1].append((epoch, batch, tuple(ids)))
+    return runs
+
+
+def kill_after(run: subprocess.Popen[bytes], folder: Path, lines: int, delay: float, how=signal.SIGKILL) -> None:
+    """Sends a signal to all ranks when the newest run has trained so many batches, and a moment has passed."""
+    before = len(diaries(folder))
+    while run.poll() is None and not (len(d := diaries(folder)) > before and len(d[-1]) >= lines):
+        time.sleep(0.001)
+    time.sleep(delay)
+    assert run.poll() is None, (folder / "log.txt").read_text()[-3000:]
+    os.killpg(run.pid, how)
+    run.wait(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory):
+    """Uninterrupted runs, each made once."""
+    made: dict[tuple[int, int], Path] = {}
+
+    def get(devices: int, accumulate: int) -> Path:
+        if (devices, accumulate) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            finish(start(folder, devices=devices, accumulate=accumulate), folder)
+            made[devices, accumulate] = folder
+        return made[devices, accumulate]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
+    devices, workers, accumulate, reference, tmp_path
+):
+    whole = reference(devices, accumulate)
+    rng = random.Random(f"{devices} {workers} {accumulate}")
+    folder, epoch_batches = tmp_path / "run", len(diaries(whole)[0]) // 3
+    options = {"devices": devices, "workers": workers, "accumulate": accumulate}
+    for low, high in ((2, epoch_batches), (epoch_batches // 2, epoch_batches), (2, epoch_batches // 2)):
+        kill_after(start(folder, **options), folder, rng.randint(low, high), rng.random() * 0.05)
+    finish(start(folder, **options), folder)
+    for rank in range(devices):
+        [expected] = diaries(whole, rank)
+        runs = diaries(folder, rank)
+        assert len(runs) == 4
+        assert runs[0][0] == expected[0]
+        for run, following in zip(runs, [*runs[1:], None], strict=True):
+            first = expected.index(run[0])
+            assert run == expected[first : first + len(run)]
+            if following is not None:  # goes on from the newest checkpoint, which is every two optimizer steps
+                repeated = first + len(run) - expected.index(following[0])
+                assert 0 <= repeated <= 2 * 2 * accumulate
+        assert runs[-1][-1] == expected[-1]
+    weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
+    assert_same(resumed, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_trains_the_rest_of_the_epoch_once(before: int, after: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    kill_after(start(folder, devices=before), folder, 17 if before == 2 else 31, 0.0)
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["SmartBatchDataModule"]
+    finish(start(folder, devices=after), folder)
+    epoch, [(ranks, steps)] = state["epoch"], state["trained"]
+    assert (epoch, ranks) == (1, before)
+    assert steps > 0
+    for number in range(3):
+        trained = []
+        for rank in range(before):
+            trained += [ids for e, b, ids in diaries(folder, rank)[0] if e == number and (e < epoch or b < steps)]
+        for rank in range(after):
+            trained += [ids for e, _, ids in diaries(folder, rank)[-1] if e == number]
+        rows = sorted(row for batch in trained for row in batch)
+        assert len(rows) == len(set(rows)) == 200, number
+    assert float((folder / "steps.txt").read_text().split()[1]) == 0  # the schedule ends where training does
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["main", "other"])
+def test_when_one_of_two_ranks_dies_the_other_ends_with_an_error_and_the_checkpoint_is_whole(
+    victim, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    run = start(folder, devices=2, epochs=200)
+    while run.poll() is None and len((diaries(folder) or [[]])[-1]) < 20:
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(run.pid), "-f", "run_to_be_killed"], capture_output=True, text=True)
+    other = int(children.stdout.split()[0])
+    os.kill(run.pid if victim == "main" else other, signal.SIGKILL)
+    begun = time.monotonic()
+    assert run.wait(timeout=120) != 0
+    while Path(f"/proc/{other}").exists() and "Z" not in Path(f"/proc/{other}/stat").read_text().split(")")[-1][:3]:
+        assert time.monotonic() - begun < 120, "the other rank hangs"
+        time.sleep(0.1)
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(devices: int, reference, tmp_path: Path) -> None:
+    """Under SLURM's variables, with a `scontrol` that writes down what it is asked."""
+    whole, folder = reference(devices, 2), tmp_path / "run"
+    options = {"devices": devices, "accumulate": 2, "every": 1000}
+    run = start(folder, **options)
+    kill_after(run, folder, 9, 0.0, signal.SIGUSR1)
+    assert run.returncode == 0, (folder / "log.txt").read_text()[-3000:]
+    finish(start(folder, **options), folder)
+    for rank in range(devices):
+        first, second = diaries(folder, rank)
+        assert [first + second] == diaries(whole, rank)
+        assert len(first) < len(second)
+    weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
+    assert_same(resumed, weights)
+
+
+@pytest.mark.slow
+def test_resuming_deep_in_a_plan_of_a_hundred_million_samples_costs_no_more_than_planning() -> None:
+    lengths = torch.randint(5, 400, (100_000_000,), dtype=torch.int32).numpy()
+    begun = time.perf_counter()
+    plan_epoch(lengths, 16)
+    planning = time.perf_counter() - begun
+    sampler = SmartBatchSampler(lengths, 16)
+    sampler.resume(0, [(1, 1_000_000)])
+    begun = time.perf_counter()
+    assert sampler.first_step == 1_000_000
+    next(iter(sampler))
+    assert time.perf_counter() - begun < planning + 1
