@@ -1,5 +1,6 @@
 """Smart batching for text classification with PyTorch Lightning."""
 
+from smartbatch_lightning.callbacks import PaddingSummary, PredictionWriter
 from smartbatch_lightning.cli import SmartBatchCLI
 from smartbatch_lightning.collate import PadCollator
 from smartbatch_lightning.data import SmartBatchDataModule
@@ -10,6 +11,8 @@ from smartbatch_lightning.sampler import SmartBatchSampler
 __all__ = [
     "BatchPlan",
     "PadCollator",
+    "PaddingSummary",
+    "PredictionWriter",
     "SequenceClassifier",
     "SmartBatchCLI",
     "SmartBatchDataModule",

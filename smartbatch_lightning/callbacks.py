@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from rich.console import Console
 from torch import Tensor
 
+from smartbatch_lightning.errors import UsageError
+
 
 class PaddingSummary(Callback):
     """Counts what was trained on, logs the padding of each epoch, and says at the end what batching saved.
@@ -56,17 +58,20 @@ class PaddingSummary(Callback):
         """Prints the balance, on rank 0."""
         if not trainer.is_global_zero:
             return
-        console = Console(soft_wrap=True)
-        console.print(
-            f"Trained on {self.samples:,} samples: {self.real_tokens:,} real tokens, {self.tokens:,} with padding."
-        )
+        epochs = trainer.current_epoch
+        _say(f"Trained {self.samples:,} samples in {epochs} {'epoch' if epochs == 1 else 'epochs'}.")
         max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
         if self.samples and max_length:
             fixed = self.samples * max_length
-            console.print(f"With fixed padding to {max_length}: {fixed:,}. {1 - self.tokens / fixed:.1%} saved.")
+            _say(
+                f"Tokens computed: {self.tokens:,}, of which {self.real_tokens:,} real. Padding everything to "
+                f"{max_length} takes {fixed:,}: {1 - self.tokens / fixed:.1%} saved."
+            )
         measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
         if measured:
-            console.print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+            _say("Validation: " + ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+        if path := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+            _say(f"Checkpoint: {path}")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -85,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.path = Path(path)
         if self.path.suffix not in (".parquet", ".csv"):
-            raise ValueError(
+            raise UsageError(
                 f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
             )
 
@@ -120,4 +125,8 @@ class PredictionWriter(BasePredictionWriter):
             pyarrow.csv.write_csv(table, self.path)
         else:
             pyarrow.parquet.write_table(table, self.path)
-        Console().print(f"Wrote {len(table):,} predictions to {self.path}")
+        _say(f"Wrote {len(table):,} predictions to {self.path}")
+
+
+def _say(line: str) -> None:
+    Console(soft_wrap=True, markup=False, highlight=False).print(line)

@@ -1,13 +1,27 @@
-"""The command line: fit, validate, test and predict, by flags and YAML."""
+"""The command line: prepare, fit, validate, test and predict, by flags and YAML."""
 
+import sys
 import warnings
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.callbacks import PaddingSummary, PredictionWriter
 from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
+
+
+class SmartBatchTrainer(L.Trainer):
+    """Lightning's Trainer with what the command line can do besides; nothing else needs it."""
+
+    def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+        """Loads and tokenizes the data, for every later start to find. Run it before the GPUs are taken."""
+        datamodule.trainer = self
+        self.strategy.connect(model)  # whose tokenizer the data module takes
+        datamodule.prepare_data()
 
 
 class SmartBatchCLI(LightningCLI):
@@ -25,6 +39,8 @@ class SmartBatchCLI(LightningCLI):
         options = {
             "seed_everything_default": 321,
             "save_config_kwargs": {"overwrite": True},
+            "auto_configure_optimizers": False,  # make_optimizer and make_scheduler are there for that
+            "parser_kwargs": {"description": "Fine-tune BERT and its kin on text classification."},
             "trainer_defaults": {
                 "max_epochs": 2,
                 "gradient_clip_val": 1.0,
@@ -35,11 +51,17 @@ class SmartBatchCLI(LightningCLI):
         super().__init__(
             SequenceClassifier,
             SmartBatchDataModule,
+            trainer_class=SmartBatchTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
             **options,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `prepare`."""
+        return {**LightningCLI.subcommands(), "prepare": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run and the default classes."""
@@ -48,21 +70,39 @@ class SmartBatchCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})
         parser.set_defaults({"data": {"class_path": "smartbatch_lightning.SmartBatchDataModule"}})
 
-    def before_instantiate_classes(self) -> None:
-        """Takes the model's tokenizer where none is given.
+    def before_fit(self) -> None:
+        """Says so where the run is the demo."""
+        if self.datamodule.dataset == "demo":
+            rank_zero_info(
+                "This is the embedded demo: made-up reviews and a small untrained BERT. How well it does says nothing "
+                "about real texts."
+            )
 
-        `link_arguments` would silently ignore a tokenizer that is given.
-        """
-        config = self.config if self.subcommand is None else self.config[self.subcommand]
-        model, data = config.model.init_args, config.data.init_args
-        if "tokenizer" in data and data.tokenizer is None:
-            data.tokenizer = model.get("pretrained")
+    def after_fit(self) -> None:
+        """Names the command for the real thing after the demo."""
+        if self.datamodule.dataset == "demo":
+            rank_zero_info(
+                "That was the embedded demo. The real thing: smartbatch fit --model.pretrained=bert-base-uncased "
+                "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"
+            )
+
+
+# What a user cannot act on.
+_IGNORED_WARNINGS = (
+    "does not have many workers",  # batches are collated in microseconds: workers gain nothing
+    "using a custom batch sampler",  # ours does return every sample for prediction
+    "Total length of `list` across ranks is zero",  # whoever sets no validation data knows
+    "The dirpath has changed from",  # testing and predicting have folders of their own
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
+)
 
 
 def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
-    # what a user cannot act on: batches are collated in microseconds, so that workers gain nothing; our sampler does
-    # return every sample for prediction; and whoever sets no validation data knows
-    for message in ("does not have many workers", "using a custom batch sampler", "Total length of `list`"):
+    for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    SmartBatchCLI()
+    sys.path.insert(0, "")  # classes of the folder it is called in, by class_path, as `python -m` finds them
+    try:
+        SmartBatchCLI()
+    except UsageError as error:
+        sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from smartbatch_lightning.cache import replace_whole
-from smartbatch_lightning.errors import cause
+from smartbatch_lightning.errors import UsageError, cause
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except FileNotFoundError:
             raise
         except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint {path} is cut short or corrupt: {cause(error)} Resume from another one, given by "
                 f"--ckpt_path; in its folder are {sorted(other.name for other in Path(path).parent.glob('*.ckpt'))}."
             ) from error
@@ -65,9 +65,9 @@ class Requeue(Callback):
 
     def __init__(self, signal_name: str = "SIGUSR1", every_n_steps: int = 1) -> None:
         if signal_name not in signal.Signals.__members__:
-            raise ValueError(f"signal_name is {signal_name!r}; give a name such as SIGUSR1.")
+            raise UsageError(f"signal_name is {signal_name!r}; give a name such as SIGUSR1.")
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}; give 1 or more.")
+            raise UsageError(f"every_n_steps is {every_n_steps}; give 1 or more.")
         self.signal = signal.Signals[signal_name]
         self.every_n_steps = every_n_steps
         self._announced = False
@@ -77,7 +77,7 @@ class Requeue(Callback):
         """Takes the signal; Lightning, which comes later, leaves handlers alone that are there."""
         if stage == "fit":
             if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-                raise ValueError(
+                raise UsageError(
                     "Requeue has nowhere to save. Add a ModelCheckpoint with a dirpath and save_last=True."
                 )
             self._announced = False
@@ -91,11 +91,10 @@ class Requeue(Callback):
     def _announce(self, *_: Any) -> None:
         self._announced = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves, requeues and ends if any rank was told to; only between two optimizer steps."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        window = trainer.accumulate_grad_batches * self.every_n_steps
-        if batches.current.ready % window and not batches.is_last_batch:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves, requeues and ends if any rank was told to; only where an optimizer step and all its hooks are done."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.processed % (trainer.accumulate_grad_batches * self.every_n_steps):
             return
         if not trainer.strategy.reduce_boolean_decision(self._announced, all=False):
             return

@@ -1,6 +1,7 @@
 """Ragged rows of tokens -> tensors."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ class PadCollator:
     Args:
         pad_token_id: What `input_ids` are padded with.
         padding: `longest` pads to the longest sample of the batch, `max_length` always to `max_length`.
-        max_length: Widest batch, in tokens.
+        max_length: Width to which rounding up and `padding="max_length"` go; a longer sample is wider still.
         pad_to_multiple_of: Rounds the width up to a multiple, but never beyond `max_length`.
 
     Raises:
@@ -74,6 +75,12 @@ class PadCollator:
                     line[: len(row[name])] = row[name]
                 batch[name] = torch.from_numpy(padded)
             else:
-                batch["labels" if name == "label" else name] = torch.tensor([row[name] for row in rows])
+                values = [row[name] for row in rows]
+                if not isinstance(values[0], Number):
+                    raise ValueError(
+                        f"the column {name!r} holds {type(values[0]).__name__}, which makes no tensor. Remove it from "
+                        "the rows."
+                    )
+                batch["labels" if name == "label" else name] = torch.tensor(values)
         batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
         return batch

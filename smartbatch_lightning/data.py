@@ -9,12 +9,13 @@ from typing import Any
 import lightning as L
 import torch
 from datasets import Dataset, DatasetDict
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.cache import cache_dir
 from smartbatch_lightning.collate import PadCollator, Padding
-from smartbatch_lightning.errors import cause, listed
+from smartbatch_lightning.errors import UsageError, cause, listed
 from smartbatch_lightning.labels import Classes, label_values
 from smartbatch_lightning.loader import SmartBatchLoader
 from smartbatch_lightning.planning import Batching, stratified_split
@@ -32,8 +33,8 @@ class SmartBatchDataModule(L.LightningDataModule):
     Args:
         dataset: `demo`; a name on the Hugging Face Hub; a CSV, JSON lines or Parquet file; a folder of such files or
             one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
-        tokenizer: Name or folder of a pretrained fast tokenizer. The command line takes the model's, unless another
-            is given; the demo has its own.
+        tokenizer: Name or folder of a pretrained fast tokenizer; by default the one of the model that the Trainer
+            runs, a `SequenceClassifier`.
         dataset_config: Configuration of a data set on the Hub that has several, such as `sst2` of `nyu-mll/glue`.
         text_columns: Column of text, or two columns for pairs of sentences.
         label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans.
@@ -43,7 +44,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         validation_split: Split to validate on, or the share of the training split to set aside for it, drawn from
             `seed` with the same share of every label; None for no validation.
         test_split: Split to test on.
-        predict_split: Split to predict; it needs no labels.
+        predict_split: Split to predict, which needs no labels; by default `test_split`, or the only split there is.
         max_length: Longest sample, in tokens with special tokens; longer text is cut.
         batch_size: Samples in a batch at most, on one rank.
         batching: How batches are chosen. `smart`: runs of the samples sorted by length, in random order; `tutorial`:
@@ -74,7 +75,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         train_split: str = "train",
         validation_split: str | float | None = 0.1,
         test_split: str = "test",
-        predict_split: str = "test",
+        predict_split: str | None = None,
         max_length: int = 400,
         batch_size: int = 16,
         batching: Batching = "smart",
@@ -88,23 +89,22 @@ class SmartBatchDataModule(L.LightningDataModule):
         resume_regardless: bool = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        if dataset != "demo" and tokenizer in (None, "demo"):
-            raise ValueError(
-                f"the tokenizer for {dataset} is {tokenizer!r}, and the demo's knows few words but the demo's. Set "
-                "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
+        if not isinstance(tokenizer, str | None):
+            raise UsageError(
+                f"tokenizer is a {type(tokenizer).__name__}; give its name or folder, such as tokenizer.name_or_path."
             )
+        self.save_hyperparameters()
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; set --data.batch_size to 1 or more.")
+            raise UsageError(f"batch_size is {batch_size}; set --data.batch_size to 1 or more.")
         if max_length < 3:
-            raise ValueError(
+            raise UsageError(
                 f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
             )
         if isinstance(text_columns, list) and len(text_columns) not in (1, 2):
-            raise ValueError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
+            raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         self.dataset = dataset
         self.dataset_config = dataset_config
-        self.tokenizer_name = tokenizer or "demo"
+        self.tokenizer_name = tokenizer
         self.text_columns = [text_columns] if isinstance(text_columns, str) else text_columns
         self.label_column = label_column
         self.train_split = train_split
@@ -159,17 +159,24 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded."""
-        name = str(demo.model_dir()) if self.tokenizer_name == "demo" else self.tokenizer_name
+        """The tokenizer, loaded: the one that is named, else the model's."""
+        name = self.tokenizer_name or getattr(self._model, "pretrained", "demo")
+        if name == "demo":
+            if self.dataset != "demo" or type(self).load_dataset is not SmartBatchDataModule.load_dataset:
+                raise UsageError(
+                    f"the demo's model and tokenizer know few words but the demo's. For {self._source} set "
+                    "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
+                )
+            name = str(demo.model_dir())
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the "
                 "path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
         if self.max_length > tokenizer.model_max_length:
-            raise ValueError(
+            raise UsageError(
                 f"max_length is {self.max_length}, but {name} takes {tokenizer.model_max_length} tokens at most. "
                 f"Set --data.max_length to {tokenizer.model_max_length} or less."
             )
@@ -177,11 +184,12 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     @cached_property
     def classes(self) -> Classes | None:
-        """The classes; None where nothing tells, as in data without labels."""
+        """The classes: those of the data, else of a model from a checkpoint; None where nothing tells."""
         if self._label_names is not None:
             return Classes(self._label_names)
         if self.train_split not in self.splits or self.label_column not in self.splits[self.train_split].column_names:
-            return None
+            known = getattr(self._model, "label_names", None)
+            return Classes(known) if known else None
         return Classes.of(self._split(self.train_split), self.label_column, self.train_split)
 
     @property
@@ -198,7 +206,9 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it."""
-        named = [self.train_split, self.validation_split, self.test_split, self.predict_split]
+        named = {self.train_split, self.test_split, self._split_to_predict}
+        if isinstance(self.validation_split, str):
+            named.add(self.validation_split)
         for split in self.splits:
             if split in named and len(self.splits[split]):
                 self.tokenize(self._split(split))
@@ -214,7 +224,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         elif stage == "test":
             self.test_data = self._token_dataset(self.test_split)
         elif stage == "predict":
-            self.predict_data = self._token_dataset(self.predict_split, with_labels=False)
+            self.predict_data = self._token_dataset(self._split_to_predict, with_labels=False)
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches planned anew every epoch; the same ones under `overfit_batches`."""
@@ -248,7 +258,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         Raises:
             ValueError: The checkpoint is of other data, another seed or another batching.
         """
-        if not state:
+        if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         now = recipe(self.train_data, self._train_sampler)
         differing = [
@@ -257,7 +267,7 @@ class SmartBatchDataModule(L.LightningDataModule):
             if state["recipe"].get(name) != now[name]
         ]
         if differing and not self.resume_regardless:
-            raise ValueError(
+            raise UsageError(
                 f"the checkpoint cannot be resumed exactly: {'; '.join(differing)}. Set these as they were; or set "
                 "--data.resume_regardless=true to go on at the same step of the new plan; or start anew from its "
                 "weights with SequenceClassifier.load_from_checkpoint."
@@ -266,6 +276,22 @@ class SmartBatchDataModule(L.LightningDataModule):
         self._train_sampler.resume(state["epoch"], [(ranks, steps) for ranks, steps in state["trained"]])
 
     # --- the rest ---
+
+    @property
+    def _model(self) -> L.LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    @property
+    def _source(self) -> str:
+        """The data set, as messages name it."""
+        own = type(self).load_dataset is not SmartBatchDataModule.load_dataset
+        return f"{type(self).__name__}.load_dataset()" if own else str(self.dataset)
+
+    @property
+    def _split_to_predict(self) -> str:
+        if self.predict_split is None and self.test_split not in self.splits and len(self.splits) == 1:
+            return str(next(iter(self.splits)))
+        return self.predict_split or self.test_split
 
     def _on_epoch(self, sampler: SmartBatchSampler) -> None:
         assert self.trainer is not None
@@ -314,27 +340,33 @@ class SmartBatchDataModule(L.LightningDataModule):
         if with_labels:
             values = label_values(dataset, self.label_column, split)
             if self.classes is None:
-                raise ValueError(
-                    f"nothing tells which classes there are: {self.dataset} has no training split "
-                    f"{self.train_split!r} with labels. Set --data.label_names to the model's, in order."
+                raise UsageError(
+                    f"nothing tells which classes there are: {self._source} has no training split "
+                    f"{self.train_split!r} with labels, and the model is of no checkpoint. Give --ckpt_path, or "
+                    "--data.label_names, in the order of their numbers."
                 )
             labels = self.classes.numbers(values, split)
         return TokenDataset(self.tokenize(dataset), labels)
 
+    def _role(self, split: str) -> str:
+        """The argument that names a split."""
+        roles = ("train_split", "validation_split", "test_split")
+        return next((role for role in roles if getattr(self, role) == split), "predict_split")
+
     def _split(self, split: str) -> Dataset:
         """A split that has samples and the text columns."""
         if split not in self.splits:
-            raise ValueError(
-                f"the split {split!r} is not in {self.dataset}, which has {listed(self.splits)}. "
-                "Set --data.train_split, validation_split, test_split or predict_split."
+            raise UsageError(
+                f"the split {split!r} is not in {self._source}, which has {listed(self.splits)}. "
+                f"Set --data.{self._role(split)} to one of these."
             )
         dataset = self.splits[split]
         if not len(dataset):
-            raise ValueError(f"the split {split!r} of {self.dataset} has no samples. Give data with at least one.")
+            raise UsageError(f"the split {split!r} of {self._source} has no samples. Give data with at least one.")
         for column in self.text_columns:
             if column not in dataset.column_names:
-                raise ValueError(
-                    f"the text column {column!r} is not in the split {split!r} of {self.dataset}, which has "
+                raise UsageError(
+                    f"the text column {column!r} is not in the split {split!r} of {self._source}, which has "
                     f"{listed(dataset.column_names)}. Set --data.text_columns."
                 )
         return dataset

@@ -1,7 +1,14 @@
-"""How error messages list names and tell causes."""
+"""What a user can mend: the exception, and how its messages list names and tell causes."""
 
 from collections.abc import Iterable
 from typing import Any
+
+
+class UsageError(ValueError):
+    """Something that was given cannot be used; the message says what was met and what to do.
+
+    The command line shows the message alone.
+    """
 
 
 def listed(names: Iterable[Any]) -> str:

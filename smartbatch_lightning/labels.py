@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 from numpy.typing import NDArray
 
-from smartbatch_lightning.errors import listed
+from smartbatch_lightning.errors import UsageError, listed
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Classes:
 
     Attributes:
         names: Name of each class, in the order of their numbers.
-        values: What stands in the data for each class; None where strings are names and whole numbers are numbers.
+        values: What stands in the training data for each class; None where names stand for themselves, and whole
+            numbers are the classes' numbers unless the names are numbers too.
     """
 
     names: list[str]
@@ -43,17 +44,17 @@ class Classes:
         Raises:
             ValueError: A label is of none of the classes.
         """
-        if self.values is not None and self.values.type == labels.type:
-            numbers = pc.index_in(labels, value_set=self.values)
-        elif _is_text(labels.type):
-            numbers = pc.index_in(labels, value_set=pa.array(self.names, labels.type))
+        if self.values is not None:
+            numbers = pc.index_in(labels.cast(pa.string()), value_set=self.values.cast(pa.string()))
+        elif _is_text(labels.type) or all(name.lstrip("-").isdigit() for name in self.names):
+            numbers = pc.index_in(labels.cast(pa.string()), value_set=pa.array(self.names))
         else:
             whole = labels.cast(pa.int64())
             known = pc.and_(pc.greater_equal(whole, 0), pc.less(whole, len(self.names)))
             numbers = pc.if_else(known, whole, None)
         if numbers.null_count:
             row = _first(numbers.is_null())
-            raise ValueError(
+            raise UsageError(
                 f"row {row} (counted from 0) of the split {split!r} has the label {labels[row].as_py()!r}, which is "
                 f"none of the classes of the training split: {listed(self.names)}. Correct it, drop such rows, or use "
                 "predict, which needs no labels."
@@ -68,19 +69,19 @@ def label_values(dataset: Dataset, column: str, split: str) -> pa.ChunkedArray:
         ValueError: There is no such column, it holds no labels, or a label is missing.
     """
     if column not in dataset.column_names:
-        raise ValueError(
+        raise UsageError(
             f"the label column {column!r} is not in the split {split!r}, which has "
             f"{listed(dataset.column_names)}. Set --data.label_column."
         )
     labels = dataset.select_columns(column).with_format("arrow")[:].column(column)
     if labels.null_count:
-        raise ValueError(
+        raise UsageError(
             f"row {_first(labels.is_null())} (counted from 0) of the split {split!r} has no label in "
             f"{column!r}. Drop such rows, or give them a label."
         )
     kind = labels.type
     if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
-        raise ValueError(
+        raise UsageError(
             f"the label column {column!r} of the split {split!r} holds {kind}; labels are whole numbers, "
             "strings or booleans. Set --data.label_column, or turn them into classes."
         )

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.errors import cause
+from smartbatch_lightning.errors import UsageError, cause
 
 Batch = dict[str, Tensor]
 
@@ -49,7 +49,8 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
-        config: Architecture as `PretrainedConfig.to_dict` gives it, for fresh weights. Checkpoints fill it in.
+        architecture: A model's configuration as `PretrainedConfig.to_dict` gives it, for fresh weights; checkpoints
+            fill it in.
 
     Attributes:
         model: The `transformers` model; None until `configure_model`.
@@ -67,14 +68,14 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
-        config: dict[str, Any] | None = None,
+        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         if warmup_steps and warmup_ratio:
-            raise ValueError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
+            raise UsageError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
         if warmup_steps < 0 or not 0 <= warmup_ratio <= 1:
-            raise ValueError(
+            raise UsageError(
                 f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
                 "between 0 and 1."
             )
@@ -85,7 +86,7 @@ class SequenceClassifier(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
-        self.config = config
+        self.architecture = architecture
         self.model = None
 
     # --- what a subclass may want to do differently ---
@@ -150,22 +151,24 @@ class SequenceClassifier(L.LightningModule):
         datamodule = getattr(self._trainer, "datamodule", None)
         label_names: list[str] | None = getattr(datamodule, "label_names", None)
         if self.model is None:
-            model = self._pretrained_model(label_names) if self.config is None else _fresh_model(self.config)
+            model = (
+                self._pretrained_model(label_names) if self.architecture is None else _fresh_model(self.architecture)
+            )
             # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
             self.model = model.train()
-            self.hparams["config"] = json.loads(model.config.to_json_string(use_diff=False))
+            self.hparams["architecture"] = json.loads(model.config.to_json_string(use_diff=False))
             metrics = self.make_metrics(len(self.label_names))
             for stage in ("train", "val", "test"):
                 setattr(self, f"{stage}_loss", MeanMetric())  # weighted by samples, over all batches and ranks
                 setattr(self, f"{stage}_metrics", metrics.clone(prefix=f"{stage}_"))
-        _check_labels("the checkpoint", self.model.config, label_names)
+        _check_labels("the model", self.model.config, label_names)
         _check_inputs(self.model, datamodule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule over exactly the optimizer steps that will run."""
         num_steps = self.trainer.estimated_stepping_batches
         if math.isinf(num_steps):
-            raise ValueError(
+            raise UsageError(
                 "the learning rate falls to 0 at the last step, but training has no end. Set --trainer.max_epochs or "
                 "--trainer.max_steps."
             )
@@ -210,7 +213,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint for other classes, before its weights are found not to fit."""
-        saved = checkpoint.get("hyper_parameters", {}).get("config")
+        saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             _check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
 
@@ -218,8 +221,10 @@ class SequenceClassifier(L.LightningModule):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits; none before `configure_model`."""
-        return [] if self.model is None else _label_names(self.model.config)
+        """Names of the classes, in the order of the logits; none of a pretrained model before `configure_model`."""
+        if self.model is not None:
+            return _label_names(self.model.config)
+        return [] if self.architecture is None else _label_names(AutoConfig.for_model(**self.architecture))
 
     def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
         name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
@@ -230,20 +235,19 @@ class SequenceClassifier(L.LightningModule):
         elif self.num_labels is not None:
             labels["num_labels"] = self.num_labels
         if label_names and self.num_labels not in (None, len(label_names)):
-            raise ValueError(
+            raise UsageError(
                 f"num_labels is {self.num_labels}, but the data has {len(label_names)} classes: {label_names}. Leave "
                 "num_labels out; it is taken from the data."
             )
         try:
             config = AutoConfig.from_pretrained(name)
-            if any("SequenceClassification" in kind for kind in config.architectures or []):
-                _check_labels(name, config, label_names, names_matter=False)
+            _check_head(name, config, label_names)
             # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=torch.float32, **labels
             )
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"the model {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the path "
                 "of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
@@ -266,16 +270,25 @@ def _label_names(config: PretrainedConfig) -> list[str]:
     return [name for _, name in sorted((int(number), str(name)) for number, name in (config.id2label or {}).items())]
 
 
-def _check_labels(
-    source: str, config: PretrainedConfig, label_names: list[str] | None, *, names_matter: bool = True
-) -> None:
+def _check_labels(source: str, config: PretrainedConfig, label_names: list[str] | None) -> None:
     trained = _label_names(config)
-    if label_names is None or trained == label_names:
-        return
-    if names_matter or len(trained) != len(label_names) or sorted(trained) == sorted(label_names):
-        raise ValueError(
+    if label_names is not None and trained != label_names:
+        raise UsageError(
             f"{source} classifies into {trained}, but the data has {label_names}. Use the data it was trained for, "
             "or a checkpoint trained for these; where only the names differ, set --data.label_names to the model's."
+        )
+
+
+def _check_head(source: str, config: PretrainedConfig, label_names: list[str] | None) -> None:
+    """Refuses a fine-tuned classifier whose head is for another number of classes, or for these in another order."""
+    trained = _label_names(config)
+    fine_tuned = any("SequenceClassification" in kind for kind in config.architectures or [])
+    if not fine_tuned or label_names is None or trained == label_names:
+        return
+    if len(trained) != len(label_names) or sorted(trained) == sorted(label_names):
+        raise UsageError(
+            f"{source} classifies into {trained}, but the data has {label_names}. Use the data it was trained for, "
+            "or the base model that it was fine-tuned from."
         )
 
 
@@ -284,13 +297,13 @@ def _check_inputs(model: PreTrainedModel, datamodule: Any) -> None:
     longest = _longest_input(model)
     max_length = getattr(datamodule, "max_length", None)
     if longest is not None and max_length is not None and max_length > longest:
-        raise ValueError(
+        raise UsageError(
             f"max_length is {max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
             f"{longest} or less."
         )
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, but the model knows "
             f"{model.config.vocab_size}. Give the data module the model's own tokenizer."
         )

@@ -99,11 +99,7 @@ def plan_epoch(
     Raises:
         ValueError: An argument is out of range, a length is below 1, or there are fewer samples than ranks.
     """
-    sizes = _checked_lengths(lengths)
-    if batching not in get_args(Batching):
-        raise ValueError(f"batching is {batching!r}; choose one of {', '.join(get_args(Batching))}.")
-    if not jitter >= 0:
-        raise ValueError(f"jitter is {jitter}; give a number of tokens, 0 or more.")
+    sizes = checked_arguments(lengths, batching, jitter)
     num_samples = len(sizes)
     num_steps = steps_per_epoch(num_samples, batch_size, num_replicas)
     noise = np.random.PCG64(np.random.SeedSequence((seed, epoch))) if shuffle else None
@@ -183,7 +179,16 @@ def stratified_split(labels: ArrayLike, share: float, seed: int = 0) -> tuple[In
     return np.flatnonzero(~second), np.flatnonzero(second)
 
 
-def _checked_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
+def checked_arguments(lengths: ArrayLike, batching: str, jitter: float) -> NDArray[np.integer]:
+    """The lengths as an array, if a plan can be made of these.
+
+    Raises:
+        ValueError: An argument is out of range, or a length is below 1.
+    """
+    if batching not in get_args(Batching):
+        raise ValueError(f"batching is {batching!r}; choose one of {', '.join(get_args(Batching))}.")
+    if not jitter >= 0:
+        raise ValueError(f"jitter is {jitter}; give a number of tokens, 0 or more.")
     sizes = np.asarray(lengths)
     if sizes.ndim != 1 or not (np.issubdtype(sizes.dtype, np.integer) or sizes.size == 0):
         raise ValueError(f"lengths has shape {sizes.shape} and type {sizes.dtype}; give one integer a sample.")

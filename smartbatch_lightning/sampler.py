@@ -7,7 +7,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from smartbatch_lightning.planning import Batching, BatchPlan, plan_epoch, steps_per_epoch
+from smartbatch_lightning.planning import Batching, BatchPlan, checked_arguments, plan_epoch, steps_per_epoch
 
 Trained = list[tuple[int, int]]
 
@@ -46,7 +46,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.lengths = np.asarray(lengths)
+        self.lengths = checked_arguments(lengths, batching, jitter)
         self.batch_size = batch_size
         self.batching = batching
         self.jitter = jitter
@@ -58,7 +58,9 @@ class SmartBatchSampler(Sampler[list[int]]):
         self._resumed_epoch = -1
         self._trained: Trained = []
         if not 0 <= self.rank < self.num_replicas:
-            raise ValueError(f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 or more and less.")
+            raise ValueError(
+                f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
+            )
         self._num_steps = steps_per_epoch(len(self.lengths), batch_size, self.num_replicas)
 
     @property

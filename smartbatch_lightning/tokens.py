@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.cache import write_once
+from smartbatch_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def _slices(
 def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
     """A copy of the Rust tokenizer that truncates and never pads, whatever the original was last asked to do."""
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UsageError(
             f"{tokenizer.name_or_path} has only a slow tokenizer ({type(tokenizer).__name__}). "
             "Choose a model with a tokenizer.json, or override SmartBatchDataModule.tokenize."
         )
@@ -196,13 +197,13 @@ def _texts(dataset: Dataset, text_columns: Sequence[str]) -> Iterator[list[str] 
             for name in text_columns:
                 column = block.column(name)
                 if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                    raise ValueError(
+                    raise UsageError(
                         f"the text column {name!r} holds {column.type}, not text. Set --data.text_columns to a column "
                         "of text, or turn it into text."
                     )
                 if column.null_count:
                     row = start + column.is_null().to_pylist().index(True)
-                    raise ValueError(
+                    raise UsageError(
                         f"the text column {name!r} has no text in row {row} (counted from 0). Drop such rows, or "
                         "fill them with an empty text."
                     )

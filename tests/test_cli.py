@@ -11,7 +11,7 @@ import yaml
 from datasets import DatasetDict, load_dataset
 from lightning.pytorch.cli import SaveConfigCallback
 
-from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule
+from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--data.max_length=24", "--data.batch_size=64", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
@@ -50,7 +50,8 @@ def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None
 
 def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
     run = cli("fit", "--model.pretrained", minilm, *FAST, "--trainer.limit_val_batches=1")
-    assert run.datamodule.tokenizer_name == minilm
+    assert run.datamodule.tokenizer_name is None
+    assert run.datamodule.tokenizer.name_or_path == minilm
     assert run.datamodule.tokenizer.vocab_size == run.model.model.config.vocab_size == 30522
 
 
@@ -113,16 +114,36 @@ def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_p
     assert accuracy / 600 == pytest.approx(float(tested))
 
 
-def test_prediction_of_a_new_file_takes_the_classes_from_the_checkpoint(tmp_path: Path) -> None:
-    fitted = cli("fit", *FAST, "--trainer.default_root_dir=run")
-    checkpoint = fitted.trainer.checkpoint_callback.best_model_path
-    (tmp_path / "new.csv").write_text("text\na dull film\n\na fine film\n".replace("\n\n", '\n""\n'))
-    files = ["--data.dataset={predict: new.csv}", "--data.predict_split=predict", "--data.tokenizer"]
-    from smartbatch_lightning import demo
+def test_new_files_take_tokenizer_and_classes_from_the_checkpoint(tmp_path: Path) -> None:
+    """Labels are strings, so that their numbers are known to the checkpoint alone."""
 
-    cli("predict", *files, str(demo.model_dir()), f"--ckpt_path={checkpoint}", "--predictions.path=new.parquet")
-    assert set(pd.read_parquet(tmp_path / "new.parquet")["label"]) <= {"negative", "positive"}
-    assert len(pd.read_parquet(tmp_path / "new.parquet")) == 3
+    def write(name: str, rows: list[str]) -> str:
+        (tmp_path / name).write_text("\n".join(rows) + "\n")
+        return str(tmp_path / name)
+
+    model = ["--model.pretrained", str(demo.model_dir())]
+    texts = ["a dull film", '""', "a fine film", "never dull"]
+    train = write("train.csv", ["text,label", *(f"{texts[n % 4]},{['no', 'yes'][n % 2]}" for n in range(64))])
+    fitted = cli("fit", *model, f"--data.dataset={train}", *FAST, "--trainer.default_root_dir=run")
+    checkpoint = f"--ckpt_path={fitted.trainer.checkpoint_callback.best_model_path}"
+    test = write("test.csv", ["text,label", "a dull film,yes", "a fine film,yes", "never dull,no"])
+    tested = cli("test", *model, f"--data.dataset={{test: {test}}}", checkpoint)
+    assert tested.datamodule.label_names == ["no", "yes"]
+    assert tested.datamodule.test_data.labels.tolist() == [1, 1, 0]
+    new = write("new.csv", ["text", *texts])
+    cli("predict", *model, f"--data.dataset={new}", checkpoint, "--predictions.path=new.parquet")
+    table = pd.read_parquet(tmp_path / "new.parquet")
+    assert table.columns.tolist() == ["index", "label", "probability_no", "probability_yes"]
+    assert len(table) == 4
+
+
+def test_a_mistake_is_told_in_one_line() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "fit", "--data.text_columns=sentence"], capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: the text column 'sentence' is not in the split 'train'")
 
 
 def test_a_predictions_file_of_another_kind_is_refused() -> None:
@@ -130,9 +151,17 @@ def test_a_predictions_file_of_another_kind_is_refused() -> None:
         cli("predict", "--predictions.path=labels.xlsx")
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "config", sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+)
 def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, capsys) -> None:
-    options = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    options = [
+        "--trainer.limit_train_batches=1",
+        "--trainer.limit_val_batches=1",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.precision=32-true",
+    ]
     if config != "quickstart.yaml":  # real names need a network: the same kinds of things from local files
         reviews = load_dataset("parquet", data_files=str(imdb / "train.parquet"), split="train").shuffle(1)
         DatasetDict(train=reviews.select(range(64)), test=reviews.select(range(64, 80))).save_to_disk("imdb")
@@ -140,6 +169,15 @@ def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, 
     run = SmartBatchCLI(["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
     assert run.trainer.global_step == 1
     assert isinstance(run.model, SequenceClassifier)
+
+
+def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path / "cache"))
+    cli("prepare", "--data.max_length=24")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(files) == 2
+    cli("fit", *FAST)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == files
 
 
 def test_train_py_and_the_console_script_are_the_same_command(tmp_path: Path) -> None:
@@ -159,5 +197,7 @@ def test_the_first_command_of_the_readme_trains_the_demo_in_ninety_seconds(tmp_p
         capture_output=True, text=True, check=True, timeout=90, env=environment,
     )  # fmt: skip
     assert "saved" in run.stdout
+    assert "This is the embedded demo" in run.stderr
+    assert "The real thing: smartbatch fit" in run.stderr
     accuracy = float(run.stdout.split("val_accuracy")[1].split(",")[0])
     assert accuracy >= 0.90

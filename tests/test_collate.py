@@ -56,3 +56,8 @@ def test_rows_of_a_tokenized_data_set_are_taken_as_they_are() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PadCollator(**options)
+
+
+def test_a_column_of_text_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="the column 'text' holds str, which makes no tensor. Remove it"):
+        PadCollator()([{"input_ids": [1, 2], "text": "fine"}])

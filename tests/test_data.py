@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import CanineTokenizer
 
 from smartbatch_lightning import SmartBatchDataModule, demo
 from smartbatch_lightning.collate import PadCollator
@@ -94,6 +95,22 @@ def test_labels_of_any_kind_are_numbered_in_order(module, tmp_path: Path, labels
     assert [names[number] for number in data_module.test_data.labels[:3]] == [str(label) for label in labels]
 
 
+def test_labels_are_matched_by_value_whatever_their_type(module, reviews) -> None:
+    train = Dataset.from_dict({"text": ["film"] * 4, "label": [1, 2, 1, 2]})
+    features = Features({"text": Value("string"), "label": Value("int32")})
+
+    def numbers(labels: list[int]) -> list[int]:
+        test = Dataset.from_dict({"text": ["film"] * len(labels), "label": labels}, features=features)
+        data_module = module("demo")
+        data_module.splits = DatasetDict(train=train, test=test)
+        data_module.setup("test")
+        return data_module.test_data.labels.tolist()
+
+    assert numbers([1, 1, 2, 1]) == [0, 0, 1, 0]
+    with pytest.raises(ValueError, match="row 2 .* has the label 0, which is none of the classes .*: '1', '2'"):
+        numbers([1, 2, 0])
+
+
 def test_label_names_may_be_given_for_data_that_has_only_numbers(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "test.csv", REVIEWS)
     data_module = module({"test": path}, label_names=["bad", "good", "unsure"])
@@ -153,9 +170,10 @@ def test_the_seed_is_that_of_seed_everything_unless_given(module, monkeypatch: p
     assert module("demo").seed == 0
 
 
-def test_prediction_needs_no_labels(module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["test", "train", "new"])
+def test_prediction_needs_no_labels_and_takes_the_only_split(module, tmp_path: Path, split: str) -> None:
     path = write_csv(tmp_path / "new.csv", [(text,) for text, _ in REVIEWS], ("text",))
-    data_module = module({"test": path})
+    data_module = module({split: path})
     data_module.prepare_data()
     data_module.setup("predict")
     assert sorted(samples(data_module.predict_dataloader())) == list(range(60))
@@ -219,12 +237,24 @@ def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0; set --data.batch_size to 1 or more"),
         ({"max_length": 2}, "max_length is 2, .* set --data.max_length to 3 or more"),
         ({"text_columns": ["a", "b", "c"]}, "give one column, or two for pairs"),
-        ({"tokenizer": "demo"}, "the tokenizer for files.csv is 'demo'.*Set --model.pretrained"),
+        ({"tokenizer": CanineTokenizer()}, "tokenizer is a CanineTokenizer; give its name or folder"),
     ],
 )
 def test_arguments_out_of_range_are_refused_at_once(module, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module("files.csv", **options)
+
+
+def test_the_demos_tokenizer_is_refused_for_other_data(tmp_path: Path, reviews) -> None:
+    class Own(SmartBatchDataModule):
+        def load_dataset(self) -> DatasetDict:
+            return reviews
+
+    with pytest.raises(ValueError, match=r"For Own.load_dataset\(\) set --model.pretrained"):
+        Own().prepare_data()
+    path = write_csv(tmp_path / "mine.csv", REVIEWS)
+    with pytest.raises(ValueError, match="know few words but the demo's. For .*mine.csv set --model.pretrained"):
+        SmartBatchDataModule(path).prepare_data()
 
 
 def test_a_length_beyond_the_tokenizers_is_refused(module) -> None:
@@ -243,7 +273,10 @@ def test_a_length_beyond_the_tokenizers_is_refused(module) -> None:
         ),
         ({"label_column": "stars"}, "the label column 'stars' is not in .*'text', 'label'. Set --data.label_column"),
         ({"train_split": "training"}, "the split 'training' is not in .*'train', 'test'. Set --data.train_split"),
-        ({"validation_split": "dev"}, "the split 'dev' is not in .*'train', 'test'. Set --data.train_split"),
+        (
+            {"validation_split": "dev"},
+            "the split 'dev' is not in .*'train', 'test'. Set --data.validation_split to one",
+        ),
         ({"validation_split": 0.001}, "a share of 0.001 of 60 samples leaves one part of the split empty"),
         ({"validation_split": 1.5}, "Give a share between 0 and 1"),
     ],
@@ -305,7 +338,9 @@ def test_labels_that_are_measurements_are_refused(module, tmp_path: Path) -> Non
 
 def test_testing_without_any_classes_says_how_to_name_them(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "test.csv", REVIEWS)
-    with pytest.raises(ValueError, match="nothing tells which classes there are.*Set --data.label_names"):
+    with pytest.raises(
+        ValueError, match="nothing tells which classes there are.*Give --ckpt_path, or --data.label_names"
+    ):
         module({"test": path}).setup("test")
 
 

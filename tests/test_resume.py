@@ -174,7 +174,7 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
             assert_same(resumed, weights)
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
 def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
     """Lightning's checkpoint of an exception leaves counters ahead, and would repeat a batch at the second resume."""
 

@@ -54,8 +54,21 @@ def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(num_workers: in
 
 
 def test_a_rank_outside_of_the_world_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank is 2; with num_replicas=2 give"):
+    with pytest.raises(ValueError, match="rank is 2; with num_replicas=2 give 0 to 1"):
         SmartBatchSampler(LENGTHS, num_replicas=2, rank=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batching": "samrt"}, "choose one of smart"),
+        ({"jitter": -1}, "jitter is -1"),
+        ({"lengths": [3, 0]}, "length 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmartBatchSampler(**{"lengths": LENGTHS, **options})
 
 
 def test_a_batch_size_below_one_is_refused() -> None:

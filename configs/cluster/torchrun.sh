@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# bash configs/cluster/torchrun.sh [more options of smartbatch fit]
+# One machine, all its GPUs; a rank that dies takes the others along, and all start again from the newest checkpoint.
+# On several machines: --nnodes=N --rdzv-backend=c10d --rdzv-endpoint=HOST:29500, the same command on each, and
+# --trainer.num_nodes=N. To go on with fewer GPUs, start it with fewer: the rest of the epoch is dealt out anew.
+set -euo pipefail
+ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
+
+smartbatch prepare --config configs/imdb.yaml "$@" # tokenizes once, before ranks wait for each other
+torchrun --standalone --nproc-per-node="$ranks" --max-restarts=3 --no-python \
+    smartbatch fit \
+    --config configs/imdb.yaml --config configs/cluster/requeue.yaml --ckpt_path=last \
+    --trainer.devices="$ranks" --trainer.strategy=ddp --trainer.precision=bf16-mixed "$@"
