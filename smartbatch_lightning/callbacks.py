@@ -52,7 +52,7 @@ class PaddingSummary(Callback):
         self.samples += samples
         self.tokens += tokens
         self.real_tokens += real_tokens
-        pl_module.log("train_padding_ratio", tokens / max(1, real_tokens) - 1, rank_zero_only=True)
+        pl_module.log("train_padding_ratio", tokens / max(1, real_tokens) - 1, sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the balance, on rank 0."""

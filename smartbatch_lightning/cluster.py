@@ -101,7 +101,9 @@ class Requeue(Callback):
         checkpoint = trainer.checkpoint_callback
         assert isinstance(checkpoint, ModelCheckpoint)
         assert checkpoint.dirpath is not None
-        trainer.save_checkpoint(os.path.join(checkpoint.dirpath, f"{checkpoint.CHECKPOINT_NAME_LAST}.ckpt"))
+        path = os.path.join(checkpoint.dirpath, f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}")
+        checkpoint.last_model_path = path  # or it would take the file for another's and write last-v1 from then on
+        trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             _requeue()
         trainer.strategy.barrier("requeue")

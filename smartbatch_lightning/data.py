@@ -73,7 +73,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         label_column: str = "label",
         label_names: list[str] | None = None,
         train_split: str = "train",
-        validation_split: str | float | None = 0.1,
+        validation_split: float | str | None = 0.1,
         test_split: str = "test",
         predict_split: str | None = None,
         max_length: int = 400,

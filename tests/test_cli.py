@@ -66,6 +66,12 @@ def test_yaml_needs_neither_class_path_nor_init_args(tmp_path: Path) -> None:
     assert (run.datamodule.batch_size, run.model.learning_rate) == (8, 0.001)
 
 
+@pytest.mark.parametrize("given", ["0.25", "test", "null"])
+def test_the_validation_split_is_a_share_a_name_or_nothing(given: str) -> None:
+    run = cli("prepare", f"--data.validation_split={given}", "--data.max_length=24")
+    assert run.datamodule.validation_split == {"0.25": 0.25, "test": "test", "null": None}[given]
+
+
 def test_subclasses_are_named_by_class_path(tmp_path: Path) -> None:
     config = {"data": {"class_path": "test_cli.OwnData", "init_args": {"copies": 3}, "dict_kwargs": {"max_length": 24}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))

@@ -50,13 +50,16 @@ def control(*command: str, env: dict[str, str]) -> str:
 
 
 def wait_for(job: str, environment: dict[str, str], folder: Path, seconds: float = 240) -> None:
-    """Until the job has ended well; a requeued one need not wait its two minutes."""
+    """Until the job has ended well; a requeued one waits ten seconds for its processes to end, and not its two minutes."""
     end = time.monotonic() + seconds
+    requeued: float | None = None
     while (shown := control("scontrol", "show", "job", job, env=environment)) and "JobState=COMPLETED" not in shown:
         log = folder / f"slurm-{job}.out"
         assert time.monotonic() < end, shown + (log.read_text()[-4000:] if log.exists() else "")
         assert "JobState=FAILED" not in shown, log.read_text()[-4000:]
         if "JobState=PENDING" in shown and "Restarts=1" in shown:
+            requeued = requeued or time.monotonic()
+        if requeued and time.monotonic() > requeued + 10 and "JobState=PENDING" in shown:
             subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=environment, check=False)
         time.sleep(0.5)
 
