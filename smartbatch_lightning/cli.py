@@ -9,6 +9,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.callbacks import PaddingSummary, PredictionWriter
+from smartbatch_lightning.cluster import CheckpointFolders
 from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
@@ -67,12 +68,13 @@ class SmartBatchCLI(LightningCLI):
         """Adds the callbacks of every run and the default classes."""
         parser.add_lightning_class_args(PaddingSummary, "padding_summary")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(CheckpointFolders, "checkpoint_folders")
         parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})
         parser.set_defaults({"data": {"class_path": "smartbatch_lightning.SmartBatchDataModule"}})
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""
-        if self.datamodule.dataset == "demo":
+        if self.datamodule.is_demo:
             rank_zero_info(
                 "This is the embedded demo: made-up reviews and a small untrained BERT. How well it does says nothing "
                 "about real texts."
@@ -80,7 +82,7 @@ class SmartBatchCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Names the command for the real thing after the demo."""
-        if self.datamodule.dataset == "demo":
+        if self.datamodule.is_demo:
             rank_zero_info(
                 "That was the embedded demo. The real thing: smartbatch fit --model.pretrained=bert-base-uncased "
                 "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {path} is cut short or corrupt: {cause(error)} Resume from another one, given by "
                 f"--ckpt_path; in its folder are {sorted(other.name for other in Path(path).parent.glob('*.ckpt'))}."
             ) from error
+
+
+class CheckpointFolders(Callback):
+    """Finds out before training whether checkpoints can be written, not after the first epoch."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes a file to each local folder of a `ModelCheckpoint`, and removes it.
+
+        Raises:
+            ValueError: A folder cannot be written.
+        """
+        for callback in trainer.checkpoint_callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if not trainer.is_global_zero or not folder or "://" in str(folder):
+                continue
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise UsageError(
+                    f"checkpoints cannot be written to {folder}: {error}. Give ModelCheckpoint another dirpath, or set "
+                    "--trainer.default_root_dir."
+                ) from error
 
 
 class Requeue(Callback):

@@ -152,6 +152,11 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     # --- what the data turns out to be ---
 
+    @property
+    def is_demo(self) -> bool:
+        """The data are the embedded demo's."""
+        return self.dataset == "demo" and not self._loads_by_itself
+
     @cached_property
     def splits(self) -> DatasetDict:
         """All splits of the data set."""
@@ -162,7 +167,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         """The tokenizer, loaded: the one that is named, else the model's."""
         name = self.tokenizer_name or getattr(self._model, "pretrained", "demo")
         if name == "demo":
-            if self.dataset != "demo" or type(self).load_dataset is not SmartBatchDataModule.load_dataset:
+            if not self.is_demo:
                 raise UsageError(
                     f"the demo's model and tokenizer know few words but the demo's. For {self._source} set "
                     "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
@@ -284,8 +289,11 @@ class SmartBatchDataModule(L.LightningDataModule):
     @property
     def _source(self) -> str:
         """The data set, as messages name it."""
-        own = type(self).load_dataset is not SmartBatchDataModule.load_dataset
-        return f"{type(self).__name__}.load_dataset()" if own else str(self.dataset)
+        return f"{type(self).__name__}.load_dataset()" if self._loads_by_itself else str(self.dataset)
+
+    @property
+    def _loads_by_itself(self) -> bool:
+        return type(self).load_dataset is not SmartBatchDataModule.load_dataset
 
     @property
     def _split_to_predict(self) -> str:

@@ -15,7 +15,7 @@ from test_fit import Seen
 from test_model import trainer
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.cluster import AtomicCheckpointIO
+from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointFolders
 
 BATCHINGS = ["smart", "tutorial", "random"]
 STEPS = 7  # batches in an epoch of the short runs below
@@ -251,6 +251,13 @@ def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: P
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"b.ckpt is cut short or corrupt: .*in its folder are \['a.ckpt', 'b.ckpt'\]"):
         train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    saver = ModelCheckpoint(tmp_path / "file" / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints cannot be written to .*file/checkpoints: .*another dirpath"):
+        train(tmp_path, CheckpointFolders(), saver, enable_checkpointing=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
