@@ -162,7 +162,7 @@ def test_a_predictions_file_of_another_kind_is_refused() -> None:
 )
 def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, capsys) -> None:
     options = [
-        "--trainer.limit_train_batches=1",
+        "--trainer.max_steps=1",
         "--trainer.limit_val_batches=1",
         "--trainer.max_epochs=1",
         "--trainer.accelerator=cpu",
