@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -17,13 +17,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    PretrainedConfig,
     PreTrainedModel,
     get_linear_schedule_with_warmup,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
+from smartbatch_lightning.compatibility import check_head, check_inputs, check_labels, names_of_labels
 from smartbatch_lightning.errors import UsageError, cause
 
 Batch = dict[str, Tensor]
@@ -161,8 +161,8 @@ class SequenceClassifier(L.LightningModule):
             for stage in ("train", "val", "test"):
                 setattr(self, f"{stage}_loss", MeanMetric())  # weighted by samples, over all batches and ranks
                 setattr(self, f"{stage}_metrics", metrics.clone(prefix=f"{stage}_"))
-        _check_labels("the model", self.model.config, label_names)
-        _check_inputs(self.model, datamodule)
+        check_labels("the model", self.model.config, label_names)
+        check_inputs(self.model, datamodule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule over exactly the optimizer steps that will run."""
@@ -215,7 +215,7 @@ class SequenceClassifier(L.LightningModule):
         """Refuses a checkpoint for other classes, before its weights are found not to fit."""
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
-            _check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
+            check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
 
     # --- the rest ---
 
@@ -223,8 +223,8 @@ class SequenceClassifier(L.LightningModule):
     def label_names(self) -> list[str]:
         """Names of the classes, in the order of the logits; none of a pretrained model before `configure_model`."""
         if self.model is not None:
-            return _label_names(self.model.config)
-        return [] if self.architecture is None else _label_names(AutoConfig.for_model(**self.architecture))
+            return names_of_labels(self.model.config)
+        return [] if self.architecture is None else names_of_labels(AutoConfig.for_model(**self.architecture))
 
     def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
         name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
@@ -241,7 +241,7 @@ class SequenceClassifier(L.LightningModule):
             )
         try:
             config = AutoConfig.from_pretrained(name)
-            _check_head(name, config, label_names)
+            check_head(name, config, label_names)
             # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
                 name, dtype=torch.float32, **labels
@@ -264,54 +264,3 @@ def _fresh_model(config: dict[str, Any]) -> PreTrainedModel:
 def _model_inputs(batch: Batch, without: tuple[str, ...] = ()) -> Batch:
     """What of a batch is for the model: all but the row numbers."""
     return {name: value for name, value in batch.items() if name not in ("index", *without)}
-
-
-def _label_names(config: PretrainedConfig) -> list[str]:
-    return [name for _, name in sorted((int(number), str(name)) for number, name in (config.id2label or {}).items())]
-
-
-def _check_labels(source: str, config: PretrainedConfig, label_names: list[str] | None) -> None:
-    trained = _label_names(config)
-    if label_names is not None and trained != label_names:
-        raise UsageError(
-            f"{source} classifies into {trained}, but the data has {label_names}. Use the data it was trained for, "
-            "or a checkpoint trained for these; where only the names differ, set --data.label_names to the model's."
-        )
-
-
-def _check_head(source: str, config: PretrainedConfig, label_names: list[str] | None) -> None:
-    """Refuses a fine-tuned classifier whose head is for another number of classes, or for these in another order."""
-    trained = _label_names(config)
-    fine_tuned = any("SequenceClassification" in kind for kind in config.architectures or [])
-    if not fine_tuned or label_names is None or trained == label_names:
-        return
-    if len(trained) != len(label_names) or sorted(trained) == sorted(label_names):
-        raise UsageError(
-            f"{source} classifies into {trained}, but the data has {label_names}. Use the data it was trained for, "
-            "or the base model that it was fine-tuned from."
-        )
-
-
-def _check_inputs(model: PreTrainedModel, datamodule: Any) -> None:
-    """Refuses data that the embedding tables have no rows for: on a GPU that would be an assertion in a kernel."""
-    longest = _longest_input(model)
-    max_length = getattr(datamodule, "max_length", None)
-    if longest is not None and max_length is not None and max_length > longest:
-        raise UsageError(
-            f"max_length is {max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
-            f"{longest} or less."
-        )
-    tokenizer = getattr(datamodule, "tokenizer", None)
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, but the model knows "
-            f"{model.config.vocab_size}. Give the data module the model's own tokenizer."
-        )
-
-
-def _longest_input(model: PreTrainedModel) -> int | None:
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from the padding index on
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.config, "max_position_embeddings", None)

@@ -2,20 +2,24 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from datasets import load_dataset
 from test_resume import diaries, finish, start
+from test_slurm import SHORT
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-@pytest.mark.parametrize(("batching", "accumulate"), [("smart", 1), ("random", 2)])
+@pytest.mark.parametrize(("batching", "accumulate"), [("smart", 1), pytest.param("random", 2, marks=pytest.mark.slow)])
 def test_two_ranks_share_every_epoch_and_step_together(batching: str, accumulate: int, tmp_path: Path) -> None:
     finish(start(tmp_path, devices=2, batching=batching, accumulate=accumulate, workers=1), tmp_path)
     [first], [second] = diaries(tmp_path, 0), diaries(tmp_path, 1)
@@ -90,3 +94,36 @@ def test_more_ranks_than_samples_is_an_error_that_says_how_many_would_do(tmp_pat
     assert run.returncode != 0
     assert "1 samples cannot be shared by 2 ranks" in run.stderr
     assert "Run on at most 1 devices" in run.stderr
+
+
+@pytest.mark.slow
+def test_the_torchrun_launch_starts_again_when_a_rank_dies_and_trains_every_sample_once(tmp_path: Path) -> None:
+    """On two ranks without GPUs; the kill comes after the first checkpoint, so that it is gone on from."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    options = [*SHORT, f"--trainer.callbacks.folder={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "RANKS": "2", "PATH": path, "PYTHONPATH": str(TESTS)}
+    requeue = tmp_path / "configs" / "cluster" / "requeue.yaml"
+    requeue.write_text(requeue.read_text().replace("every_n_train_steps: 200", "every_n_train_steps: 5"))
+    with (tmp_path / "log.txt").open("wb") as log:
+        command = ["bash", "configs/cluster/torchrun.sh", *options]
+        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        while run.poll() is None and len((diaries(tmp_path) or [[]])[-1]) < 17:
+            time.sleep(0.005)
+        ranks = subprocess.run(
+            ["pgrep", "-f", f"smartbatch fit.*{tmp_path}"], capture_output=True, text=True
+        ).stdout.split()
+        workers = [pid for pid in ranks if b"nproc-per-node" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(int(workers[-1]), signal.SIGKILL)
+        assert run.wait(timeout=200) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    first, second = diaries(tmp_path)
+    assert second[0][0] * 13 + second[0][1] > 0  # not from the start
+    for epoch in range(3):
+        trained = {}
+        for rank in range(2):
+            for number, batch, ids in [step for diary in diaries(tmp_path, rank) for step in diary]:
+                if number == epoch:
+                    assert trained.setdefault((batch, rank), ids) == ids  # what was trained again was the same
+        rows = [row for ids in trained.values() for row in ids]
+        assert len(rows) == len(set(rows)) == 200
+    assert len(first) + len(second) >= 39

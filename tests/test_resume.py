@@ -11,24 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from run_to_be_killed import Dropped
 from test_fit import Seen
 from test_model import trainer
 
-from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, SmartBatchSampler, plan_epoch
+from smartbatch_lightning import SmartBatchDataModule, SmartBatchSampler, plan_epoch
 from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointFolders
 
 BATCHINGS = ["smart", "tutorial", "random"]
 STEPS = 7  # batches in an epoch of the short runs below
-
-
-class Dropped(SequenceClassifier):
-    """The demo's model with dropout, so that the random state matters."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        for module in self.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.1
 
 
 class InterruptionError(Exception):
@@ -270,11 +261,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
 # --- processes, killed ---
 
 
-def start(folder: Path, **options) -> subprocess.Popen[bytes]:
+def start(folder: Path, variables: dict[str, str] | None = None, **options) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     script = Path(__file__).with_name("run_to_be_killed.py")
     command = [sys.executable, str(script), str(folder), *(f"{name}={value}" for name, value in options.items())]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PL_"))}
+    environment |= variables or {}
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
@@ -395,15 +387,33 @@ def test_when_one_of_two_ranks_dies_the_other_ends_with_an_error_and_the_checkpo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(devices: int, reference, tmp_path: Path) -> None:
-    """Under SLURM's variables, with a `scontrol` that writes down what it is asked."""
+@pytest.mark.parametrize(("devices", "slurm"), [(1, False), (2, False), (1, True)])
+def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(
+    devices, slurm, reference, tmp_path: Path
+) -> None:
+    """With SLURM's variables and a `scontrol` that writes down what it is asked; `test_slurm.py` has the real one."""
     whole, folder = reference(devices, 2), tmp_path / "run"
     options = {"devices": devices, "accumulate": 2, "every": 1000}
-    run = start(folder, **options)
+    variables: dict[str, str] = {}
+    if slurm:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/asked\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        names = {
+            "JOB_ID": "7",
+            "JOB_NAME": "train",
+            "NTASKS": "1",
+            "NTASKS_PER_NODE": "1",
+            "PROCID": "0",
+            "LOCALID": "0",
+        }
+        variables = {f"SLURM_{name}": value for name, value in {**names, "NODEID": "0", "NNODES": "1"}.items()}
+        variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    run = start(folder, variables, **options)
     kill_after(run, folder, 9, 0.0, signal.SIGUSR1)
     assert run.returncode == 0, (folder / "log.txt").read_text()[-3000:]
-    finish(start(folder, **options), folder)
+    if slurm:
+        assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    finish(start(folder, variables, **options), folder)
     for rank in range(devices):
         first, second = diaries(folder, rank)
         assert [first + second] == diaries(whole, rank)

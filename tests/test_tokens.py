@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
 
-TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 9000]
+TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
 
 
 @pytest.fixture(scope="module")
