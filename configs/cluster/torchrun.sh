@@ -7,7 +7,11 @@ set -euo pipefail
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
 
 smartbatch prepare --config configs/imdb.yaml "$@" # tokenizes once, before ranks wait for each other
-torchrun --standalone --nproc-per-node="$ranks" --max-restarts=3 --no-python \
-    smartbatch fit \
-    --config configs/imdb.yaml --config configs/cluster/requeue.yaml --ckpt_path=last \
-    --trainer.devices="$ranks" --trainer.strategy=ddp --trainer.precision=bf16-mixed "$@"
+for start in 1 2 3 4; do # not --max-restarts: ranks that torchrun starts again may find addresses of the dead ones
+    echo "Start $start"
+    torchrun --standalone --nproc-per-node="$ranks" --no-python \
+        smartbatch fit \
+        --config configs/imdb.yaml --config configs/cluster/requeue.yaml --ckpt_path=last \
+        --trainer.devices="$ranks" --trainer.strategy=ddp --trainer.precision=bf16-mixed "$@" && exit
+done
+exit 1
