@@ -17,12 +17,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 from datasets import DatasetDict
-from lightning.pytorch.callbacks import Timer
 
 from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_dir, minilm, report
-from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
-from smartbatch_lightning.callbacks import PaddingSummary
-from smartbatch_lightning.planning import stratified_split
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor
+from smartbatch_lightning.labels import stratified_split
 
 NUM_SAMPLES = {"train": 2_000, "test": 1_000}
 VARIANTS: tuple[Row, ...] = (
@@ -53,14 +51,14 @@ def train_and_test(variant: Row, max_length: int, epochs: int, max_steps: int, p
     data = ImdbSample(
         imdb_dir(), minilm(), validation_split=None, max_length=max_length, batch_size=BATCH_SIZE, **variant
     )
-    timer, count = Timer(), PaddingSummary()
+    monitor = TrainingMonitor()
     trainer = L.Trainer(
         max_epochs=epochs,
         max_steps=max_steps,
         limit_test_batches=max_steps if max_steps > 0 else None,
         gradient_clip_val=1.0,
         precision=precision,
-        callbacks=[timer, count],
+        callbacks=[monitor],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -69,14 +67,15 @@ def train_and_test(variant: Row, max_length: int, epochs: int, max_steps: int, p
     model = SequenceClassifier(minilm())
     trainer.fit(model, data)
     [tested] = trainer.test(model, data, verbose=False)
+    trained = monitor.total
     return {
         **variant,
         "steps": trainer.global_step,
         "test_accuracy": tested["test_accuracy"],
         "test_macro_f1": tested["test_f1"],
-        "training_seconds": timer.time_elapsed("train"),
-        "tokens": count.tokens,
-        "percent_over_real": 100 * (count.tokens / count.real_tokens - 1),
+        "training_seconds": trained.seconds,
+        "tokens": trained.tokens,
+        "percent_over_real": 100 * trained.padding_ratio,
     }
 
 

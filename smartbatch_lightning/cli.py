@@ -8,11 +8,12 @@ import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from smartbatch_lightning.callbacks import PaddingSummary, PredictionWriter
 from smartbatch_lightning.cluster import CheckpointFolders
 from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
+from smartbatch_lightning.monitor import TrainingMonitor
+from smartbatch_lightning.predictions import PredictionWriter
 
 
 class SmartBatchTrainer(L.Trainer):
@@ -66,7 +67,7 @@ class SmartBatchCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run and the default classes."""
-        parser.add_lightning_class_args(PaddingSummary, "padding_summary")
+        parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CheckpointFolders, "checkpoint_folders")
         parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})

@@ -6,9 +6,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Padding = Literal["longest", "max_length"]
+from smartbatch_lightning.errors import UsageError
+
+Padding = Literal["longest", "max_length", "packed"]
+Rows = Sequence[Mapping[str, Any]]
+
+_TOKEN_COLUMNS = ("input_ids", "token_type_ids")
 
 
 class PadCollator:
@@ -31,16 +37,16 @@ class PadCollator:
         self,
         pad_token_id: int = 0,
         *,
-        padding: Padding = "longest",
+        padding: Literal["longest", "max_length"] = "longest",
         max_length: int | None = None,
         pad_to_multiple_of: int = 1,
     ) -> None:
         if padding not in ("longest", "max_length"):
-            raise ValueError(f"padding is {padding!r}; choose longest or max_length.")
+            raise UsageError(f"padding is {padding!r}; choose longest or max_length.")
         if padding == "max_length" and max_length is None:
-            raise ValueError("padding is 'max_length', but max_length is None; give the width in tokens.")
+            raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
         if pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}; give 1 or more.")
+            raise UsageError(f"pad_to_multiple_of is {pad_to_multiple_of}; give 1 or more.")
         self.pad_token_id = pad_token_id
         self.padding = padding
         self.max_length = max_length
@@ -53,7 +59,7 @@ class PadCollator:
         width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         return width if self.max_length is None else max(longest, min(width, self.max_length))
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """Tensors of a batch.
 
         Args:
@@ -62,25 +68,78 @@ class PadCollator:
         Returns:
             `input_ids`, `attention_mask` and perhaps `token_type_ids` (batch, width), everything else (batch,); int64.
         """
-        lengths = np.array([len(row["input_ids"]) for row in rows])
+        lengths = _lengths(rows)
         width = self.width(int(lengths.max()))
         batch: dict[str, Tensor] = {}
-        for name in rows[0]:
-            if name == "attention_mask":
-                continue
-            if name in ("input_ids", "token_type_ids"):
-                filler = self.pad_token_id if name == "input_ids" else 0
-                padded = np.full((len(rows), width), filler, np.int64)
-                for line, row in zip(padded, rows, strict=True):
-                    line[: len(row[name])] = row[name]
-                batch[name] = torch.from_numpy(padded)
-            else:
-                values = [row[name] for row in rows]
-                if not isinstance(values[0], Number):
-                    raise ValueError(
-                        f"the column {name!r} holds {type(values[0]).__name__}, which makes no tensor. Remove it from "
-                        "the rows."
-                    )
-                batch["labels" if name == "label" else name] = torch.tensor(values)
+        for name in _token_columns(rows):
+            padded = np.full((len(rows), width), self.pad_token_id if name == "input_ids" else 0, np.int64)
+            for line, row in zip(padded, rows, strict=True):
+                line[: len(row[name])] = row[name]
+            batch[name] = torch.from_numpy(padded)
         batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
-        return batch
+        return {**batch, **_numbers(rows)}
+
+
+class PackCollator:
+    """Puts the samples of a batch one after another into a single row, without any padding.
+
+    What is known as *padding-free* or *varlen*: `cu_seqlens` says where each sample starts, as in FlashAttention's
+    varlen functions (Dao, 2023). For models that `smartbatch_lightning.attention.enable_packing` has prepared, as
+    `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
+    """
+
+    def __call__(self, rows: Rows) -> dict[str, Tensor | int]:
+        """Tensors of a batch.
+
+        Args:
+            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and single numbers.
+
+        Returns:
+            `input_ids`, `position_ids`, which start again at 0 in each sample, and perhaps `token_type_ids`
+            (1, tokens), int64; `cu_seqlens` (batch + 1,), int32, where each sample starts, and the end; `max_seqlen`,
+            the tokens of the longest sample; everything else (batch,), int64.
+        """
+        lengths = _lengths(rows)
+        cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
+        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+        batch: dict[str, Tensor | int] = {
+            name: torch.from_numpy(np.concatenate([row[name] for row in rows]).astype(np.int64)[None])
+            for name in _token_columns(rows)
+        }
+        batch["position_ids"] = torch.from_numpy(positions[None])
+        batch["cu_seqlens"] = torch.from_numpy(cu_seqlens.astype(np.int32))
+        batch["max_seqlen"] = int(lengths.max())
+        return {**batch, **_numbers(rows)}
+
+
+def batch_lengths(batch: Any) -> Tensor | None:
+    """Real tokens of each sample of a batch that either collator made, on its device. Shape (batch,); else None."""
+    if isinstance(batch, Mapping) and "cu_seqlens" in batch:
+        return torch.diff(batch["cu_seqlens"])
+    if isinstance(batch, Mapping) and "attention_mask" in batch:
+        lengths: Tensor = batch["attention_mask"].sum(dim=1)
+        return lengths
+    return None
+
+
+def _lengths(rows: Rows) -> NDArray[np.int64]:
+    return np.array([len(row["input_ids"]) for row in rows])
+
+
+def _token_columns(rows: Rows) -> list[str]:
+    return [name for name in _TOKEN_COLUMNS if name in rows[0]]
+
+
+def _numbers(rows: Rows) -> dict[str, Tensor]:
+    """The columns that hold a number for each sample, as tensors (batch,)."""
+    columns = {}
+    for name in rows[0]:
+        if name in (*_TOKEN_COLUMNS, "attention_mask"):
+            continue
+        values = [row[name] for row in rows]
+        if not isinstance(values[0], Number):
+            raise UsageError(
+                f"the column {name!r} holds {type(values[0]).__name__}, which makes no tensor. Remove it from the rows."
+            )
+        columns["labels" if name == "label" else name] = torch.tensor(values)
+    return columns

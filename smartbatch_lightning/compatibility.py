@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from smartbatch_lightning.attention import check_packing
 from smartbatch_lightning.errors import UsageError
 
 
@@ -37,7 +38,12 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str] | N
 
 
 def check_inputs(model: PreTrainedModel, datamodule: Any) -> None:
-    """Refuses data that the embedding tables have no rows for: on a GPU that would be an assertion in a kernel."""
+    """Refuses packed batches of a model that cannot take them, and data that the embedding tables have no rows for.
+
+    The latter would be an assertion in a kernel on a GPU.
+    """
+    if getattr(datamodule, "padding", None) == "packed":
+        check_packing(model)
     longest = _longest_input(model)
     max_length = getattr(datamodule, "max_length", None)
     if longest is not None and max_length is not None and max_length > longest:

@@ -1,7 +1,7 @@
 """SmartBatchDataModule: a data set by name or file -> batches of similar length for the Lightning Trainer."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.cache import cache_dir
-from smartbatch_lightning.collate import PadCollator, Padding
+from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
 from smartbatch_lightning.errors import UsageError, cause, listed
-from smartbatch_lightning.labels import Classes, label_values
+from smartbatch_lightning.labels import Classes, label_values, stratified_split
 from smartbatch_lightning.loader import SmartBatchLoader
-from smartbatch_lightning.planning import Batching, stratified_split
+from smartbatch_lightning.planning import Batching
 from smartbatch_lightning.resume import align_progress, position, recipe
 from smartbatch_lightning.sampler import SmartBatchSampler
 from smartbatch_lightning.sources import read_dataset
@@ -46,10 +46,14 @@ class SmartBatchDataModule(L.LightningDataModule):
         test_split: Split to test on.
         predict_split: Split to predict, which needs no labels; by default `test_split`, or the only split there is.
         max_length: Longest sample, in tokens with special tokens; longer text is cut.
-        batch_size: Samples in a batch at most, on one rank.
+        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows.
+        max_tokens_per_batch: Token budget: samples times the tokens of the longest, after rounding up, at most; the sum
+            of their tokens where batches are packed. `smart` batches then hold few long samples or many short ones.
         batching: How batches are chosen. `smart`: runs of the samples sorted by length, in random order; `tutorial`:
             Chris McCormick's algorithm; `random`: an ordinary shuffle.
-        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`.
+        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` pads nothing and
+            puts the samples one after another, for models of the ALBERT, BERT, CamemBERT, DistilBERT, ELECTRA,
+            ModernBERT, RoBERTa and XLM-RoBERTa families.
         jitter: Tokens by which lengths are randomly moved before sorting (`smart` only): more mixes better, pads more.
         pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; 8 suits tensor cores.
         seed: Of plans and the split; by default that of `seed_everything`, else 0.
@@ -77,7 +81,8 @@ class SmartBatchDataModule(L.LightningDataModule):
         test_split: str = "test",
         predict_split: str | None = None,
         max_length: int = 400,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
         batching: Batching = "smart",
         padding: Padding = "longest",
         jitter: float = 1.0,
@@ -94,7 +99,7 @@ class SmartBatchDataModule(L.LightningDataModule):
                 f"tokenizer is a {type(tokenizer).__name__}; give its name or folder, such as tokenizer.name_or_path."
             )
         self.save_hyperparameters()
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; set --data.batch_size to 1 or more.")
         if max_length < 3:
             raise UsageError(
@@ -113,6 +118,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         self.predict_split = predict_split
         self.max_length = max_length
         self.batch_size = batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.batching = batching
         self.padding = padding
         self.jitter = jitter
@@ -143,6 +149,8 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     def make_collator(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
         """What turns rows of `TokenDataset` into a batch."""
+        if self.padding == "packed":
+            return PackCollator()
         return PadCollator(
             self.tokenizer.pad_token_id or 0,
             padding=self.padding,
@@ -234,7 +242,11 @@ class SmartBatchDataModule(L.LightningDataModule):
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches planned anew every epoch; the same ones under `overfit_batches`."""
         self._train_sampler.shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        return self._loader(self.train_data, self._train_sampler, on_epoch=self._on_epoch if self.trainer else None)
+        if self.trainer is None:
+            return self._loader(self.train_data, self._train_sampler)
+        return self._loader(
+            self.train_data, self._train_sampler, on_epoch=self._on_epoch, loss_weights=self._loss_weights
+        )
 
     def val_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
         """Batches in order of length; nothing where there is no validation."""
@@ -305,17 +317,35 @@ class SmartBatchDataModule(L.LightningDataModule):
         assert self.trainer is not None
         align_progress(self.trainer, sampler, resumed=self._restored is not None)
 
+    def _loss_weights(self, sampler: SmartBatchSampler) -> Iterator[float]:
+        assert self.trainer is not None
+        return sampler.loss_weights(self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches))
+
     def _sampler(self, data: TokenDataset, *, shuffle: bool) -> SmartBatchSampler:
+        self._check_budget(data)
         return SmartBatchSampler(
             data.lengths,
             self.batch_size,
             self.batching,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            pad_to_multiple_of=self.max_length if self.padding == "max_length" else self.pad_to_multiple_of,
+            packed=self.padding == "packed",
             jitter=self.jitter,
             seed=self.seed,
             shuffle=shuffle,
             num_replicas=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,
         )
+
+    def _check_budget(self, data: TokenDataset) -> None:
+        longest = int(data.lengths.argmax())
+        width = self.max_length if self.padding == "max_length" else int(data.lengths[longest])
+        if self.max_tokens_per_batch is not None and width > self.max_tokens_per_batch:
+            raise UsageError(
+                f"row {data.rows[longest]} takes {width} tokens, but max_tokens_per_batch is "
+                f"{self.max_tokens_per_batch}. Set --data.max_tokens_per_batch to {width} or more, or "
+                "--data.max_length to less."
+            )
 
     def _evaluation_loader(self, data: TokenDataset) -> SmartBatchLoader:
         return self._loader(data, self._sampler(data, shuffle=False))

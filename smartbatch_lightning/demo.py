@@ -10,13 +10,16 @@ import random
 import re
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from smartbatch_lightning.cache import cache_dir, write_once
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 NAME = "demo-v1"  # raise the number with any change to what is made
 LABELS = ["negative", "positive"]
@@ -161,12 +164,14 @@ def _review(rng: random.Random, phrases: dict[str, list[str]]) -> str:
     return " ".join([*sentences, _sentence(rng, phrases, "verdict")])
 
 
-def _reviews(split: str) -> Dataset:
+def _reviews(split: str) -> "Dataset":
     rng = random.Random(SEEDS[split])
     phrases = [_phrases(label) for label in LABELS]
     labels = [row % 2 for row in range(REVIEWS[split])]
     rng.shuffle(labels)
     texts = [_review(rng, phrases[label]) for label in labels]
+    from datasets import ClassLabel, Dataset, Features, Value  # not needed to train on other data
+
     features = Features({"text": Value("string"), "label": ClassLabel(names=LABELS)})
     return Dataset.from_dict({"text": texts, "label": labels}, features=features)
 

@@ -1,4 +1,4 @@
-"""Labels as they stand in the data -> numbers of classes, with names."""
+"""Labels as they stand in the data -> numbers of classes, with names; a split that keeps the share of each."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from smartbatch_lightning.arrays import Int64s, argsort
 from smartbatch_lightning.errors import UsageError, listed
 
 
@@ -94,3 +95,31 @@ def _first(flags: pa.ChunkedArray) -> int:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def stratified_split(labels: ArrayLike, share: float, seed: int = 0) -> tuple[Int64s, Int64s]:
+    """Splits samples in two at random, with the same share of every label in the second part, to within one sample.
+
+    Args:
+        labels: Label of each sample. Shape (num_samples,), integers.
+        share: Share of the samples in the second part, between 0 and 1.
+        seed: The split depends on this and the labels alone.
+
+    Returns:
+        The samples of the first and of the second part, each in ascending order.
+
+    Raises:
+        ValueError: The share is out of range, or leaves one part without a sample.
+    """
+    classes = np.asarray(labels)
+    num_samples = len(classes)
+    taken = round(num_samples * share)
+    if not 0 < share < 1 or not 0 < taken < num_samples:
+        raise UsageError(
+            f"a share of {share} of {num_samples} samples leaves one part of the split empty. "
+            "Give a share between 0 and 1 that leaves samples in both, or name a split."
+        )
+    by_label = argsort(classes, np.random.PCG64(np.random.SeedSequence(seed)))
+    second = np.zeros(num_samples, bool)
+    second[by_label] = np.diff(np.arange(num_samples + 1) * taken // num_samples) > 0
+    return np.flatnonzero(~second), np.flatnonzero(second)

@@ -3,7 +3,8 @@
 Each was found with lightning 2.6 and has a test that fails without its cure.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from time import perf_counter
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
@@ -38,14 +39,25 @@ class _LazyIterator(Iterator[Any]):
     batches of the wrong epoch.
     """
 
-    def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
-        self._start = start
+    def __init__(self, loader: "SmartBatchLoader") -> None:
+        self._loader = loader
         self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = self._start()
-        return next(self._iterator)
+        start = perf_counter()
+        try:
+            if self._iterator is None:
+                self._iterator = self._loader.batches()
+            return next(self._iterator)
+        finally:
+            self._loader.seconds_waited += perf_counter() - start
+
+
+def _weighted(batches: Iterator[Any], weights: Iterable[float]) -> Iterator[Any]:
+    for batch, weight in zip(batches, weights, strict=False):
+        if isinstance(batch, MutableMapping):
+            batch["loss_weight"] = weight
+        yield batch
 
 
 class SmartBatchLoader(DataLoader[Any]):
@@ -55,8 +67,13 @@ class SmartBatchLoader(DataLoader[Any]):
         dataset: A map-style data set.
         batch_sampler: Chooses this rank's batches.
         on_epoch: Called when Lightning has set the epoch, before it counts the epoch's batches.
+        loss_weights: Gives a weight for each batch that the sampler yields next, at the start of an epoch; a batch that
+            is a dictionary then holds its own as `loss_weight`, a float.
         options: Everything else that `DataLoader` takes. Arguments that exclude a batch sampler are dropped, since
             Lightning builds loaders anew for prediction with them set.
+
+    Attributes:
+        seconds_waited: Time in which a batch was waited for, over all epochs.
     """
 
     def __init__(
@@ -65,17 +82,26 @@ class SmartBatchLoader(DataLoader[Any]):
         *,
         batch_sampler: SmartBatchSampler,
         on_epoch: Callable[[SmartBatchSampler], None] | None = None,
+        loss_weights: Callable[[SmartBatchSampler], Iterable[float]] | None = None,
         **options: Any,
     ) -> None:
         for excluded in ("sampler", "shuffle", "batch_size", "drop_last"):
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
-        ours = getattr(batch_sampler, "_batch_sampler", batch_sampler)
-        self.__dict__["sampler"] = _SamplerHandle(ours, on_epoch)
+        self._sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
+        self.__dict__["sampler"] = _SamplerHandle(self._sampler, on_epoch)
+        self.loss_weights = loss_weights
+        self.seconds_waited = 0.0
+        self.seconds_waited = 0.0
 
     def __iter__(self) -> Any:
-        return _LazyIterator(super().__iter__)
+        return _LazyIterator(self)
+
+    def batches(self) -> Iterator[Any]:
+        """Starts iterating over the batches of an epoch."""
+        batches: Iterator[Any] = super().__iter__()
+        return batches if self.loss_weights is None else _weighted(batches, self.loss_weights(self._sampler))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the data module's state is enough, but Lightning warns of loaders that have none."""

@@ -1,19 +1,32 @@
 """Which samples make up which batch of an epoch: lengths, seed and epoch in, a `BatchPlan` out.
 
-The whole module is one primitive used several times: sort 64-bit words that hold a key, random bits and an index
-(`_argsort`). Ties therefore fall at random, every word is unique, and the result is the same on every machine and
-with every sorting algorithm. Nothing here knows of torch, of ranks talking to each other, or of global random state.
+Samples are put in order (`arrays.argsort`), the order is cut into batches, and the batches are put in order. Nothing
+here knows of torch, of ranks talking to each other, or of global random state.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from smartbatch_lightning.arrays import (
+    Int64s,
+    argsort,
+    cuts_by_cost,
+    cuts_by_width,
+    even_cuts,
+    rounded_up,
+    split_each,
+    take_runs,
+    too_few_fit,
+    tutorial_draws,
+)
+from smartbatch_lightning.errors import UsageError
+
 Batching = Literal["smart", "tutorial", "random"]
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +76,12 @@ class BatchPlan:
 
 def plan_epoch(
     lengths: ArrayLike,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     batching: Batching = "smart",
     *,
+    max_tokens_per_batch: int | None = None,
+    pad_to_multiple_of: int = 1,
+    packed: bool = False,
     seed: int = 0,
     epoch: int = 0,
     num_replicas: int = 1,
@@ -83,11 +99,19 @@ def plan_epoch(
     into runs once and takes the runs in random order. Under `random` on several ranks, the samples of a step are
     dealt to its ranks by length, back and forth: the step's gradient stays that of an ordinary shuffle.
 
+    Under a token budget `smart` batches hold as many samples as fit, few long ones or many short ones. A run drawn by
+    `tutorial` and a shuffled batch cannot know how long their longest sample will be in another epoch, so they hold
+    as many as fit whatever their lengths. Packed batches are cut where equal shares of the tokens end.
+
     Args:
         lengths: Tokens of each sample, after truncation and with special tokens. Shape (num_samples,), integers.
-        batch_size: Samples in a batch at most, on one rank. Only where it is 1 and the ranks do not divide the
-            samples do some batches hold two, since equal steps leave no other way.
+        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows. Only
+            where it is 1 and the ranks do not divide the samples do some batches hold two, since equal steps leave no
+            other way.
         batching: How batches are chosen.
+        max_tokens_per_batch: Token budget of a batch on one rank, with padding to its longest sample.
+        pad_to_multiple_of: What batches are padded to a multiple of, for the budget to reckon with.
+        packed: The batches will not be padded: the budget is for the sum of their lengths.
         seed: Seed of the whole run.
         epoch: Number of the epoch, from 0; each has a plan of its own.
         num_replicas: Ranks that share the epoch.
@@ -97,47 +121,60 @@ def plan_epoch(
             order of the samples.
 
     Raises:
-        ValueError: An argument is out of range, a length is below 1, or there are fewer samples than ranks.
+        ValueError: An argument is out of range, a length is below 1 or above the token budget, or there are too few
+            samples for so many ranks.
     """
     sizes = checked_arguments(lengths, batching, jitter)
-    num_samples = len(sizes)
-    num_steps = steps_per_epoch(num_samples, batch_size, num_replicas)
+    layout = _layout(
+        sizes, batch_size, batching, max_tokens_per_batch, pad_to_multiple_of, packed, num_replicas, jitter, shuffle
+    )
+    num_samples, num_steps = len(sizes), layout.num_steps
     noise = np.random.PCG64(np.random.SeedSequence((seed, epoch))) if shuffle else None
 
-    if batching == "random":
-        order = _argsort(np.zeros(num_samples, np.int64), noise)
-        steps = _even_cuts(num_samples, num_steps)
-        return _deal_by_length(order, steps, sizes, num_replicas)
     if batching == "tutorial" and noise is not None:
-        order = _argsort(sizes, None)
-        draws, steps = _tutorial_draws(num_samples, batch_size * num_replicas, num_steps, num_replicas, noise)
-        offsets = _split_each(steps, num_replicas)
-        return BatchPlan(order[draws], offsets, num_replicas)
-    order = _argsort(sizes, noise, spread=2 * jitter)
-    offsets = _even_cuts(num_samples, num_steps * num_replicas)
-    if noise is None:
+        order = argsort(sizes, None)
+        run = layout.samples * num_replicas
+        draws, steps = tutorial_draws(num_samples, run, num_steps, num_replicas, noise)
+        return BatchPlan(order[draws], split_each(steps, num_replicas), num_replicas)
+    if batching == "random":
+        order = argsort(np.zeros(num_samples, np.int64), noise)
+    else:
+        order = argsort(sizes, noise, spread=2 * jitter)
+    if layout.costs is not None:
+        offsets = cuts_by_cost(layout.costs[order], num_steps * num_replicas)
+    elif batching == "random":
+        return _deal_by_length(order, even_cuts(num_samples, num_steps), sizes, num_replicas)
+    elif layout.steps is not None:
+        offsets = split_each(layout.steps, num_replicas)
+    else:
+        offsets = even_cuts(num_samples, num_steps * num_replicas)
+    if batching == "random" or noise is None:
         return BatchPlan(order, offsets, num_replicas)
-    steps = _argsort(np.zeros(num_steps, np.int64), noise)
+    steps = argsort(np.zeros(num_steps, np.int64), noise)
     batches = (steps[:, None] * num_replicas + np.arange(num_replicas)).ravel()
-    return BatchPlan(*_take_runs(order, offsets, batches), num_replicas)
+    return BatchPlan(*take_runs(order, offsets, batches), num_replicas)
 
 
-def steps_per_epoch(num_samples: int, batch_size: int, num_replicas: int = 1) -> int:
-    """Batches that each rank trains in an epoch, whatever the batching.
+def steps_per_epoch(
+    lengths: ArrayLike,
+    batch_size: int | None = None,
+    batching: Batching = "smart",
+    *,
+    max_tokens_per_batch: int | None = None,
+    pad_to_multiple_of: int = 1,
+    packed: bool = False,
+    num_replicas: int = 1,
+    jitter: float = 1.0,
+    shuffle: bool = True,
+) -> int:
+    """Batches that each rank trains in an epoch, the same in all of them, without planning one.
 
-    Raises:
-        ValueError: A number is below 1, or there are fewer samples than ranks.
+    The arguments and errors are those of `plan_epoch`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1 sample a batch.")
-    if num_replicas < 1:
-        raise ValueError(f"num_replicas is {num_replicas}; give the number of ranks, 1 or more.")
-    if num_samples < num_replicas:
-        raise ValueError(
-            f"{num_samples} samples cannot be shared by {num_replicas} ranks with every sample once and a batch on "
-            f"every rank. Run on at most {num_samples} devices, or give more data."
-        )
-    return min(-(-num_samples // (batch_size * num_replicas)), num_samples // num_replicas)
+    sizes = checked_arguments(lengths, batching, jitter)
+    return _layout(
+        sizes, batch_size, batching, max_tokens_per_batch, pad_to_multiple_of, packed, num_replicas, jitter, shuffle
+    ).num_steps
 
 
 def mates_kept(before: BatchPlan, after: BatchPlan) -> float:
@@ -151,34 +188,6 @@ def mates_kept(before: BatchPlan, after: BatchPlan) -> float:
     return float((together * (together - 1)).sum() / max(1, (sizes * (sizes - 1)).sum()))
 
 
-def stratified_split(labels: ArrayLike, share: float, seed: int = 0) -> tuple[Int64s, Int64s]:
-    """Splits samples in two at random, with the same share of every label in the second part, to within one sample.
-
-    Args:
-        labels: Label of each sample. Shape (num_samples,), integers.
-        share: Share of the samples in the second part, between 0 and 1.
-        seed: The split depends on this and the labels alone.
-
-    Returns:
-        The samples of the first and of the second part, each in ascending order.
-
-    Raises:
-        ValueError: The share is out of range, or leaves one part without a sample.
-    """
-    classes = np.asarray(labels)
-    num_samples = len(classes)
-    taken = round(num_samples * share)
-    if not 0 < share < 1 or not 0 < taken < num_samples:
-        raise ValueError(
-            f"a share of {share} of {num_samples} samples leaves one part of the split empty. "
-            "Give a share between 0 and 1 that leaves samples in both, or name a split."
-        )
-    by_label = _argsort(classes, np.random.PCG64(np.random.SeedSequence(seed)))
-    second = np.zeros(num_samples, bool)
-    second[by_label] = np.diff(np.arange(num_samples + 1) * taken // num_samples) > 0
-    return np.flatnonzero(~second), np.flatnonzero(second)
-
-
 def checked_arguments(lengths: ArrayLike, batching: str, jitter: float) -> NDArray[np.integer]:
     """The lengths as an array, if a plan can be made of these.
 
@@ -186,75 +195,96 @@ def checked_arguments(lengths: ArrayLike, batching: str, jitter: float) -> NDArr
         ValueError: An argument is out of range, or a length is below 1.
     """
     if batching not in get_args(Batching):
-        raise ValueError(f"batching is {batching!r}; choose one of {', '.join(get_args(Batching))}.")
+        raise UsageError(f"batching is {batching!r}; choose one of {', '.join(get_args(Batching))}.")
     if not jitter >= 0:
-        raise ValueError(f"jitter is {jitter}; give a number of tokens, 0 or more.")
+        raise UsageError(f"jitter is {jitter}; give a number of tokens, 0 or more.")
     sizes = np.asarray(lengths)
     if sizes.ndim != 1 or not (np.issubdtype(sizes.dtype, np.integer) or sizes.size == 0):
-        raise ValueError(f"lengths has shape {sizes.shape} and type {sizes.dtype}; give one integer a sample.")
+        raise UsageError(f"lengths has shape {sizes.shape} and type {sizes.dtype}; give one integer a sample.")
     if sizes.size and sizes.min() < 1:
-        raise ValueError(f"sample {int(sizes.argmin())} has length {sizes.min()}; every sample needs a token or more.")
+        raise UsageError(f"sample {int(sizes.argmin())} has length {sizes.min()}; every sample needs a token or more.")
     return sizes
 
 
-def _argsort(key: NDArray[np.integer], noise: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
-    """Indices in order of `key + uniform(0, spread)`; without `noise`, of `key` and then index.
+class _Layout(NamedTuple):
+    """How every epoch is cut into steps.
 
-    A spread of 1 or less only breaks ties, since keys are whole numbers. One sort of unique 64-bit words: the sum in
-    fixed point above, the index below. The raw bits of the generator, unlike its distributions, are the same in every
-    version of numpy.
+    Attributes:
+        num_steps: Batches of each rank.
+        samples: Samples in a batch at most, whatever their lengths.
+        steps: Where the token budget cuts the sorted samples into steps, which hold unequally many. Shape
+            (num_steps + 1,).
+        costs: What of a batch's budget each sample takes up, where packed batches are cut by that. Shape
+            (num_samples,).
     """
-    num_keys = len(key)
-    if num_keys == 0:
-        return np.empty(0, np.int64)
-    spread = max(spread, 1.0)
-    lowest = int(key.min())
-    index_bits = num_keys.bit_length()
-    key_bits = int(int(key.max()) - lowest + spread).bit_length()
-    fraction_bits = min(64 - index_bits - key_bits, 32 - int(spread).bit_length())
-    assert fraction_bits > 0, "lengths and number of samples do not fit into 64 bits"
-    if noise is None:
-        words = np.zeros(num_keys, np.uint64)
-    else:
-        words = noise.random_raw(num_keys)
-        words >>= np.uint64(32)
-        words *= np.uint64(spread * 2**fraction_bits)
-        words >>= np.uint64(32)
-    fixed_point = (key - lowest).astype(np.uint64)
-    fixed_point <<= np.uint64(fraction_bits)
-    words += fixed_point
-    del fixed_point
-    words <<= np.uint64(index_bits)
-    words |= np.arange(num_keys, dtype=np.uint64)
-    words.sort()
-    words &= np.uint64(2**index_bits - 1)
-    return words.view(np.int64)
+
+    num_steps: int
+    samples: int
+    steps: Int64s | None = None
+    costs: Int64s | None = None
 
 
-def _even_cuts(total: int, parts: int) -> Int64s:
-    """Offsets of `parts` runs whose sizes differ by one at most, the larger ones first. Shape (parts + 1,)."""
-    size, larger = divmod(total, parts)
-    cuts = np.arange(parts + 1, dtype=np.int64)
-    return cuts * size + np.minimum(cuts, larger)
+def _layout(
+    sizes: NDArray[np.integer],
+    batch_size: int | None,
+    batching: Batching,
+    budget: int | None,
+    multiple: int,
+    packed: bool,
+    num_replicas: int,
+    jitter: float,
+    shuffle: bool,
+) -> _Layout:
+    num_samples = len(sizes)
+    if batch_size is None:
+        batch_size = 16 if budget is None else max(1, num_samples)
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; give at least 1 sample a batch.")
+    if multiple < 1:
+        raise UsageError(f"pad_to_multiple_of is {multiple}; give 1 or more.")
+    if num_replicas < 1:
+        raise UsageError(f"num_replicas is {num_replicas}; give the number of ranks, 1 or more.")
+    if num_samples < num_replicas:
+        raise UsageError(
+            f"{num_samples} samples cannot be shared by {num_replicas} ranks with every sample once and a batch on "
+            f"every rank. Run on at most {num_samples} devices, or give more data."
+        )
+    if budget is None:
+        return _Layout(_equal_steps(num_samples, batch_size, num_replicas), batch_size)
+
+    multiple = 1 if packed else multiple
+    longest = int(sizes.max())
+    widest = rounded_up(longest, multiple)
+    if widest > budget:
+        raise UsageError(
+            f"sample {int(sizes.argmax())} takes {widest} tokens, but max_tokens_per_batch is {budget}. Raise it to "
+            f"{widest} or more, or cut samples shorter."
+        )
+    fitting = budget // widest
+    samples = min(batch_size, fitting)
+    if packed and batching != "tutorial":
+        costs = np.maximum(sizes, -(-budget // batch_size)).astype(np.int64)
+        # a run between two cuts exceeds an equal share of the costs by less than its last sample's
+        num_batches = -(-int(costs.sum()) // (budget - int(costs.max()) + 1))
+        num_steps = -(-num_batches // num_replicas)
+        if num_steps < _equal_steps(num_samples, samples, num_replicas):
+            return _Layout(num_steps, samples, costs=costs)
+    elif samples < batch_size and (batching == "smart" or (batching == "tutorial" and not shuffle)):
+        headroom = math.ceil(max(2 * jitter, 1)) - 1 if shuffle and batching == "smart" else 0
+        counts = np.bincount(sizes)
+        lengths = np.flatnonzero(counts)
+        # jitter may bring a sample this much longer to the place of any other
+        widths = rounded_up(np.minimum(lengths + headroom, longest), multiple)
+        steps = cuts_by_width(widths, counts[lengths], batch_size, budget, num_replicas)
+        return _Layout(len(steps) - 1, samples, steps=steps)
+    if fitting == 1 and num_samples % num_replicas:
+        raise too_few_fit(num_samples, num_replicas, budget)
+    return _Layout(_equal_steps(num_samples, samples, num_replicas), samples)
 
 
-def _split_each(offsets: Int64s, parts: int) -> Int64s:
-    """Cuts every run into `parts` whose sizes differ by one at most, the larger ones first."""
-    size, larger = np.divmod(np.diff(offsets)[:, None], parts)
-    part = np.arange(parts)
-    starts = offsets[:-1, None] + part * size + np.minimum(part, larger)
-    return np.append(starts.ravel(), offsets[-1])
-
-
-def _take_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int64s]:
-    """The given runs of `order`, one after another, and their offsets."""
-    starts, sizes = offsets[runs], np.diff(offsets)[runs]
-    new_offsets = np.concatenate(([0], np.cumsum(sizes)))
-    index = np.ones(len(order), np.int64)  # steps of one inside a run, a jump at its start
-    index[0] = starts[0]
-    index[new_offsets[1:-1]] = starts[1:] - (starts[:-1] + sizes[:-1] - 1)
-    np.cumsum(index, out=index)
-    return order[index], new_offsets
+def _equal_steps(num_samples: int, batch_size: int, num_replicas: int) -> int:
+    """Steps of an epoch whose batches hold equally many samples, to within one."""
+    return min(-(-num_samples // (batch_size * num_replicas)), num_samples // num_replicas)
 
 
 def _deal_by_length(order: Int64s, steps: Int64s, sizes: NDArray[np.integer], num_replicas: int) -> BatchPlan:
@@ -263,47 +293,9 @@ def _deal_by_length(order: Int64s, steps: Int64s, sizes: NDArray[np.integer], nu
         return BatchPlan(order, steps)
     step = np.repeat(np.arange(len(steps) - 1), np.diff(steps))
     # longest first, so that the odd ones that are left over at the end are the short ones
-    by_length = _argsort((step + 1) * (int(sizes.max()) + 1) - sizes[order], None)
+    by_length = argsort((step + 1) * (int(sizes.max()) + 1) - sizes[order], None)
     turn, seat = np.divmod(np.arange(len(order)) - steps[step], num_replicas)
     rank = np.where(turn % 2 == 0, seat, num_replicas - 1 - seat)
     batch = step * num_replicas + rank
     offsets = np.concatenate(([0], np.cumsum(np.bincount(batch))))
-    return BatchPlan(order[by_length[_argsort(batch, None)]], offsets, num_replicas)
-
-
-def _tutorial_draws(
-    num_samples: int, run: int, num_steps: int, num_replicas: int, noise: np.random.PCG64
-) -> tuple[Int64s, Int64s]:
-    """Takes a random run of `run` neighbours out of a list of `num_samples`, closes the gap, and so on to the end.
-
-    Returns the positions in the original list, draw after draw, and the offsets of the draws. The last draw takes
-    what is left; where that is less than a sample a rank, earlier draws are a sample shorter.
-
-    Drawing one after another costs a memory move of the whole rest each time. Instead the effect of consecutive draws
-    is composed pairwise, in log2(num_steps) passes over all samples: what a position of the second half means before
-    the first half was drawn is found by a binary search among the first half's sorted positions.
-    """
-    last = min(max(num_samples - (num_steps - 1) * run, num_replicas), num_samples)
-    takes = np.diff(_even_cuts(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
-    takes = np.append(takes, last)
-    steps = np.concatenate(([0], np.cumsum(takes)))
-    remaining = num_samples - steps[:-1]
-    choices = (remaining - takes + 1).astype(np.uint64)
-    starts = ((noise.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
-
-    # Positions in the list as it is just before the draw. Short draws are filled up, and draws past the end added up
-    # to a power of two, by positions so far off that nothing ever looks for them.
-    width = int(takes.max())
-    shape = (1 << (num_steps - 1).bit_length(), width)
-    position = 2 * num_samples + np.arange(shape[0] * shape[1]).reshape(shape)
-    column = np.arange(width)
-    np.copyto(position[:num_steps], starts[:, None] + column, where=column < takes[:, None])
-    apart = 2 * (num_samples + position.size)  # keeps the positions of one pair of halves clear of the next pair's
-    while width < position.size:
-        first, second = position.reshape(-1, 2, width).swapaxes(0, 1)
-        pair = np.arange(len(first))[:, None]
-        gaps = np.sort(first, axis=1) - np.arange(width)  # how many later positions each removal moves up
-        shift = np.searchsorted((gaps + pair * apart).ravel(), (second + pair * apart).ravel(), side="right")
-        second += shift.reshape(second.shape) - pair * width
-        width *= 2
-    return position[:num_steps][column < takes[:, None]], steps
+    return BatchPlan(order[by_length[argsort(batch, None)]], offsets, num_replicas)

@@ -26,9 +26,17 @@ def recipe(data: TokenDataset, sampler: SmartBatchSampler) -> dict[str, Any]:
         "data": digest.hexdigest()[:16],
         "batching": sampler.batching,
         "batch_size": sampler.batch_size,
+        **_budget(sampler),
         "jitter": sampler.jitter,
         "seed": sampler.seed,
     }
+
+
+def _budget(sampler: SmartBatchSampler) -> dict[str, Any]:
+    if sampler.max_tokens_per_batch is None:
+        return {"max_tokens_per_batch": None}
+    names = ("max_tokens_per_batch", "pad_to_multiple_of", "packed")
+    return {name: getattr(sampler, name) for name in names}
 
 
 def position(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """One rank's share of each epoch's plan, as a batch sampler for any torch `DataLoader`."""
 
 from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.planning import Batching, BatchPlan, checked_arguments, plan_epoch, steps_per_epoch
 
 Trained = list[tuple[int, int]]
@@ -21,8 +24,11 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: Tokens of each sample after truncation, special tokens counted. Shape (num_samples,).
-        batch_size: Samples in a batch at most, on one rank.
+        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows.
         batching: How batches are chosen: `smart`, `tutorial` or `random`.
+        max_tokens_per_batch: Token budget of a batch on one rank, with padding to its longest sample.
+        pad_to_multiple_of: What batches are padded to a multiple of, for the budget to reckon with.
+        packed: The batches will not be padded: the budget is for the sum of their lengths.
         jitter: Tokens by which lengths are moved at random before sorting (`smart` only).
         seed: Seed of the whole run.
         shuffle: False for evaluation: the same batches every time, in order.
@@ -30,15 +36,19 @@ class SmartBatchSampler(Sampler[list[int]]):
         rank: Which of them this is; by default this process' rank, or 0.
 
     Raises:
-        ValueError: `batch_size` is below 1, or a length is, or there are fewer samples than ranks.
+        ValueError: `batch_size` or a length is below 1, a length is above the token budget, or there are fewer samples
+            than ranks.
     """
 
     def __init__(
         self,
         lengths: ArrayLike,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         batching: Batching = "smart",
         *,
+        max_tokens_per_batch: int | None = None,
+        pad_to_multiple_of: int = 1,
+        packed: bool = False,
         jitter: float = 1.0,
         seed: int = 0,
         shuffle: bool = True,
@@ -49,6 +59,9 @@ class SmartBatchSampler(Sampler[list[int]]):
         self.lengths = checked_arguments(lengths, batching, jitter)
         self.batch_size = batch_size
         self.batching = batching
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.packed = packed
         self.jitter = jitter
         self.seed = seed
         self.shuffle = shuffle
@@ -58,10 +71,10 @@ class SmartBatchSampler(Sampler[list[int]]):
         self._resumed_epoch = -1
         self._trained: Trained = []
         if not 0 <= self.rank < self.num_replicas:
-            raise ValueError(
+            raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
             )
-        self._num_steps = steps_per_epoch(len(self.lengths), batch_size, self.num_replicas)
+        self._num_steps = steps_per_epoch(self.lengths, num_replicas=self.num_replicas, **self._options)
 
     @property
     def sampler(self) -> "SmartBatchSampler":
@@ -98,23 +111,47 @@ class SmartBatchSampler(Sampler[list[int]]):
         plan, step = self._rest()
         return len(self) - (len(plan) // self.num_replicas - step)
 
+    def loss_weights(self, accumulated: int = 1, num_batches: int | None = None) -> Iterator[float]:
+        """What the mean loss of each batch that is yielded next counts for in its optimizer step.
+
+        Trainers average the losses of the ranks and of accumulated batches. Times these weights, that average is the
+        mean over the samples of the optimizer step, however many each batch holds.
+
+        Args:
+            accumulated: Batches of a rank whose gradients are accumulated for an optimizer step.
+            num_batches: Batches of a rank after which the epoch is ended, and its last optimizer step taken.
+        """
+        plan, step = self._rest()
+        samples = plan.batch_sizes().reshape(-1, self.num_replicas)[step:]
+        batches = self.first_step + np.arange(len(samples))
+        trained = batches < (len(self) if num_batches is None else num_batches)
+        window = batches[trained] // accumulated
+        total = np.bincount(window - window[:1], weights=samples[trained].sum(axis=1))[window - window[:1]]
+        weights = samples[trained, self.rank] * self.num_replicas * accumulated / total
+        return chain(weights.tolist(), repeat(1.0))
+
     def plan(self) -> BatchPlan:
         """The batches of the current epoch over all ranks, with those that were trained before."""
         return self._plan(self.num_replicas)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What plans are made with besides the seed, the epoch and the ranks."""
+        return {
+            "batch_size": self.batch_size,
+            "batching": self.batching,
+            "max_tokens_per_batch": self.max_tokens_per_batch,
+            "pad_to_multiple_of": self.pad_to_multiple_of,
+            "packed": self.packed,
+            "jitter": self.jitter,
+            "shuffle": self.shuffle,
+        }
+
     def _plan(self, num_replicas: int, samples: NDArray[np.int64] | None = None) -> BatchPlan:
         if samples is not None and not len(samples):
             return BatchPlan(samples, np.zeros(1, np.int64), num_replicas)
-        plan = plan_epoch(
-            self.lengths if samples is None else self.lengths[samples],
-            self.batch_size,
-            self.batching,
-            seed=self.seed,
-            epoch=self.epoch,
-            num_replicas=num_replicas,
-            jitter=self.jitter,
-            shuffle=self.shuffle,
-        )
+        lengths = self.lengths if samples is None else self.lengths[samples]
+        plan = plan_epoch(lengths, seed=self.seed, epoch=self.epoch, num_replicas=num_replicas, **self._options)
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
 
     def _rest(self) -> tuple[BatchPlan, int]:

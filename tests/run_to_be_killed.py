@@ -49,6 +49,8 @@ def main() -> None:
         "every": 2,
         "batching": "smart",
         "max_steps": -1,
+        "padding": "longest",
+        "budget": 0,
     }
     options |= {
         name: int(value) if value.lstrip("-").isdigit() else value
@@ -57,7 +59,13 @@ def main() -> None:
     L.seed_everything(7)
     torch.set_num_threads(1)
     data = SmartBatchDataModule(
-        validation_split=0.9, max_length=24, batch_size=8, num_workers=options["workers"], batching=options["batching"]
+        validation_split=0.9,
+        max_length=24,
+        batch_size=None if options["budget"] else 8,
+        max_tokens_per_batch=options["budget"] or None,
+        num_workers=options["workers"],
+        batching=options["batching"],
+        padding=options["padding"],
     )
     checkpoint = ModelCheckpoint(
         folder / "checkpoints", save_last=True, every_n_train_steps=options["every"], save_top_k=0

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from smartbatch_lightning import PadCollator
+from smartbatch_lightning import PackCollator, PadCollator
+from smartbatch_lightning.collate import batch_lengths
 
 ROWS = [
     {"input_ids": np.array([5, 6, 7], np.int32), "token_type_ids": np.array([0, 1, 1], np.int8), "labels": 1},
@@ -19,6 +20,24 @@ def test_a_batch_is_padded_to_its_longest_sample_with_a_mask_over_real_tokens() 
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [1, 0]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_packed_batch_is_one_row_without_padding_and_says_where_samples_start() -> None:
+    batch = PackCollator()(ROWS)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 8]
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == 5
+    assert batch["labels"].tolist() == [1, 0]
+    assert "attention_mask" not in batch
+
+
+def test_the_lengths_of_a_batch_are_told_padded_and_packed() -> None:
+    for collator in (PadCollator(pad_to_multiple_of=8), PackCollator()):
+        assert batch_lengths(collator(ROWS)).tolist() == [3, 5]
+    assert batch_lengths([1, 2]) is None
 
 
 @pytest.mark.parametrize(
@@ -59,5 +78,6 @@ def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> 
 
 
 def test_a_column_of_text_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="the column 'text' holds str, which makes no tensor. Remove it"):
-        PadCollator()([{"input_ids": [1, 2], "text": "fine"}])
+    for collator in (PadCollator(), PackCollator()):
+        with pytest.raises(ValueError, match="the column 'text' holds str, which makes no tensor. Remove it"):
+            collator([{"input_ids": [1, 2], "text": "fine"}])

@@ -9,11 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pandas as pd
 import pytest
+import run_unequal_batches as unequal
+import torch
 from datasets import load_dataset
 from test_resume import diaries, finish, start
 from test_slurm import SHORT
+
+from smartbatch_lightning import PadCollator, plan_epoch
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -54,6 +59,39 @@ def test_two_ranks_measure_and_predict_what_one_does(imdb: Path, tmp_path: Path)
         assert table["index"].tolist() == list(range(1001))
     assert tables[0]["label"].tolist() == tables[1]["label"].tolist()
     pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("ranks", "padding"), [(2, "longest"), (1, "packed"), (2, "packed")])
+def test_an_optimizer_step_follows_the_mean_over_its_samples_whatever_the_batches(ranks, padding, tmp_path) -> None:
+    """Two batches are accumulated on every rank, the last time one, and no two of them are of the same size."""
+    script = TESTS / "run_unequal_batches.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path), str(ranks), padding], check=True, timeout=200)
+    module = unequal.data(padding)
+    module.setup("fit")
+    plan = plan_epoch(
+        module.train_data.lengths,
+        max_tokens_per_batch=400,
+        packed=padding == "packed",
+        seed=unequal.SEED,
+        num_replicas=ranks,
+    )
+    L.seed_everything(unequal.SEED)
+    reference = unequal.Descent()
+    reference.configure_model()
+    optimizer = reference.make_optimizer()
+    trained = unequal.STEPS * ranks
+    assert len(set(plan.batch_sizes()[:trained].tolist())) > 2
+    for first in range(0, trained, unequal.ACCUMULATED * ranks):
+        batches = range(first, min(first + unequal.ACCUMULATED * ranks, trained))
+        samples = [module.train_data[int(sample)] for batch in batches for sample in plan[batch]]
+        inputs = PadCollator(0)(samples)
+        del inputs["index"]
+        reference(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = torch.load(tmp_path / "weights.pt")
+    for name, weight in reference.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

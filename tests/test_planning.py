@@ -9,22 +9,40 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from smartbatch_lightning import BatchPlan, plan_epoch
-from smartbatch_lightning.planning import mates_kept, steps_per_epoch, stratified_split
+from smartbatch_lightning.labels import stratified_split
+from smartbatch_lightning.planning import mates_kept, steps_per_epoch
 
 BATCHINGS = ["smart", "tutorial", "random"]
 
-cases = st.fixed_dictionaries(
-    {
-        "lengths": st.lists(st.integers(1, 600), min_size=1, max_size=400).map(np.array),
-        "batch_size": st.integers(1, 40),
-        "batching": st.sampled_from(BATCHINGS),
-        "seed": st.integers(0, 2**32),
-        "epoch": st.integers(0, 50),
-        "num_replicas": st.integers(1, 9),
-        "jitter": st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0]),
-        "shuffle": st.booleans(),
+
+@st.composite
+def cases(draw) -> dict:
+    """Arguments of `plan_epoch`, half of them with a token budget, in which there may be room for a single sample."""
+    num_replicas = draw(st.integers(1, 9))
+    lengths = np.array(draw(st.lists(st.integers(1, 600), min_size=num_replicas, max_size=400)))
+    case = {
+        "lengths": lengths,
+        "batch_size": draw(st.integers(1, 40)),
+        "batching": draw(st.sampled_from(BATCHINGS)),
+        "seed": draw(st.integers(0, 2**32)),
+        "epoch": draw(st.integers(0, 50)),
+        "num_replicas": num_replicas,
+        "jitter": draw(st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0])),
+        "shuffle": draw(st.booleans()),
+        "packed": draw(st.booleans()),
+        "pad_to_multiple_of": draw(st.sampled_from([1, 8, 100])),
     }
-).filter(lambda case: len(case["lengths"]) >= case["num_replicas"])
+    if draw(st.booleans()):
+        rooms = 1 if len(lengths) % num_replicas == 0 else 2
+        least = rooms * width(int(lengths.max()), case)
+        case["max_tokens_per_batch"] = draw(st.integers(least, 20 * least))
+        case["batch_size"] = draw(st.none() | st.integers(1, 40))
+    return case
+
+
+def width(longest: int, case: dict) -> int:
+    multiple = 1 if case["packed"] else case["pad_to_multiple_of"]
+    return -(-longest // multiple) * multiple
 
 
 def review_lengths(num_samples: int, seed: int = 0) -> NDArray[np.int64]:
@@ -37,7 +55,7 @@ def batches(plan: BatchPlan) -> list[list[int]]:
     return [plan[number].tolist() for number in range(len(plan))]
 
 
-@given(cases)
+@given(cases())
 @settings(max_examples=300, deadline=None)
 def test_every_sample_appears_once_over_all_ranks(case: dict) -> None:
     plan = plan_epoch(**case)
@@ -46,32 +64,43 @@ def test_every_sample_appears_once_over_all_ranks(case: dict) -> None:
     assert sorted(seen) == list(range(len(case["lengths"])))
 
 
-@given(cases)
+@given(cases())
 @settings(max_examples=300, deadline=None)
 def test_every_rank_takes_equally_many_steps_and_no_batch_is_empty(case: dict) -> None:
     plan = plan_epoch(**case)
-    steps = steps_per_epoch(len(case["lengths"]), case["batch_size"], case["num_replicas"])
+    steps = steps_per_epoch(**{name: value for name, value in case.items() if name not in ("seed", "epoch")})
     assert [len(list(plan.share(rank))) for rank in range(case["num_replicas"])] == [steps] * case["num_replicas"]
     assert plan.batch_sizes().min() >= 1
 
 
-@given(cases)
+@given(cases())
 @settings(max_examples=300, deadline=None)
 def test_no_batch_is_larger_than_asked_but_where_steps_could_not_be_equal(case: dict) -> None:
     largest = plan_epoch(**case).batch_sizes().max()
     if case["batch_size"] == 1 and len(case["lengths"]) % case["num_replicas"]:
         assert largest == 2
-    else:
+    elif case["batch_size"] is not None:
         assert largest <= case["batch_size"]
 
 
-@given(cases, st.integers(0, 50))
+@given(cases())
+@settings(max_examples=500, deadline=None)
+def test_no_batch_exceeds_the_token_budget(case: dict) -> None:
+    if "max_tokens_per_batch" not in case:
+        return
+    for batch in batches(plan_epoch(**case)):
+        lengths = case["lengths"][batch]
+        taken = lengths.sum() if case["packed"] else len(batch) * width(int(lengths.max()), case)
+        assert taken <= case["max_tokens_per_batch"]
+
+
+@given(cases(), st.integers(0, 50))
 @settings(max_examples=200, deadline=None)
 def test_the_number_of_batches_is_the_same_in_every_epoch(case: dict, other: int) -> None:
     assert len(plan_epoch(**case)) == len(plan_epoch(**case | {"epoch": other}))
 
 
-@given(cases)
+@given(cases())
 @settings(max_examples=200, deadline=None)
 def test_the_same_arguments_give_the_same_plan_and_touch_no_global_random_state(case: dict) -> None:
     np.random.seed(0)
@@ -85,7 +114,7 @@ def test_the_same_arguments_give_the_same_plan_and_touch_no_global_random_state(
     assert repr(np.random.get_state()) == state
 
 
-@given(cases, st.integers(0, 30))
+@given(cases(), st.integers(0, 30))
 @settings(max_examples=200, deadline=None)
 def test_going_on_after_a_step_yields_exactly_the_remaining_batches(case: dict, step: int) -> None:
     plan = plan_epoch(**case)
@@ -221,6 +250,50 @@ def test_jitter_mixes_batches_from_epoch_to_epoch() -> None:
     assert kept[1] < 0.08
 
 
+@pytest.mark.parametrize("num_replicas", [1, 8])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_budget_is_nearly_filled_by_smart_batches(packed: bool, num_replicas: int) -> None:
+    lengths = review_lengths(25_000)
+    plan = plan_epoch(lengths, max_tokens_per_batch=16_384, packed=packed, num_replicas=num_replicas)
+    assert lengths.sum() / (16_384 * len(plan)) > 0.95
+    assert plan.padded_tokens(lengths) < 1.005 * lengths.sum()
+
+
+def test_packed_random_batches_of_a_budget_hold_equal_shares_of_the_tokens_on_every_rank() -> None:
+    lengths = review_lengths(25_000)
+    plan, later = (
+        plan_epoch(lengths, None, "random", max_tokens_per_batch=16_384, packed=True, num_replicas=8, epoch=epoch)
+        for epoch in (0, 1)
+    )
+    tokens = np.add.reduceat(lengths[plan.order], plan.offsets[:-1])
+    assert tokens.min() > 0.93 * 16_384
+    steps = tokens.reshape(-1, 8)
+    assert steps.max(1).sum() / steps.mean(1).sum() < 1.02
+    assert mates_kept(plan, later) < 0.01
+
+
+def test_a_budget_of_short_samples_is_bounded_by_the_batch_size_too() -> None:
+    lengths = np.full(1000, 4)
+    for packed in (False, True):
+        assert plan_epoch(lengths, 32, max_tokens_per_batch=4096, packed=packed).batch_sizes().max() == 32
+
+
+def test_smart_batches_of_a_budget_hold_many_short_samples_or_few_long_ones() -> None:
+    lengths = np.repeat([10, 100], [100, 20])
+    plan = plan_epoch(lengths, max_tokens_per_batch=200, jitter=0)
+    assert sorted(zip(plan.batch_sizes().tolist(), plan.longest(lengths).tolist(), strict=True)) == [
+        *[(2, 100)] * 10,
+        *[(20, 10)] * 5,
+    ]
+
+
+def test_jitter_never_takes_a_batch_over_its_budget() -> None:
+    lengths = np.tile(np.arange(1, 101), 20)
+    for epoch in range(30):
+        plan = plan_epoch(lengths, max_tokens_per_batch=300, jitter=5.0, epoch=epoch)
+        assert (plan.batch_sizes() * plan.longest(lengths)).max() <= 300
+
+
 def test_mates_kept_is_one_for_the_same_plan_and_nearly_zero_for_a_shuffle() -> None:
     lengths = review_lengths(5000)
     plan = plan_epoch(lengths, 10, "random")
@@ -257,6 +330,10 @@ def test_lengths_of_millions_of_tokens_are_planned() -> None:
         ({"lengths": [[3, 4]]}, "give one integer a sample"),
         ({"lengths": [1.5, 2.0]}, "float64; give one integer a sample"),
         ({"lengths": []}, "0 samples cannot be shared"),
+        ({"lengths": [9, 30, 2], "max_tokens_per_batch": 20}, "sample 1 takes 30 tokens, but.*is 20. Raise it to 30"),
+        ({"max_tokens_per_batch": 5, "pad_to_multiple_of": 8}, "sample 0 takes 8 tokens.*Raise it to 8"),
+        ({"max_tokens_per_batch": 5, "num_replicas": 2}, "cannot be shared by 2 ranks in equally many.*Raise it"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_a_remedy(arguments: dict, message: str) -> None:

@@ -53,6 +53,35 @@ def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(num_workers: in
     assert first == next(iter(sampler))
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("num_batches", [None, 7])
+@pytest.mark.parametrize("resumed", [[], [(2, 4)], [(3, 4)]])
+def test_loss_weights_make_the_average_of_batches_the_mean_over_samples(accumulated, num_batches, resumed) -> None:
+    """Mean losses, weighted, averaged over ranks and accumulated batches as trainers do it."""
+    ranks = [
+        SmartBatchSampler(LENGTHS, max_tokens_per_batch=200, num_replicas=2, rank=rank, packed=True)
+        for rank in range(2)
+    ]
+    losses = np.random.default_rng(1).random(101)
+    for sampler in ranks:
+        sampler.resume(0, resumed)
+    first = ranks[0].first_step
+    last = num_batches or len(ranks[0])
+    batches = [list(sampler)[: last - first] for sampler in ranks]
+    weights = [list(zip(sampler.loss_weights(accumulated, num_batches), batches[0], strict=False)) for sampler in ranks]
+    assert len({len(batch) for rank in batches for batch in rank}) > 1
+    for start in range(first - first % accumulated, last, accumulated):
+        steps = range(max(start, first) - first, min(start + accumulated, last) - first)
+        window = [(weights[rank][step][0], losses[batches[rank][step]]) for rank in range(2) for step in steps]
+        averaged = sum(weight * part.mean() for weight, part in window) / (2 * accumulated)
+        assert averaged == pytest.approx(np.concatenate([part for _, part in window]).mean())
+
+
+def test_the_loss_weights_of_equal_batches_are_one() -> None:
+    sampler = SmartBatchSampler(LENGTHS, 8)
+    assert {weight for weight, _ in zip(sampler.loss_weights(), sampler, strict=False)} == {1.0}
+
+
 def test_a_rank_outside_of_the_world_is_refused() -> None:
     with pytest.raises(ValueError, match="rank is 2; with num_replicas=2 give 0 to 1"):
         SmartBatchSampler(LENGTHS, num_replicas=2, rank=2)

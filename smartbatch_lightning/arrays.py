@@ -1,0 +1,162 @@
+"""The array operations that plans are made of: numpy alone, no Python loop over samples or batches."""
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartbatch_lightning.errors import UsageError
+
+Int64s = NDArray[np.int64]
+_Number = TypeVar("_Number", int, Int64s)
+
+
+def rounded_up(tokens: _Number, multiple: int) -> _Number:
+    """The next multiple."""
+    return -(-tokens // multiple) * multiple
+
+
+def cuts_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, num_replicas: int) -> Int64s:
+    """Cuts sorted samples into as few steps as a token budget allows; what is left over are the shortest.
+
+    Args:
+        widths: The widths there are, ascending. Shape (num_widths,).
+        counts: Samples of each width. Shape (num_widths,).
+        batch_size: Samples in a batch at most.
+        budget: Samples times the width of the widest, at most.
+        num_replicas: Batches in a step.
+
+    Returns:
+        Where each step starts among the samples, and the end. Shape (num_steps + 1,).
+    """
+    sizes_of_width = np.minimum(batch_size, budget // widths) * num_replicas
+    runs, ahead = [], 0  # samples that the last step has already taken of those that come next
+    for count, size in zip(counts[::-1].tolist(), sizes_of_width[::-1].tolist(), strict=True):
+        num_steps = max(0, -(-(count - ahead) // size))
+        runs.append(np.full(num_steps, size))
+        ahead += num_steps * size - count
+    sizes = np.concatenate(runs)[::-1].copy()
+    sizes[0] -= ahead
+    missing = num_replicas - int(sizes[0])
+    if missing > 0:  # a sample for every rank, out of the step of the next longer ones
+        if sizes[1] - missing < num_replicas:
+            raise too_few_fit(int(counts.sum()), num_replicas, budget)
+        sizes[0] += missing
+        sizes[1] -= missing
+    return np.concatenate(([0], np.cumsum(sizes)))
+
+
+def cuts_by_cost(costs: Int64s, parts: int) -> Int64s:
+    """Cuts samples where equal shares of their costs end, and leaves at least one in each part. Shape (parts + 1,)."""
+    spent = np.cumsum(costs)
+    cuts = np.searchsorted(spent, np.arange(1, parts) * spent[-1] // parts, side="right")
+    place = np.arange(1, parts)
+    cuts = np.maximum.accumulate(np.maximum(cuts - place, 0)) + place
+    return np.concatenate(([0], np.minimum(cuts, len(costs) - parts + place), [len(costs)]))
+
+
+def argsort(key: NDArray[np.integer], noise: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
+    """Indices in order of `key + uniform(0, spread)`; without `noise`, of `key` and then index.
+
+    A spread of 1 or less only breaks ties, since keys are whole numbers. One sort of unique 64-bit words: the sum in
+    fixed point above, the index below. The raw bits of the generator, unlike its distributions, are the same in every
+    version of numpy.
+    """
+    num_keys = len(key)
+    if num_keys == 0:
+        return np.empty(0, np.int64)
+    spread = max(spread, 1.0)
+    lowest = int(key.min())
+    index_bits = num_keys.bit_length()
+    key_bits = int(int(key.max()) - lowest + spread).bit_length()
+    fraction_bits = min(64 - index_bits - key_bits, 32 - int(spread).bit_length())
+    assert fraction_bits > 0, "lengths and number of samples do not fit into 64 bits"
+    if noise is None:
+        words = np.zeros(num_keys, np.uint64)
+    else:
+        words = noise.random_raw(num_keys)
+        words >>= np.uint64(32)
+        words *= np.uint64(spread * 2**fraction_bits)
+        words >>= np.uint64(32)
+    fixed_point = (key - lowest).astype(np.uint64)
+    fixed_point <<= np.uint64(fraction_bits)
+    words += fixed_point
+    del fixed_point
+    words <<= np.uint64(index_bits)
+    words |= np.arange(num_keys, dtype=np.uint64)
+    words.sort()
+    words &= np.uint64(2**index_bits - 1)
+    return words.view(np.int64)
+
+
+def even_cuts(total: int, parts: int) -> Int64s:
+    """Offsets of `parts` runs whose sizes differ by one at most, the larger ones first. Shape (parts + 1,)."""
+    size, larger = divmod(total, parts)
+    cuts = np.arange(parts + 1, dtype=np.int64)
+    return cuts * size + np.minimum(cuts, larger)
+
+
+def split_each(offsets: Int64s, parts: int) -> Int64s:
+    """Cuts every run into `parts` whose sizes differ by one at most, the larger ones first."""
+    size, larger = np.divmod(np.diff(offsets)[:, None], parts)
+    part = np.arange(parts)
+    starts = offsets[:-1, None] + part * size + np.minimum(part, larger)
+    return np.append(starts.ravel(), offsets[-1])
+
+
+def take_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int64s]:
+    """The given runs of `order`, one after another, and their offsets."""
+    starts, sizes = offsets[runs], np.diff(offsets)[runs]
+    new_offsets = np.concatenate(([0], np.cumsum(sizes)))
+    index = np.ones(len(order), np.int64)  # steps of one inside a run, a jump at its start
+    index[0] = starts[0]
+    index[new_offsets[1:-1]] = starts[1:] - (starts[:-1] + sizes[:-1] - 1)
+    np.cumsum(index, out=index)
+    return order[index], new_offsets
+
+
+def tutorial_draws(
+    num_samples: int, run: int, num_steps: int, num_replicas: int, noise: np.random.PCG64
+) -> tuple[Int64s, Int64s]:
+    """Takes a random run of `run` neighbours out of a list of `num_samples`, closes the gap, and so on to the end.
+
+    Returns the positions in the original list, draw after draw, and the offsets of the draws. The last draw takes
+    what is left; where that is less than a sample a rank, earlier draws are a sample shorter.
+
+    Drawing one after another costs a memory move of the whole rest each time. Instead the effect of consecutive draws
+    is composed pairwise, in log2(num_steps) passes over all samples: what a position of the second half means before
+    the first half was drawn is found by a binary search among the first half's sorted positions.
+    """
+    last = min(max(num_samples - (num_steps - 1) * run, num_replicas), num_samples)
+    takes = np.diff(even_cuts(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
+    takes = np.append(takes, last)
+    steps = np.concatenate(([0], np.cumsum(takes)))
+    remaining = num_samples - steps[:-1]
+    choices = (remaining - takes + 1).astype(np.uint64)
+    starts = ((noise.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
+
+    # Positions in the list as it is just before the draw. Short draws are filled up, and draws past the end added up
+    # to a power of two, by positions so far off that nothing ever looks for them.
+    width = int(takes.max())
+    shape = (1 << (num_steps - 1).bit_length(), width)
+    position = 2 * num_samples + np.arange(shape[0] * shape[1]).reshape(shape)
+    column = np.arange(width)
+    np.copyto(position[:num_steps], starts[:, None] + column, where=column < takes[:, None])
+    apart = 2 * (num_samples + position.size)  # keeps the positions of one pair of halves clear of the next pair's
+    while width < position.size:
+        first, second = position.reshape(-1, 2, width).swapaxes(0, 1)
+        pair = np.arange(len(first))[:, None]
+        gaps = np.sort(first, axis=1) - np.arange(width)  # how many later positions each removal moves up
+        shift = np.searchsorted((gaps + pair * apart).ravel(), (second + pair * apart).ravel(), side="right")
+        second += shift.reshape(second.shape) - pair * width
+        width *= 2
+    return position[:num_steps][column < takes[:, None]], steps
+
+
+def too_few_fit(num_samples: int, num_replicas: int, budget: int) -> UsageError:
+    """What to raise where equal steps would need two samples in a batch that has room for one."""
+    return UsageError(
+        f"{num_samples} samples cannot be shared by {num_replicas} ranks in equally many batches, since "
+        f"max_tokens_per_batch={budget} lets one sample into a batch. Raise it, or run on a number of devices that "
+        "divides the samples."
+    )

@@ -1,0 +1,290 @@
+"""What a training run does with its time: tokens, padding, waiting, memory and use of the GPU, while it runs."""
+
+import copy
+import resource
+import sys
+from dataclasses import asdict, astuple, dataclass
+from datetime import timedelta
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import Callback
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from smartbatch_lightning.collate import batch_lengths
+from smartbatch_lightning.console import say
+
+# Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
+_PEAK_FLOPS = {"H200": 989.4e12, "H100 NVL": 835.5e12}
+
+
+@dataclass
+class Counts:
+    """What was trained, over all ranks, and the time that it took, without validation.
+
+    Attributes:
+        samples: Samples.
+        tokens: Tokens, with padding.
+        real_tokens: Tokens, without.
+        squares: Sum of the squares of the samples' lengths, on which the cost of attention depends.
+        seconds: Time.
+        waited: Part of the time in which a batch was waited for.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    real_tokens: int = 0
+    squares: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        return Counts(*(mine - others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def padding_ratio(self) -> float:
+        """Padding over real tokens."""
+        return self.tokens / max(1, self.real_tokens) - 1
+
+    @property
+    def real_tokens_per_second(self) -> float:
+        """Real tokens a second, over all ranks."""
+        return self.real_tokens / self.seconds if self.seconds else 0.0
+
+
+class TrainingMonitor(Callback):
+    """Logs how fast real tokens are trained, and what holds it up, every `log_every_n_steps` and every epoch.
+
+    Between two of those it only counts, on the device, and never waits for it. Logged live, each over the steps since
+    the last time:
+
+    - `throughput/real_tokens_per_second`, over all ranks; padding does not count
+    - `throughput/padding_ratio`: tokens that are padding, over real tokens
+    - `throughput/data_wait`: share of the time in which rank 0 waited for a batch; with a `SmartBatchDataModule`
+    - `throughput/peak_memory_gib`: of the GPU that PyTorch has had allocated at most, else of the process
+    - `throughput/model_flops_utilization`: floating point operations that the real tokens need, forward and backward,
+      over the peak of the GPUs, where that is known; as in *PaLM* (Chowdhery et al., 2022, appendix B), with the
+      operations of a forward pass counted by PyTorch and taken three times
+
+    And by epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
+    training ends, a table of all epochs is printed, with losses, metrics and times; those that were trained before a
+    resume are in it.
+
+    Attributes:
+        epochs: What was trained in each epoch, and the metrics at its end. Of an epoch that was interrupted, what was
+            trained since.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: list[tuple[Counts, dict[str, float]]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Names the device."""
+        if trainer.is_global_zero:
+            device = trainer.strategy.root_device
+            name = (
+                torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"{torch.get_num_threads()} CPU threads"
+            )
+            say(f"Training on {name}" + (f", one of {trainer.world_size} ranks" if trainer.world_size > 1 else ""))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts counting anew."""
+        self._samples = self._tokens = 0
+        self._on_device = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
+        self._validating = 0.0
+        self._last_step = trainer.global_step
+        self._peak = _peak_flops(trainer)
+        self._flops = _training_flops(pl_module) if self._peak else None
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._start = perf_counter()
+        self._waited_before = _waited(trainer)
+        self._before_epoch = self._before_log = Counts()
+        self._epoch: Counts | None = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Marks where the epoch starts; by now the metrics of the one before are there."""
+        self._close_epoch(trainer)
+        self._before_epoch = self._now(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts a batch, without waiting for the device; logs where Lightning does."""
+        lengths = batch_lengths(batch)
+        if lengths is None:
+            return
+        self._samples += len(lengths)
+        self._tokens += batch["input_ids"].numel()
+        self._on_device += torch.stack((lengths.sum(), lengths.square().sum()))
+        every: int = getattr(trainer, "log_every_n_steps", 0)
+        step = trainer.global_step
+        if trainer.loggers and every and step % every == 0 and step != self._last_step:
+            self._last_step = step
+            self._log(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops the clock."""
+        self._validation_start = perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts it again."""
+        if not trainer.sanity_checking and trainer.training:
+            self._validating += perf_counter() - self._validation_start
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the epoch."""
+        self._epoch = epoch = self._now(trainer) - self._before_epoch
+        if epoch.real_tokens:
+            pl_module.log_dict(
+                {
+                    "train_padding_ratio": epoch.padding_ratio,
+                    "train_seconds": epoch.seconds,
+                    "train_real_tokens_per_second": epoch.real_tokens_per_second,
+                },
+                rank_zero_only=True,
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes down the last epoch."""
+        self._close_epoch(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the table, and what batching saved, on rank 0."""
+        if not trainer.is_global_zero or not self.epochs:
+            return
+        say(_table(self.epochs, self.total))
+        max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
+        if max_length:
+            tokens, fixed = self.total.tokens, self.total.samples * max_length
+            say(
+                f"Tokens computed: {tokens:,}. Padding everything to {max_length} takes {fixed:,}: "
+                f"{1 - tokens / fixed:.1%} saved."
+            )
+        if path := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+            say(f"Checkpoint: {path}")
+
+    @property
+    def total(self) -> Counts:
+        """What was trained in all epochs."""
+        return Counts(*map(sum, zip(*(astuple(counts) for counts, _ in self.epochs), strict=True)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epochs, for the table at the end of a run that is resumed."""
+        return {"epochs": [(asdict(counts), metrics) for counts, metrics in self.epochs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them up again."""
+        self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
+
+    def _close_epoch(self, trainer: L.Trainer) -> None:
+        if self._epoch is not None:
+            self.epochs.append((self._epoch, {name: float(value) for name, value in trainer.callback_metrics.items()}))
+            self._epoch = None
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        before, self._before_log = self._before_log, self._now(trainer)
+        window = self._before_log - before
+        logged = {
+            "real_tokens_per_second": window.real_tokens_per_second,
+            "padding_ratio": window.padding_ratio,
+            "peak_memory_gib": _peak_memory(pl_module.device) / 2**30,
+        }
+        if _waited(trainer) is not None:
+            logged["data_wait"] = window.waited / window.seconds
+        if self._peak and self._flops:
+            per_token, per_square = self._flops
+            flops = per_token * window.real_tokens + per_square * window.squares
+            logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
+        pl_module.log_dict({f"throughput/{name}": value for name, value in logged.items()}, rank_zero_only=True)
+
+    def _now(self, trainer: L.Trainer) -> Counts:
+        """What was trained until now; waits for the device, and for the other ranks."""
+        host = torch.tensor([self._samples, self._tokens], device=self._on_device.device)
+        counted = trainer.strategy.reduce(torch.cat((host, self._on_device)), reduce_op="sum")
+        assert isinstance(counted, Tensor)
+        samples, tokens, real_tokens, squares = counted.tolist()
+        seconds = perf_counter() - self._start - self._validating
+        waited = (_waited(trainer) or 0.0) - (self._waited_before or 0.0)
+        return Counts(samples, tokens, real_tokens, squares, seconds, waited)
+
+
+def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
+    """A row for each epoch, and a last one for their sums."""
+    table = Table()
+    names = [name for name in epochs[-1][1] if name == "train_loss" or name.startswith("val_")]
+    for heading in ("epoch", "samples", *(name.replace("_", " ") for name in names)):
+        table.add_column(heading, justify="right")
+    for heading in ("training time", "real tokens/s", "padding"):
+        table.add_column(heading, justify="right")
+    rows = [(str(number), counts, metrics) for number, (counts, metrics) in enumerate(epochs)]
+    for title, counts, metrics in [*rows, ("all", total, {})][: len(rows) + (len(rows) > 1)]:
+        table.add_row(
+            title,
+            f"{counts.samples:,}",
+            *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names),
+            str(timedelta(seconds=round(counts.seconds))),
+            f"{counts.real_tokens_per_second:,.0f}",
+            f"{counts.padding_ratio:.2%}",
+        )
+    return table
+
+
+def _waited(trainer: L.Trainer) -> float | None:
+    """Seconds in which batches were waited for, by a loader that tells."""
+    return getattr(trainer.train_dataloader, "seconds_waited", None)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+def _peak_flops(trainer: L.Trainer) -> float | None:
+    """Of one device, a second, in the precision of the run; None where it is not known."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda":
+        return None
+    precision = str(trainer.precision)
+    half = "16" in precision
+    name = torch.cuda.get_device_name(device)
+    for known, peak in _PEAK_FLOPS.items():
+        if half and known in name:
+            return peak
+    return get_available_flops(
+        device, torch.bfloat16 if "bf16" in precision else torch.float16 if half else torch.float32
+    )
+
+
+def _training_flops(pl_module: L.LightningModule) -> tuple[float, float] | None:
+    """Floating point operations of training on a sample: those by token, and those by squared token.
+
+    A forward pass takes `a * length + b * length**2`, solved for two lengths; with the backward pass it is three times
+    as much.
+    """
+    model = getattr(pl_module, "model", None)
+    if not isinstance(model, PreTrainedModel):
+        return None
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        shadow = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="eager"
+        )
+    counted = []
+    for length in (64, 128):
+        with FlopCounterMode(display=False) as counter:
+            shadow(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"))
+        counted.append(counter.get_total_flops() / length)
+    per_square = (counted[1] - counted[0]) / 64
+    return 3 * (counted[0] - 64 * per_square), 3 * per_square

@@ -1,0 +1,135 @@
+"""Tests of packed batches: they give what padded ones give, in every family that can be packed."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from smartbatch_lightning import PackCollator, PadCollator
+from smartbatch_lightning.attention import _ENCODERS, attention_dropout, enable_packing
+
+VOCABULARY = 200
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
+MODERN = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+CONFIGS = [
+    AlbertConfig(**SIZES, embedding_size=16),
+    BertConfig(**SIZES),
+    CamembertConfig(**SIZES),
+    DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=128),
+    ElectraConfig(**SIZES, embedding_size=16),
+    ModernBertConfig(**SIZES, **MODERN, local_attention=16, classifier_pooling="cls"),
+    ModernBertConfig(**SIZES, **MODERN, local_attention=16, classifier_pooling="mean"),
+    RobertaConfig(**SIZES),
+    XLMRobertaConfig(**SIZES),
+]
+FAMILIES = [f"{config.model_type}-{getattr(config, 'classifier_pooling', 'first')}" for config in CONFIGS]
+
+
+def rows(lengths=(3, 40, 17, 90, 16)) -> list[dict]:
+    random = np.random.default_rng(0)
+    return [{"input_ids": random.integers(5, VOCABULARY, length), "labels": length % 2} for length in lengths]
+
+
+def model(config, **options):
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(type(config)(**{**config.to_dict(), **options}))
+
+
+def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_every_family_that_can_be_packed_is_tried() -> None:
+    assert {config.model_type for config in CONFIGS} == set(_ENCODERS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=FAMILIES)
+def test_packed_batches_give_the_logits_and_gradients_of_padded_ones(config) -> None:
+    padded, packed = model(config).eval(), model(config).eval()
+    enable_packing(packed)
+    expected = padded(**PadCollator(config.pad_token_id)(rows()))
+    actual = packed(**PackCollator()(rows()))
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-6, rtol=0)
+    wanted, got = gradients(expected.loss, padded), gradients(actual.loss, packed)
+    assert got.keys() == wanted.keys()
+    scale = max(gradient.norm() for gradient in wanted.values())
+    assert all((got[name] - wanted[name]).norm() < 1e-5 * scale for name in wanted)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=FAMILIES)
+def test_a_model_that_takes_packed_batches_still_takes_padded_ones(config) -> None:
+    plain, enabled = model(config).eval(), model(config).eval()
+    enable_packing(enabled)
+    padded = PadCollator(config.pad_token_id)(rows())
+    torch.testing.assert_close(enabled(**padded).logits, plain(**padded).logits)
+    no_mask = {"input_ids": padded["input_ids"][3:4]}
+    torch.testing.assert_close(enabled(**no_mask).logits, plain(**no_mask).logits)
+
+
+def test_real_weights_give_the_same_logits_and_gradients_packed_and_padded(minilm: str) -> None:
+    texts = rows((12, 400, 250, 3, 77, 128))
+    results = []
+    for collator in (PadCollator(0), PackCollator()):
+        torch.manual_seed(0)
+        bert = AutoModelForSequenceClassification.from_pretrained(minilm, dtype=torch.float32).eval()
+        enable_packing(bert)
+        output = bert(**collator(texts))
+        results.append((output.logits, gradients(output.loss, bert)))
+    (padded, wanted), (packed, got) = results
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
+    for name, gradient in wanted.items():
+        if gradient.norm() > 1e-6:  # a bias of keys has none
+            assert (got[name] - gradient).norm() / gradient.norm() < 1e-4, name
+
+
+def test_pairs_of_sentences_are_packed_with_their_types() -> None:
+    config = CONFIGS[1]
+    pairs = [{**row, "token_type_ids": np.arange(len(row["input_ids"])) % 2} for row in rows()]
+    bert = model(config).eval()
+    enable_packing(bert)
+    expected = bert(**PadCollator(0)(pairs)).logits
+    torch.testing.assert_close(bert(**PackCollator()(pairs)).logits, expected, atol=1e-6, rtol=0)
+    assert not torch.allclose(bert(**PackCollator()(rows())).logits, expected, atol=1e-6)
+
+
+def test_attention_dropout_drops_in_training_as_configured() -> None:
+    for probability, differ in ((0.0, False), (0.5, True)):
+        bert = model(CONFIGS[1], hidden_dropout_prob=0.0, attention_probs_dropout_prob=probability).train()
+        enable_packing(bert)
+        batch = PackCollator()(rows())
+        assert (not torch.equal(bert(**batch).logits, bert(**batch).logits)) == differ
+        assert attention_dropout(bert) == probability
+
+
+def test_enabling_twice_is_enabling_once() -> None:
+    bert = model(CONFIGS[7]).eval()
+    enable_packing(bert)
+    once = bert(**PackCollator()(rows())).logits
+    enable_packing(bert)
+    torch.testing.assert_close(bert(**PackCollator()(rows())).logits, once)
+
+
+def test_a_family_that_cannot_be_packed_is_refused_with_those_that_can() -> None:
+    mpnet = model(MPNetConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"batches of mpnet models cannot be packed; those of albert, bert, .* can"):
+        enable_packing(mpnet)

@@ -1,0 +1,135 @@
+"""Tests of what watches a run."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from test_model import trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
+from smartbatch_lightning.monitor import _training_flops
+
+TRAINED = demo.REVIEWS["train"] // 10
+LIVE = ["real_tokens_per_second", "padding_ratio", "peak_memory_gib", "data_wait"]
+
+
+def data(**options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(**{"validation_split": 0.9, "max_length": 24, "seed": 1, **options})
+
+
+def watched(folder: Path, module: SmartBatchDataModule, **options) -> tuple[TrainingMonitor, pd.DataFrame]:
+    monitor = TrainingMonitor()
+    logger = CSVLogger(folder)
+    options = {"log_every_n_steps": 4, "max_epochs": 2, "limit_val_batches": 2, **options}
+    run = trainer(folder, callbacks=[monitor], logger=logger, **options)
+    run.fit(SequenceClassifier(), module)
+    return monitor, pd.read_csv(Path(logger.log_dir) / "metrics.csv")
+
+
+@pytest.mark.parametrize("padding", ["longest", "max_length", "packed"])
+def test_what_was_trained_is_counted_and_logged_live_and_by_epoch(padding: str, tmp_path: Path) -> None:
+    module = data(padding=padding)
+    monitor, logged = watched(tmp_path, module)
+    real = int(module.train_data.lengths.sum())
+    assert [counts.samples for counts, _ in monitor.epochs] == [TRAINED, TRAINED]
+    assert monitor.total.real_tokens == 2 * real
+    assert monitor.total.squares == 2 * int((module.train_data.lengths**2).sum())
+    ratio = {"packed": 0.0, "max_length": TRAINED * 24 / real - 1}.get(padding)
+    epochs = logged.dropna(subset="train_padding_ratio")
+    assert len(epochs) == 2
+    assert (epochs["train_real_tokens_per_second"] > 0).all()
+    assert (epochs["train_seconds"] > 0).all()
+    if ratio is not None:
+        assert epochs["train_padding_ratio"].tolist() == pytest.approx([ratio, ratio])
+    else:
+        assert 0 < epochs["train_padding_ratio"].max() < 0.1
+    live = logged.dropna(subset="throughput/real_tokens_per_second")
+    assert live["step"].tolist() == [3, 7, 11, 15, 19, 23]
+    for name in LIVE:
+        assert live[f"throughput/{name}"].notna().all()
+    assert live["throughput/data_wait"].between(0, 1).all()
+
+
+def test_a_step_in_which_nothing_is_logged_never_waits_for_the_device(tmp_path: Path) -> None:
+    """On a GPU, what reads a number out of a tensor waits; here it is counted."""
+    reads: dict[int, int] = {}
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(function) or "nonzero" in str(function) or "is_nonzero" in str(function):
+                reads[run.global_step] = reads.get(run.global_step, 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    run = trainer(
+        tmp_path,
+        callbacks=[TrainingMonitor()],
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=5,
+        max_steps=10,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+    )
+    with Reads():
+        run.fit(SequenceClassifier(), data())
+    assert reads[5] > 0  # where the monitor and the logger read
+    assert {step for step in reads if 0 < step < 10} <= {4, 5, 9}, reads
+
+
+def test_the_end_of_fit_prints_a_row_for_each_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watched(tmp_path, data())
+    printed = capsys.readouterr().out
+    assert re.search(r"Training on \d+ CPU threads", printed)
+    assert "val accuracy" in printed
+    assert "train loss" in printed
+    assert re.search(r"│\s+0 │\s+200 │.*│ 0:00:\d\d │", printed)
+    assert re.search(r"│\s+all │\s+400 │", printed)
+    assert re.search(r"Tokens computed: [\d,]+\. Padding everything to 24 takes 9,600: \d+\.\d% saved\.", printed)
+
+
+def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> None:
+    first, second = TrainingMonitor(), TrainingMonitor()
+    run = trainer(tmp_path, callbacks=[first], limit_val_batches=1)
+    run.fit(SequenceClassifier(), data())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = trainer(tmp_path, callbacks=[second], max_epochs=3, limit_val_batches=1)
+    again.fit(SequenceClassifier(), data(), ckpt_path=tmp_path / "one.ckpt")
+    assert [counts.samples for counts, _ in second.epochs] == [TRAINED] * 3
+    assert second.epochs[0][0] == first.epochs[0][0]
+    assert all({"train_loss", "val_loss"} <= metrics.keys() for _, metrics in second.epochs)
+
+
+def test_validation_is_not_counted_as_training_time(tmp_path: Path) -> None:
+    class Slow(SequenceClassifier):
+        def validation_step(self, batch, batch_idx) -> None:
+            import time
+
+            time.sleep(0.5)
+
+    monitor = TrainingMonitor()
+    run = trainer(tmp_path, callbacks=[monitor], limit_train_batches=2, limit_val_batches=4)
+    run.fit(Slow(), data())
+    assert monitor.total.seconds < 1.5
+
+
+def test_batches_of_another_kind_are_trained_without_being_counted(tmp_path: Path) -> None:
+    class Bare(SequenceClassifier):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {name: value for name, value in batch.items() if name != "attention_mask"}
+
+    monitor = TrainingMonitor()
+    trainer(tmp_path, callbacks=[monitor], limit_train_batches=2, limit_val_batches=0).fit(Bare(), data())
+    assert monitor.total.samples == 0
+
+
+def test_the_operations_of_training_are_those_of_the_matrix_products() -> None:
+    model = SequenceClassifier()
+    model.configure_model()
+    config = model.model.config
+    per_token, per_square = _training_flops(model)
+    layers = [module for module in model.model.base_model.encoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert per_token == pytest.approx(6 * sum(layer.weight.numel() for layer in layers), rel=0.01)
+    assert per_square == pytest.approx(12 * config.num_hidden_layers * config.hidden_size, rel=0.01)
