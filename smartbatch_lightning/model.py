@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.attention import enable_packing
+from smartbatch_lightning.attention import can_pack, enable_packing
 from smartbatch_lightning.compatibility import check_head, check_inputs, check_labels, names_of_labels
 from smartbatch_lightning.errors import UsageError, cause
 
@@ -166,6 +166,8 @@ class SequenceClassifier(L.LightningModule):
             )
             # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
             self.model = model.train()
+            if can_pack(self.model):
+                enable_packing(self.model)
             if self.compiled:
                 self.model.compile(dynamic=True)  # once for batches of all widths
             self.hparams["architecture"] = json.loads(model.config.to_json_string(use_diff=False))
@@ -192,8 +194,6 @@ class SequenceClassifier(L.LightningModule):
         """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length)."""
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
-        if "cu_seqlens" in inputs:
-            enable_packing(self.model)
         output: SequenceClassifierOutput = self.model(**inputs)
         return output
 
@@ -203,7 +203,11 @@ class SequenceClassifier(L.LightningModule):
         A checkpoint holds no random state: without this, a resumed run would go on with another one.
         """
         words = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+        seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+        # not torch.manual_seed, which takes half a millisecond to remember it for devices that are not in use
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a training batch, with the weight that it has in its optimizer step."""

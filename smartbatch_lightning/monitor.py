@@ -12,13 +12,14 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from smartbatch_lightning.collate import batch_lengths
-from smartbatch_lightning.console import say
+from smartbatch_lightning.console import say, table_of
 
 # Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
 _PEAK_FLOPS = {"H200": 989.4e12, "H100 NVL": 835.5e12}
@@ -101,8 +102,9 @@ class TrainingMonitor(Callback):
         self._on_device = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         self._validating = 0.0
         self._last_step = trainer.global_step
-        self._peak = _peak_flops(trainer)
-        self._flops = _training_flops(pl_module) if self._peak else None
+        self._peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
+        model = getattr(pl_module, "model", None)
+        self._flops = training_flops(model) if self._peak and isinstance(model, PreTrainedModel) else None
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start = perf_counter()
@@ -137,7 +139,7 @@ class TrainingMonitor(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts it again."""
-        if not trainer.sanity_checking and trainer.training:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validating += perf_counter() - self._validation_start
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,7 +161,7 @@ class TrainingMonitor(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the table, and what batching saved, on rank 0."""
-        if not trainer.is_global_zero or not self.epochs:
+        if not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
         say(_table(self.epochs, self.total))
         max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
@@ -218,24 +220,22 @@ class TrainingMonitor(Callback):
 
 
 def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
-    """A row for each epoch, and a last one for their sums."""
-    table = Table()
-    names = [name for name in epochs[-1][1] if name == "train_loss" or name.startswith("val_")]
-    for heading in ("epoch", "samples", *(name.replace("_", " ") for name in names)):
-        table.add_column(heading, justify="right")
-    for heading in ("training time", "real tokens/s", "padding"):
-        table.add_column(heading, justify="right")
+    """A row for each epoch, and a last one for all."""
+    names = [name for name in sorted(epochs[-1][1]) if name == "train_loss" or name.startswith("val_")]
     rows = [(str(number), counts, metrics) for number, (counts, metrics) in enumerate(epochs)]
-    for title, counts, metrics in [*rows, ("all", total, {})][: len(rows) + (len(rows) > 1)]:
-        table.add_row(
-            title,
-            f"{counts.samples:,}",
-            *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names),
-            str(timedelta(seconds=round(counts.seconds))),
-            f"{counts.real_tokens_per_second:,.0f}",
-            f"{counts.padding_ratio:.2%}",
-        )
-    return table
+    return table_of(
+        [
+            {
+                "epoch": title,
+                "samples": f"{counts.samples:,}",
+                **{name.replace("_", " "): f"{metrics[name]:.4f}" if name in metrics else "" for name in names},
+                "training time": str(timedelta(seconds=round(counts.seconds))),
+                "real tokens/s": f"{counts.real_tokens_per_second:,.0f}",
+                "padding": f"{counts.padding_ratio:.2%}",
+            }
+            for title, counts, metrics in (rows if len(rows) == 1 else [*rows, ("all", total, {})])
+        ]
+    )
 
 
 def _waited(trainer: L.Trainer) -> float | None:
@@ -251,12 +251,10 @@ def _peak_memory(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def _peak_flops(trainer: L.Trainer) -> float | None:
-    """Of one device, a second, in the precision of the run; None where it is not known."""
-    device = trainer.strategy.root_device
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Floating point operations a second of a device, at most, in one of Lightning's precisions; None if not known."""
     if device.type != "cuda":
         return None
-    precision = str(trainer.precision)
     half = "16" in precision
     name = torch.cuda.get_device_name(device)
     for known, peak in _PEAK_FLOPS.items():
@@ -267,15 +265,12 @@ def _peak_flops(trainer: L.Trainer) -> float | None:
     )
 
 
-def _training_flops(pl_module: L.LightningModule) -> tuple[float, float] | None:
+def training_flops(model: PreTrainedModel) -> tuple[float, float]:
     """Floating point operations of training on a sample: those by token, and those by squared token.
 
     A forward pass takes `a * length + b * length**2`, solved for two lengths; with the backward pass it is three times
     as much.
     """
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, PreTrainedModel):
-        return None
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         shadow = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ class Descent(SequenceClassifier):
 
 def data(padding: str) -> SmartBatchDataModule:
     return SmartBatchDataModule(
-        validation_split=0.9, max_length=48, max_tokens_per_batch=400, padding=padding, seed=SEED
+        validation_split=0.9, max_length=400, max_tokens_per_batch=1600, padding=padding, seed=SEED
     )
 
 

@@ -70,7 +70,7 @@ def test_an_optimizer_step_follows_the_mean_over_its_samples_whatever_the_batche
     module.setup("fit")
     plan = plan_epoch(
         module.train_data.lengths,
-        max_tokens_per_batch=400,
+        max_tokens_per_batch=1600,
         packed=padding == "packed",
         seed=unequal.SEED,
         num_replicas=ranks,

@@ -1,0 +1,555 @@
+"""Real tokens a second and accuracy, beside the peers: the same model, reviews, precision and dropout, in one run.
+
+    SMARTBATCH_IMDB_DIR=... python -m benchmarks.peers                        # MiniLM on a CPU, over a part
+    python -m benchmarks.peers --save_lengths imdb_lengths.npy                # once, where IMDB is
+    python -m benchmarks.peers --device cuda --lengths imdb_lengths.npy      # BERT-base on a GPU, whole epochs
+
+The contestants are the *Smart Batching Tutorial*'s loop, transformers' `Trainer` with each of its sampling strategies,
+and this package under Lightning's `Trainer`, logging and monitor included, as the command line runs it. They take
+turns, several times; the median counts, and only real tokens do. Nothing but the batches differs: what is compared is
+the whole step of each, from batch to updated weights.
+
+On a CPU each trains equally many reviews, in batches drawn evenly by width out of its own plan of all 25,000, so that
+padding is that of the full set. On a GPU each trains its whole plan, on random tokens of IMDB's lengths with
+BERT-base's shape and random weights, since neither changes the speed; it needs no network, and besides torch,
+transformers and Lightning only this repository and the file of lengths.
+
+`--test_reviews` tells the accuracy after training, for which a part must be trained as a whole (`--reviews`,
+`--batches 0`). `--attention_dropout 0` shows how much of a CPU's time is the drawing of dropout masks.
+"""
+
+import argparse
+import copy
+import logging
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+
+from benchmarks.common import BATCH_SIZE, MAX_LENGTH, SEED, Row, imdb_dir, imdb_lengths, minilm, report
+from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
+from smartbatch_lightning.loader import SmartBatchLoader
+from smartbatch_lightning.model import SequenceClassifier
+from smartbatch_lightning.monitor import TrainingMonitor, peak_flops, training_flops
+from smartbatch_lightning.planning import Batching, plan_epoch
+from smartbatch_lightning.sampler import SmartBatchSampler
+
+Int64s = NDArray[np.int64]
+FIXED, TRANSFORMERS, OURS = "tutorial's loop, fixed padding", "transformers", "smartbatch"
+
+
+class Reviews(Dataset[dict[str, Any]]):
+    """Tokenized reviews in memory."""
+
+    def __init__(self, token_ids: list[NDArray[np.int32]], labels: Int64s) -> None:
+        self.token_ids = token_ids
+        self.labels = labels
+        self.lengths = np.array([len(ids) for ids in token_ids])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"input_ids": self.token_ids[row], "labels": int(self.labels[row])}
+
+
+@dataclass
+class Setting:
+    """What is the same for all contestants."""
+
+    device: str
+    reviews: Reviews
+    test: Reviews | None
+    config: Any
+    pretrained: str | None
+    precision: str
+    batches: int
+    warmups: int
+    budget: int
+    workers: int
+
+    def model(self) -> PreTrainedModel:
+        """The model before training: the same weights every time."""
+        torch.manual_seed(SEED)
+        config = copy.deepcopy(self.config)
+        if self.pretrained is None:
+            model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.pretrained, config=config, dtype=torch.float32
+            )
+        built: PreTrainedModel = model.train()
+        return built
+
+    def drawn(self, plan: list[Int64s], width: Callable[[Int64s], int]) -> list[Int64s]:
+        """Warm-up batches and those that are timed, evenly by width out of a plan; all of it where no number is set."""
+        if not self.batches:
+            return [*plan[: self.warmups], *plan]
+        # as many reviews for everyone, however large the batches are
+        wanted = min(len(plan), max(1, round(self.batches * BATCH_SIZE * len(plan) / len(self.reviews))))
+        by_width = sorted(plan, key=width)
+        even = [by_width[int((number + 0.5) / wanted * len(plan))] for number in range(wanted)]
+        order = np.random.default_rng(SEED).permutation(wanted)
+        return [*even[: self.warmups], *(even[number] for number in order)]
+
+
+@dataclass
+class Clock:
+    """Times the batches after the warm-up, as a callback's methods tell it where they end."""
+
+    device: str
+    warmups: int
+    started: float = 0.0
+    seconds: float = 0.0
+
+    def batch_ended(self, number: int) -> None:
+        """Starts the clock when the last batch of the warm-up has ended."""
+        if number == self.warmups - 1:
+            self._wait()
+            self.started = perf_counter()
+
+    def training_ended(self) -> None:
+        """Stops it."""
+        self._wait()
+        self.seconds = perf_counter() - self.started
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+@dataclass
+class Contestant:
+    """A way to train.
+
+    Attributes:
+        name: For the table.
+        plan: Batches of all reviews.
+        padding: How they become tensors.
+        train: Trains a model on batches, and tells the clock.
+    """
+
+    name: str
+    plan: Callable[[], list[Int64s]]
+    padding: Padding
+    train: "Training"
+    multiple: int = 1
+
+    def width(self, lengths: Int64s) -> int:
+        """Tokens that a batch of these lengths takes, over its samples."""
+        if self.padding == "max_length":
+            return MAX_LENGTH
+        if self.padding == "packed":
+            return int(lengths.mean())
+        return min(-(-int(lengths.max()) // self.multiple) * self.multiple, MAX_LENGTH)
+
+    def run(self, setting: Setting) -> Row:
+        """Trains once."""
+        lengths = setting.reviews.lengths
+        batches = setting.drawn(self.plan(), lambda batch: self.width(lengths[batch]))
+        clock = Clock(setting.device, setting.warmups)
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model = self.train(setting, batches, self.padding, clock)
+        timed = batches[setting.warmups :]
+        real = sum(int(lengths[batch].sum()) for batch in timed)
+        computed = sum(
+            int(lengths[batch].sum()) if self.padding == "packed" else len(batch) * self.width(lengths[batch])
+            for batch in timed
+        )
+        return {
+            "steps": len(timed),
+            "samples": sum(map(len, timed)),
+            "seconds": clock.seconds,
+            "real_tokens_per_second": real / clock.seconds,
+            "tokens_over_real": computed / real,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
+            "mfu": _utilization(setting, model, lengths[np.concatenate(timed)], clock.seconds),
+            "accuracy": None if setting.test is None else accuracy(model, setting.test, setting.device),
+        }
+
+
+def _utilization(setting: Setting, model: PreTrainedModel, lengths: Int64s, seconds: float) -> float | None:
+    peak = peak_flops(torch.device(setting.device), setting.precision)
+    if peak is None:
+        return None
+    per_token, per_square = training_flops(model)
+    return (per_token * int(lengths.sum()) + per_square * int((lengths**2).sum())) / seconds / peak
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, reviews: Reviews, device: str) -> float:
+    """Share of reviews that are classified rightly."""
+    model.to(device).eval()  # type: ignore[arg-type]
+    plan = plan_epoch(reviews.lengths, 64, shuffle=False)
+    right = 0
+    for batch in plan.share(0):
+        inputs = PadCollator()([reviews[int(row)] for row in batch])
+        labels = inputs.pop("labels")
+        logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        right += int((logits.argmax(1).cpu() == labels).sum())
+    return right / len(reviews)
+
+
+Training = Callable[[Setting, list[Int64s], Padding, Clock], PreTrainedModel]
+
+
+# --- the tutorial's loop ---
+
+
+def tutorial_loop(setting: Setting, batches: list[Int64s], padding: Padding, clock: Clock) -> PreTrainedModel:
+    """A bare loop over tensors that are ready, with everything that the tutorial's has."""
+    collator = PadCollator(padding="max_length" if padding == "max_length" else "longest", max_length=MAX_LENGTH)
+    ready = [collator([setting.reviews[int(row)] for row in batch]) for batch in batches]
+    model: PreTrainedModel = setting.model().to(setting.device)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-8)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, len(ready))  # type: ignore[no-untyped-call]
+    half = torch.autocast(setting.device, torch.bfloat16) if setting.precision == "bf16-mixed" else nullcontext()
+    total = 0.0
+    for number, batch in enumerate(ready):
+        with half:
+            loss = model(**{name: tensor.to(setting.device) for name, tensor in batch.items()}).loss
+        total += loss.item()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.zero_grad()
+        clock.batch_ended(number)
+    clock.training_ended()
+    return model
+
+
+# --- transformers ---
+
+
+def grouped(lengths: Int64s) -> list[Int64s]:
+    """`group_by_length`."""
+    sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths.tolist(), generator=torch.Generator().manual_seed(SEED))
+    return np.split(np.array(list(sampler)), range(BATCH_SIZE, len(lengths), BATCH_SIZE))
+
+
+def rebalanced(lengths: Int64s) -> list[Int64s]:
+    """`batch_rebalance`, on one rank without accumulation."""
+    sampler = BatchRebalanceSampler(lengths.tolist(), BATCH_SIZE, dp_size=1, grad_accum=1, seed=SEED, rank=0)
+    return [np.array(batch) for batch in sampler]
+
+
+class _Told(TrainerCallback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.batch_ended(state.global_step - 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.training_ended()
+
+
+def transformers_trainer(
+    setting: Setting, batches: list[Int64s], padding: Padding, clock: Clock, *, compiled: bool = False
+) -> PreTrainedModel:
+    """The `Trainer` of transformers, with its own collator and defaults, on given batches."""
+    vocabulary = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=vocabulary, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if setting.device == "cuda" else None)
+
+    class OnBatches(transformers.Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            loader: DataLoader[Any] = DataLoader(
+                setting.reviews,
+                batch_sampler=[batch.tolist() for batch in batches],
+                collate_fn=collator,
+                num_workers=setting.workers,
+                pin_memory=setting.device == "cuda",
+            )
+            prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+            return prepared
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=1,
+            learning_rate=5e-5,
+            max_grad_norm=1.0,
+            bf16=setting.precision == "bf16-mixed",
+            use_cpu=setting.device == "cpu",
+            logging_steps=50,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            torch_compile=compiled,
+            seed=SEED,
+        )
+        trainer = OnBatches(setting.model(), arguments, train_dataset=setting.reviews, callbacks=[_Told(clock)])
+        trainer.train()
+    assert isinstance(trainer.model, PreTrainedModel)
+    return trainer.model
+
+
+# --- this package ---
+
+
+class _Given(SmartBatchSampler):
+    """Yields given batches."""
+
+    def __init__(self, batches: list[Int64s], lengths: Int64s) -> None:
+        super().__init__(lengths, BATCH_SIZE)
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)
+
+
+class _Timed(Callback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        self.clock.batch_ended(number)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.clock.training_ended()
+
+
+class _Built(SequenceClassifier):
+    """The package's classifier around the setting's model."""
+
+    setting: Setting
+
+    def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
+        return self.setting.model()
+
+
+def lightning_trainer(
+    setting: Setting,
+    batches: list[Int64s],
+    padding: Padding,
+    clock: Clock,
+    *,
+    compiled: bool = False,
+    multiple: int = 1,
+) -> PreTrainedModel:
+    """The package under Lightning's `Trainer`."""
+    collator: Any = PackCollator()
+    if padding != "packed":
+        collator = PadCollator(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple)
+    loader = SmartBatchLoader(
+        setting.reviews,
+        batch_sampler=_Given(batches, setting.reviews.lengths),
+        collate_fn=collator,
+        num_workers=setting.workers,
+        pin_memory=setting.device == "cuda",
+    )
+    module = _Built(num_labels=2, compile=compiled)
+    module.setting = setting
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="gpu" if setting.device == "cuda" else "cpu",
+            devices=1,
+            max_epochs=1,
+            precision=setting.precision,  # type: ignore[arg-type]
+            gradient_clip_val=1.0,
+            callbacks=[TrainingMonitor(), _Timed(clock)],
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader)
+    assert module.model is not None
+    return module.model
+
+
+def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
+    """All of them, the first being the tutorial's fixed padding."""
+    lengths = setting.reviews.lengths
+    multiple = 8 if setting.device == "cuda" else 1
+
+    def planned(batching: Batching, padding: Padding = "longest", budget: int | None = None) -> list[Int64s]:
+        plan = plan_epoch(
+            lengths,
+            None if budget else BATCH_SIZE,
+            batching,
+            seed=SEED,
+            max_tokens_per_batch=budget,
+            pad_to_multiple_of=MAX_LENGTH if padding == "max_length" else multiple,
+            packed=padding == "packed",
+        )
+        return list(plan.share(0))
+
+    shuffled = partial(planned, "random")
+    loops = [
+        Contestant(FIXED, shuffled, "max_length", tutorial_loop),
+        Contestant("tutorial's loop, smart batching", partial(planned, "tutorial"), "longest", tutorial_loop),
+    ]
+    strategies = {
+        "random": shuffled,
+        "group_by_length": partial(grouped, lengths),
+        "batch_rebalance": partial(rebalanced, lengths),
+    }
+    theirs = [
+        Contestant(f"{TRANSFORMERS}, {name}", plan, "longest", transformers_trainer, multiple)
+        for name, plan in strategies.items()
+    ]
+    ways: list[tuple[Batching, Padding, int | None]] = [
+        ("random", "max_length", None),
+        ("random", "longest", None),
+        ("tutorial", "longest", None),
+        ("smart", "longest", None),
+        ("random", "packed", None),
+        ("smart", "packed", None),
+        ("random", "longest", setting.budget),
+        ("smart", "longest", setting.budget),
+        ("random", "packed", setting.budget),
+        ("smart", "packed", setting.budget),
+    ]
+
+    def our(batching: Batching, padding: Padding, budget: int | None, compiled: bool) -> Contestant:
+        name = f"{OURS}, {batching}, {padding}"
+        name += f", {budget:,} tokens" if budget else ""
+        name += ", compiled" if compiled else ""
+        train = partial(lightning_trainer, compiled=compiled, multiple=multiple)
+        return Contestant(name, partial(planned, batching, padding, budget), padding, train, multiple)
+
+    ours = [our(*way, False) for way in ways]
+    if compiled:
+        train = partial(transformers_trainer, compiled=True)
+        name = f"{TRANSFORMERS}, group_by_length, compiled"
+        theirs.append(Contestant(name, strategies["group_by_length"], "longest", train, multiple))
+        ours += [our(*way, True) for way in ways if way[:2] in (("smart", "longest"), ("random", "packed"))]
+    return [*loops, *theirs, *ours]
+
+
+def compare(setting: Setting, field: list[Contestant], repeats: int) -> list[Row]:
+    """Lets the contestants take turns; medians of what is timed."""
+    runs: dict[str, list[Row]] = {contestant.name: [] for contestant in field}
+    for _ in range(repeats):
+        for contestant in field:
+            runs[contestant.name].append(contestant.run(setting))
+    rows = []
+    for name, measured in runs.items():
+        speeds = [row["real_tokens_per_second"] for row in measured]
+        middle = measured[speeds.index(statistics.median_low(speeds))]
+        rows.append({"": name, **middle, "spread": (max(speeds) - min(speeds)) / statistics.median(speeds)})
+    fixed = rows[0]["real_tokens_per_second"]
+    best = max([row["real_tokens_per_second"] for row in rows if row[""].startswith(TRANSFORMERS)], default=None)
+    for row in rows:
+        row["over_fixed"] = row["real_tokens_per_second"] / fixed
+        row["over_best_peer"] = row["real_tokens_per_second"] / best if best else None
+    return rows
+
+
+def quiet() -> None:
+    """Lets libraries say nothing but errors, for the tables' sake."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore")
+
+
+def token_ids(split: str, rows: int) -> Reviews:
+    """Reviews of IMDB, tokenized; the first of a shuffle where not all are wanted."""
+    from smartbatch_lightning import SmartBatchDataModule
+
+    data = SmartBatchDataModule(imdb_dir(), minilm(), max_length=MAX_LENGTH)
+    table = data.tokenize(data.splits[split])
+    labels = np.array(data.splits[split]["label"])
+    chosen = np.random.default_rng(SEED).permutation(len(table))[:rows] if rows else np.arange(len(table))
+    return Reviews([np.array(table[int(row)]["input_ids"]) for row in chosen], labels[chosen])
+
+
+def main() -> None:
+    """Runs everybody and reports."""
+    parser = argparse.ArgumentParser(description="See the first lines of the file.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--lengths", type=Path, help="file of IMDB's lengths, for random tokens and BERT-base")
+    parser.add_argument("--save_lengths", type=Path, help="only write that file")
+    parser.add_argument("--reviews", type=int, default=0, help="reviews that are planned; 0 for all")
+    parser.add_argument("--test_reviews", type=int, default=0, help="reviews that tell the accuracy; 0 for none")
+    parser.add_argument("--batches", type=int, help="timed batches of 16; 0 for the whole plan, as on a GPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="bf16-mixed on a GPU, else 32-true")
+    parser.add_argument("--max_tokens_per_batch", type=int, help="the budget")
+    parser.add_argument("--attention_dropout", type=float, default=0.1)
+    parser.add_argument("--compile", action="store_true", help="compiled contestants too")
+    parser.add_argument("--only", help="contestants whose names match this; the tutorial's fixed padding always runs")
+    args = parser.parse_args()
+    if args.save_lengths:
+        np.save(args.save_lengths, imdb_lengths().astype(np.int16))
+        return
+    quiet()
+    gpu = args.device == "cuda"
+    if args.lengths:
+        config = BertConfig()
+        lengths = np.load(args.lengths).astype(np.int64)
+        random = np.random.default_rng(SEED)
+        reviews = Reviews(
+            [random.integers(1000, config.vocab_size, length).astype(np.int32) for length in lengths],
+            random.integers(0, 2, len(lengths)),
+        )
+        pretrained, test = None, None
+    else:
+        pretrained = minilm()
+        config = AutoConfig.from_pretrained(pretrained)
+        reviews = token_ids("train", args.reviews)
+        test = token_ids("test", args.test_reviews) if args.test_reviews else None
+    config.attention_probs_dropout_prob = args.attention_dropout
+    setting = Setting(
+        device=args.device,
+        reviews=reviews,
+        test=test,
+        config=config,
+        pretrained=pretrained,
+        precision=args.precision or ("bf16-mixed" if gpu else "32-true"),
+        batches=args.batches if args.batches is not None else (0 if gpu else 8),
+        warmups=30 if gpu else 1,
+        budget=args.max_tokens_per_batch or (32_768 if gpu else 6_400),
+        workers=2 if gpu else 0,
+    )
+    field = contestants(setting, args.compile)
+    field = [one for one in field if args.only is None or re.search(args.only, one.name) or one.name == FIXED]
+    rows = compare(setting, field, args.repeats)
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    model = "BERT-base's shape" if pretrained is None else "MiniLM"
+    title = f"{model}, {setting.precision}, attention dropout {args.attention_dropout:g}, {len(reviews):,} reviews"
+    report("peers", {title: [{name: row[name] for name in columns} for row in rows]})
+
+
+if __name__ == "__main__":
+    main()
