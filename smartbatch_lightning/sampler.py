@@ -57,7 +57,7 @@ class SmartBatchSampler(Sampler[list[int]]):
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.lengths = checked_arguments(lengths, batching, jitter)
-        self.batch_size = batch_size
+        self.batch_size = 16 if batch_size is None and max_tokens_per_batch is None else batch_size
         self.batching = batching
         self.max_tokens_per_batch = max_tokens_per_batch
         self.pad_to_multiple_of = pad_to_multiple_of

@@ -8,9 +8,11 @@ import lightning as L
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 
-folder, reviews, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, reviews, ranks, padding = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 model_folder = str(demo.model_dir())  # named as a folder: these are not the demo's texts
-data = SmartBatchDataModule({"test": reviews}, model_folder, label_names=["negative", "positive"], max_length=64)
+data = SmartBatchDataModule(
+    {"test": reviews}, model_folder, label_names=["negative", "positive"], max_length=64, padding=padding
+)
 trainer = L.Trainer(
     accelerator="cpu",
     devices=ranks,

@@ -245,6 +245,20 @@ def test_arguments_out_of_range_are_refused_at_once(module, options: dict, messa
         module("files.csv", **options)
 
 
+@pytest.mark.parametrize(
+    ("padding", "tokens"), [("longest", "1[0-9]{2}"), ("max_length", "200"), ("packed", "1[0-9]{2}")]
+)
+def test_a_review_longer_than_the_token_budget_is_refused_by_its_row(
+    module, padding: str, tokens: str, tmp_path
+) -> None:
+    path = write_csv(tmp_path / "reviews.csv", [("good", 1), ("long " * 150, 0), ("bad", 0), ("fine", 1)])
+    data = module(path, validation_split=None, max_length=200, max_tokens_per_batch=100, padding=padding)
+    with pytest.raises(
+        ValueError, match=f"row 1 takes {tokens} tokens, but max_tokens_per_batch is 100. Set --data.max_tok"
+    ):
+        data.setup("fit")
+
+
 def test_the_demos_tokenizer_is_refused_for_other_data(tmp_path: Path, reviews) -> None:
     class Own(SmartBatchDataModule):
         def load_dataset(self) -> DatasetDict:

@@ -46,19 +46,20 @@ def test_two_ranks_measure_and_predict_what_one_does(imdb: Path, tmp_path: Path)
     )
     reviews.to_parquet(tmp_path / "reviews.parquet")
     metrics, tables = [], []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
+    for ranks, padding in ((1, "longest"), (2, "longest"), (2, "packed")):
+        folder = tmp_path / f"{ranks}-{padding}"
         folder.mkdir()
         command = [sys.executable, str(TESTS / "run_evaluation.py"), str(folder), str(tmp_path / "reviews.parquet")]
-        subprocess.run([*command, str(ranks)], check=True, capture_output=True, timeout=200)
+        subprocess.run([*command, str(ranks), padding], check=True, capture_output=True, timeout=200)
         metrics.append(json.loads((folder / "metrics.json").read_text()))
         tables.append(pd.read_csv(folder / "predictions.csv"))
-    assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
+    assert all(other == pytest.approx(metrics[0], abs=1e-6) for other in metrics[1:])
     assert set(metrics[0]) == {"test_loss", "test_accuracy", "test_f1"}
     for table in tables:
         assert table["index"].tolist() == list(range(1001))
-    assert tables[0]["label"].tolist() == tables[1]["label"].tolist()
-    pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-6, rtol=0)
+    for other in tables[1:]:
+        assert tables[0]["label"].tolist() == other["label"].tolist()
+        pd.testing.assert_frame_equal(tables[0], other, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("ranks", "padding"), [(2, "longest"), (1, "packed"), (2, "packed")])

@@ -146,6 +146,52 @@ def test_metrics_are_those_of_all_samples_together(data, tmp_path: Path) -> None
     assert logged["val_f1"] == pytest.approx(float(sum(f1) / 2), abs=1e-6)
 
 
+def test_packed_batches_train_and_measure_as_padded_ones_do(tmp_path: Path) -> None:
+    """The same batches, without dropout: the losses on the way, the metrics and the predictions are the same."""
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            losses.append(float(outputs["loss"]))
+
+    results = []
+    for padding in ("longest", "packed"):
+        losses: list[float] = []
+        torch.manual_seed(0)
+        model = SequenceClassifier()
+        model.configure_model()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        data = SmartBatchDataModule(max_length=64, seed=1, padding=padding)
+        run = trainer(tmp_path, limit_train_batches=6, limit_val_batches=3, callbacks=[Losses()])
+        run.fit(model, data)
+        measured = {**run.callback_metrics, **run.test(model, data, verbose=False)[0]}
+        predictions = torch.cat([batch["probabilities"] for batch in run.predict(model, data)])
+        results.append((losses, {name: float(value) for name, value in measured.items()}, predictions))
+    (losses, measured, predictions), packed = results
+    assert packed[0] == pytest.approx(losses, abs=1e-5)
+    assert packed[1] == pytest.approx(measured, abs=1e-4)
+    order = [predictions[:, 0].sort().values, packed[2][:, 0].sort().values]
+    torch.testing.assert_close(*order, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["longest", "packed"])
+def test_a_compiled_model_is_compiled_once_for_batches_of_all_widths(padding: str, tmp_path: Path) -> None:
+    graphs: list[tuple[int, int]] = []
+
+    class Graphs(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            graphs.append((batch["input_ids"].shape[1], torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+
+    torch._dynamo.reset()
+    data = SmartBatchDataModule(validation_split=0.9, max_length=200, batch_size=8, padding=padding)
+    run = trainer(tmp_path, limit_train_batches=10, limit_val_batches=0, callbacks=[Graphs()])
+    run.fit(SequenceClassifier(compile=True), data)
+    assert len({width for width, _ in graphs}) >= 5
+    assert graphs[-1][1] == graphs[1][1] > 0
+
+
 def test_a_run_logs_loss_accuracy_and_f1_of_every_stage(data, tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_train_batches=2)
     run.fit(SequenceClassifier(), data)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from smartbatch_lightning import SmartBatchDataModule, SmartBatchSampler, plan_e
 from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointFolders
 
 BATCHINGS = ["smart", "tutorial", "random"]
+BUDGET = {"max_tokens_per_batch": 80}
 STEPS = 7  # batches in an epoch of the short runs below
 
 
@@ -87,17 +89,18 @@ def test_resuming_yields_exactly_the_remaining_batches(batching: str, num_replic
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("runs", [[(2, 5)], [(1, 9)], [(2, 5), (4, 2)], [(3, 4), (3, 1), (1, 6)], [(4, 0), (2, 3)]])
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
-def test_ranks_of_any_number_train_what_is_left_of_the_epoch_once(batching, runs, num_replicas) -> None:
+@pytest.mark.parametrize("size", [{"batch_size": 4}, BUDGET, {**BUDGET, "packed": True}], ids=["4", "budget", "packed"])
+def test_ranks_of_any_number_train_what_is_left_of_the_epoch_once(size, batching, runs, num_replicas) -> None:
     lengths = [5, 9, 3, 12, 4, 30] * 25
     trained: list[int] = []
     for number, (ranks, steps) in enumerate(runs):
         for rank in range(ranks):
-            sampler = SmartBatchSampler(lengths, 4, batching, num_replicas=ranks, rank=rank)
+            sampler = SmartBatchSampler(lengths, batching=batching, num_replicas=ranks, rank=rank, **size)
             sampler.resume(0, runs[:number])
             trained += [sample for batch in list(sampler)[:steps] for sample in batch]
     counts = set()
     for rank in range(num_replicas):
-        sampler = SmartBatchSampler(lengths, 4, batching, num_replicas=num_replicas, rank=rank)
+        sampler = SmartBatchSampler(lengths, batching=batching, num_replicas=num_replicas, rank=rank, **size)
         sampler.resume(0, runs)
         batches = list(sampler)
         counts.add(len(batches))
@@ -223,6 +226,7 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
         ({"batch_size": 16}, "batch_size was 32, now 16"),
         ({"seed": 6}, "data was .*seed was 5, now 6"),
         ({"batching": "random"}, "batching was smart, now random"),
+        ({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
         ({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
         ({"max_length": 17}, "data was"),
     ],
@@ -303,29 +307,33 @@ def kill_after(run: subprocess.Popen[bytes], folder: Path, lines: int, delay: fl
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory):
     """Uninterrupted runs, each made once."""
-    made: dict[tuple[int, int], Path] = {}
+    made: dict[tuple, Path] = {}
 
-    def get(devices: int, accumulate: int) -> Path:
-        if (devices, accumulate) not in made:
+    def get(devices: int, accumulate: int, **size) -> Path:
+        key = (devices, accumulate, *size.values())
+        if key not in made:
             folder = tmp_path_factory.mktemp("whole")
-            finish(start(folder, devices=devices, accumulate=accumulate), folder)
-            made[devices, accumulate] = folder
-        return made[devices, accumulate]
+            finish(start(folder, devices=devices, accumulate=accumulate, **size), folder)
+            made[key] = folder
+        return made[key]
 
     return get
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("batches", "workers", "accumulate"),
+    [*product(["eight"], [0, 2], [1, 2]), ("packed", 0, 2), ("packed", 2, 1)],
+)
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
-    devices, workers, accumulate, reference, tmp_path
+    batches, devices, workers, accumulate, reference, tmp_path
 ):
-    whole = reference(devices, accumulate)
+    size = {"packed": {"padding": "packed", "batching": "random", "budget": 160}}.get(batches, {})
+    whole = reference(devices, accumulate, **size)
     rng = random.Random(f"{devices} {workers} {accumulate}")
     folder, epoch_batches = tmp_path / "run", len(diaries(whole)[0]) // 3
-    options = {"devices": devices, "workers": workers, "accumulate": accumulate}
+    options = {"devices": devices, "workers": workers, "accumulate": accumulate, **size}
     for low, high in ((2, epoch_batches), (epoch_batches // 2, epoch_batches), (2, epoch_batches // 2)):
         kill_after(start(folder, **options), folder, rng.randint(low, high), rng.random() * 0.05)
     finish(start(folder, **options), folder)
