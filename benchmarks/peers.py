@@ -124,12 +124,21 @@ class Setting:
 
 @dataclass
 class Clock:
-    """Times the batches after the warm-up, as a callback's methods tell it where they end."""
+    """Times the batches after the warm-up, as a callback's methods tell it where they end.
+
+    Attributes:
+        device: What to wait for.
+        warmups: Batches that are not timed.
+        started: When the timed ones began.
+        seconds: What they took.
+        data_wait: Share of training in which a batch was waited for, where a contestant tells.
+    """
 
     device: str
     warmups: int
     started: float = 0.0
     seconds: float = 0.0
+    data_wait: float | None = None
 
     def batch_ended(self, number: int) -> None:
         """Starts the clock when the last batch of the warm-up has ended."""
@@ -183,16 +192,20 @@ class Contestant:
         model = self.train(setting, batches, self.padding, clock)
         timed = batches[setting.warmups :]
         real = sum(int(lengths[batch].sum()) for batch in timed)
-        computed = sum(
-            int(lengths[batch].sum()) if self.padding == "packed" else len(batch) * self.width(lengths[batch])
-            for batch in timed
-        )
+        tokens, squares = 0, 0
+        for batch in timed:
+            inside = lengths[batch] if self.padding == "packed" else np.full(len(batch), self.width(lengths[batch]))
+            tokens += int(inside.sum())
+            squares += int((inside**2).sum())
+        per_token, per_square = training_flops(setting.config)
         return {
             "steps": len(timed),
             "samples": sum(map(len, timed)),
             "seconds": clock.seconds,
             "real_tokens_per_second": real / clock.seconds,
-            "tokens_over_real": computed / real,
+            "tokens_over_real": tokens / real,
+            "operations": (per_token * tokens + per_square * squares) / real,
+            "data_wait": clock.data_wait,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
             "mfu": _utilization(setting, model, lengths[np.concatenate(timed)], clock.seconds),
             "accuracy": None if setting.test is None else accuracy(model, setting.test, setting.device),
@@ -203,7 +216,7 @@ def _utilization(setting: Setting, model: PreTrainedModel, lengths: Int64s, seco
     peak = peak_flops(torch.device(setting.device), setting.precision)
     if peak is None:
         return None
-    per_token, per_square = training_flops(model)
+    per_token, per_square = training_flops(model.config)
     return (per_token * int(lengths.sum()) + per_square * int((lengths**2).sum())) / seconds / peak
 
 
@@ -378,6 +391,7 @@ def lightning_trainer(
     )
     module = _Built(num_labels=2, compile=compiled)
     module.setting = setting
+    monitor = TrainingMonitor()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="gpu" if setting.device == "cuda" else "cpu",
@@ -385,13 +399,14 @@ def lightning_trainer(
             max_epochs=1,
             precision=setting.precision,  # type: ignore[arg-type]
             gradient_clip_val=1.0,
-            callbacks=[TrainingMonitor(), _Timed(clock)],
+            callbacks=[monitor, _Timed(clock)],
             logger=CSVLogger(folder),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(module, loader)
+    clock.data_wait = monitor.total.waited / monitor.total.seconds
     assert module.model is not None
     return module.model
 
@@ -469,7 +484,9 @@ def compare(setting: Setting, field: list[Contestant], repeats: int) -> list[Row
         rows.append({"": name, **middle, "spread": (max(speeds) - min(speeds)) / statistics.median(speeds)})
     fixed = rows[0]["real_tokens_per_second"]
     best = max([row["real_tokens_per_second"] for row in rows if row[""].startswith(TRANSFORMERS)], default=None)
+    operations = rows[0]["operations"]
     for row in rows:
+        row["expected_over_fixed"] = operations / row.pop("operations")
         row["over_fixed"] = row["real_tokens_per_second"] / fixed
         row["over_best_peer"] = row["real_tokens_per_second"] / best if best else None
     return rows

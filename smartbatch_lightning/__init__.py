@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from smartbatch_lightning.monitor import TrainingMonitor
     from smartbatch_lightning.planning import BatchPlan, plan_epoch
     from smartbatch_lightning.predictions import PredictionWriter
+    from smartbatch_lightning.report import PaddingReport
     from smartbatch_lightning.sampler import SmartBatchSampler
 
 _HOMES = {
     "BatchPlan": "planning",
     "PackCollator": "collate",
     "PadCollator": "collate",
+    "PaddingReport": "report",
     "PredictionWriter": "predictions",
     "SequenceClassifier": "model",
     "SmartBatchCLI": "cli",
@@ -30,6 +32,7 @@ __all__ = [
     "BatchPlan",
     "PackCollator",
     "PadCollator",
+    "PaddingReport",
     "PredictionWriter",
     "SequenceClassifier",
     "SmartBatchCLI",

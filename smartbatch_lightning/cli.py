@@ -1,4 +1,4 @@
-"""The command line: prepare, fit, validate, test and predict, by flags and YAML."""
+"""The command line: prepare, report, fit, validate, test, predict and export, by flags and YAML."""
 
 import sys
 import warnings
@@ -9,8 +9,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.cluster import CheckpointFolders
+from smartbatch_lightning.console import say
 from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.export import ModelExport, export_model
+from smartbatch_lightning.memory import MemoryCheck
 from smartbatch_lightning.model import SequenceClassifier
 from smartbatch_lightning.monitor import TrainingMonitor
 from smartbatch_lightning.predictions import PredictionWriter
@@ -24,6 +27,45 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)  # whose tokenizer the data module takes
         datamodule.prepare_data()
+
+    def report(
+        self, model: L.LightningModule, datamodule: SmartBatchDataModule, folder: str = "report", ranks: int = 8
+    ) -> None:
+        """Tells what each way to batch the data costs, before a run: tables here, JSON and figures in a folder.
+
+        Args:
+            model: Whose tokenizer the data module takes.
+            datamodule: The data and how they are batched.
+            folder: Where `report.json` and the figures are written.
+            ranks: Ranks for which to tell how evenly they are loaded.
+        """
+        from smartbatch_lightning.report import PaddingReport
+
+        datamodule.trainer = self
+        self.strategy.connect(model)
+        told = PaddingReport.of(datamodule, ranks)
+        told.show()
+        say("Wrote " + ", ".join(map(str, told.save(folder))))
+
+    def export(
+        self, model: SequenceClassifier, datamodule: SmartBatchDataModule, ckpt_path: str, folder: str = "model"
+    ) -> None:
+        """Writes the model of a checkpoint as an ordinary `transformers` folder, with its tokenizer and a model card.
+
+        Args:
+            model: The checkpoint's.
+            datamodule: What it was trained on.
+            ckpt_path: The checkpoint.
+            folder: Where to.
+        """
+        datamodule.trainer = self
+        self.strategy.connect(model)
+        checkpoint = self.strategy.load_checkpoint(ckpt_path)
+        model.configure_model()
+        model.load_state_dict(checkpoint["state_dict"])
+        told = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
+        metrics = told["epochs"][-1][1] if told.get("epochs") else {}
+        export_model(model, datamodule, folder, metrics, told.get("command"))
 
 
 class SmartBatchCLI(LightningCLI):
@@ -62,14 +104,17 @@ class SmartBatchCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `prepare`."""
-        return {**LightningCLI.subcommands(), "prepare": {"model", "datamodule"}}
+        """Lightning's, `prepare`, `report` and `export`."""
+        own = ("prepare", "report", "export")
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run and the default classes."""
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CheckpointFolders, "checkpoint_folders")
+        parser.add_lightning_class_args(MemoryCheck, "memory_check")
+        parser.add_lightning_class_args(ModelExport, "export_model")
         parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})
         parser.set_defaults({"data": {"class_path": "smartbatch_lightning.SmartBatchDataModule"}})
 

@@ -170,6 +170,12 @@ class SmartBatchDataModule(L.LightningDataModule):
         """All splits of the data set."""
         return self.load_dataset()
 
+    @property
+    def used_splits(self) -> list[str]:
+        """Names of the splits that a stage may ask for and that have samples."""
+        named = {self.train_split, self.validation_split, self.test_split, self._split_to_predict}
+        return [split for split in self.splits if split in named and len(self.splits[split])]
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded: the one that is named, else the model's."""
@@ -219,12 +225,8 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it."""
-        named = {self.train_split, self.test_split, self._split_to_predict}
-        if isinstance(self.validation_split, str):
-            named.add(self.validation_split)
-        for split in self.splits:
-            if split in named and len(self.splits[split]):
-                self.tokenize(self._split(split))
+        for split in self.used_splits:
+            self.tokenize(self._split(split))
 
     def setup(self, stage: str) -> None:
         """Makes the data sets of a stage out of what `prepare_data` left."""

@@ -73,6 +73,7 @@ class SmartBatchLoader(DataLoader[Any]):
             Lightning builds loaders anew for prediction with them set.
 
     Attributes:
+        smart_sampler: The batch sampler, also where Lightning has wrapped it.
         seconds_waited: Time in which a batch was waited for, over all epochs.
     """
 
@@ -89,8 +90,8 @@ class SmartBatchLoader(DataLoader[Any]):
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
-        self._sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
-        self.__dict__["sampler"] = _SamplerHandle(self._sampler, on_epoch)
+        self.smart_sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
+        self.__dict__["sampler"] = _SamplerHandle(self.smart_sampler, on_epoch)
         self.loss_weights = loss_weights
         self.seconds_waited = 0.0
         self.seconds_waited = 0.0
@@ -101,7 +102,7 @@ class SmartBatchLoader(DataLoader[Any]):
     def batches(self) -> Iterator[Any]:
         """Starts iterating over the batches of an epoch."""
         batches: Iterator[Any] = super().__iter__()
-        return batches if self.loss_weights is None else _weighted(batches, self.loss_weights(self._sampler))
+        return batches if self.loss_weights is None else _weighted(batches, self.loss_weights(self.smart_sampler))
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the data module's state is enough, but Lightning warns of loaders that have none."""

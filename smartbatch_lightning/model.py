@@ -105,7 +105,7 @@ class SequenceClassifier(L.LightningModule):
         Returns:
             The mean loss over the samples of the batch, a scalar.
         """
-        output = self(**_model_inputs(batch))
+        output = self(**model_inputs(batch))
         labels = batch["labels"]
         loss = self.compute_loss(output, labels)
         mean_loss: MeanMetric = getattr(self, f"{stage}_loss")
@@ -241,7 +241,7 @@ class SequenceClassifier(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """Probabilities (batch, num_labels), float32, and `index` (batch,), each sample's row, if batches have it."""
-        logits = self(**_model_inputs(batch, without=("labels",))).logits
+        logits = self(**model_inputs(batch, without=("labels",))).logits
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, "probabilities": logits.float().softmax(-1)}
 
@@ -301,6 +301,6 @@ def _fresh_model(config: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _model_inputs(batch: Batch, without: tuple[str, ...] = ()) -> Batch:
+def model_inputs(batch: Batch, without: tuple[str, ...] = ()) -> Batch:
     """What of a batch is for the model: all but the row numbers and the weight of its loss."""
     return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", *without)}

@@ -2,6 +2,7 @@
 
 import copy
 import resource
+import shlex
 import sys
 from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from smartbatch_lightning.collate import batch_lengths
 from smartbatch_lightning.console import say, table_of
@@ -80,10 +81,12 @@ class TrainingMonitor(Callback):
     Attributes:
         epochs: What was trained in each epoch, and the metrics at its end. Of an epoch that was interrupted, what was
             trained since.
+        command: That was started.
     """
 
     def __init__(self) -> None:
         self.epochs: list[tuple[Counts, dict[str, float]]] = []
+        self.command = shlex.join(sys.argv)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
@@ -104,7 +107,7 @@ class TrainingMonitor(Callback):
         self._last_step = trainer.global_step
         self._peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         model = getattr(pl_module, "model", None)
-        self._flops = training_flops(model) if self._peak and isinstance(model, PreTrainedModel) else None
+        self._flops = training_flops(model.config) if self._peak and isinstance(model, PreTrainedModel) else None
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._start = perf_counter()
@@ -180,8 +183,8 @@ class TrainingMonitor(Callback):
         return Counts(*map(sum, zip(*(astuple(counts) for counts, _ in self.epochs), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs, for the table at the end of a run that is resumed."""
-        return {"epochs": [(asdict(counts), metrics) for counts, metrics in self.epochs]}
+        """The epochs, for the table at the end of a run that is resumed, and the command, for a model card."""
+        return {"epochs": [(asdict(counts), metrics) for counts, metrics in self.epochs], "command": self.command}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them up again."""
@@ -265,13 +268,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     )
 
 
-def training_flops(model: PreTrainedModel) -> tuple[float, float]:
+def training_flops(config: PretrainedConfig) -> tuple[float, float]:
     """Floating point operations of training on a sample: those by token, and those by squared token.
 
     A forward pass takes `a * length + b * length**2`, solved for two lengths; with the backward pass it is three times
     as much.
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(config)  # it takes up the kind of attention
     with torch.device("meta"):
         shadow = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager"

@@ -21,7 +21,7 @@ from smartbatch_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_PER_WRITE = 4096
 _COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
 
@@ -37,6 +37,7 @@ class TokenTable:
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), int64.
+        num_truncated: Samples that were cut.
 
     Raises:
         ValueError: The file is cut short or corrupt.
@@ -48,7 +49,9 @@ class TokenTable:
             with pa.memory_map(str(path)) as file:
                 content = file.read_buffer()
             reader = pa.ipc.open_file(content)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            read = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
+            batches = [batch for batch, _ in read]
+            self.num_truncated = sum(int(noted[b"truncated"]) for _, noted in read)
             promised = json.loads(reader.schema.metadata[b"smartbatch"])
             self._columns = {name: _slices(content, batches, name) for name in reader.schema.names}
         except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
@@ -142,7 +145,11 @@ def tokenize_to_cache(
                     "input_ids": [encoding.ids for encoding in encodings],
                     "token_type_ids": [encoding.type_ids for encoding in encodings],
                 }
-                file.write(pa.record_batch([columns[name] for name in names], schema=schema))
+                truncated = sum(bool(encoding.overflowing) for encoding in encodings)
+                file.write_batch(
+                    pa.record_batch([columns[name] for name in names], schema=schema),
+                    custom_metadata={"truncated": str(truncated)},
+                )
 
     return TokenTable(write_once(cache_dir / f"tokens-{key}.arrow", write, _is_whole))
 

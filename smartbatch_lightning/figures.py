@@ -1,0 +1,74 @@
+"""The figures of a report: classes, lengths, tokens by strategy, widths of batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
+
+_MAIN, _SECOND, _THIRD = "#1f6f8b", "#e4a04f", "#8a8f98"  # one palette for all
+_THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+
+
+def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
+    """Samples of each class, by split."""
+    bars = [(f"{split}: {name}", count) for split, of_split in counts.items() for name, count in of_split.items()]
+    figure, [axes] = _figure(1, height=1.4 + 0.35 * len(bars))
+    drawn = axes.barh([name for name, _ in bars], [count for _, count in bars], color=_MAIN)
+    axes.bar_label(drawn, labels=[f"{count:,}" for _, count in bars], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(title="Samples of each class", xlabel="samples")
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    return figure
+
+
+def lengths(tokens: NDArray[np.int64], max_length: int) -> Figure:
+    """Lengths of the samples, in order of arrival and sorted."""
+    figure, panels = _figure(2)
+    for axes, title, shown in zip(panels, ("in order of arrival", "sorted"), (tokens, np.sort(tokens)), strict=True):
+        axes.plot(shown, ".", markersize=1, color=_MAIN, rasterized=True)
+        axes.axhline(max_length, color=_THIRD, linewidth=1, linestyle="--")
+        _frame(axes, f"Lengths {title}", "sample", "tokens", max_length)
+    return figure
+
+
+def tokens(computed: Mapping[str, int], real: int) -> Figure:
+    """Tokens of an epoch by strategy: real ones and padding."""
+    figure, [axes] = _figure(1, height=1.3 + 0.4 * len(computed))
+    names = list(computed)
+    axes.barh(names, [real] * len(names), color=_MAIN, label="real tokens")
+    padding = axes.barh(names, [total - real for total in computed.values()], left=real, color=_SECOND, label="padding")
+    axes.bar_label(padding, labels=[f"{total:,}" for total in computed.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.set(title="Tokens of an epoch", xlabel="tokens")
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.4 / len(names)), ncols=2, frameon=False)
+    return figure
+
+
+def widths(of_batches: Mapping[str, NDArray[np.int64]], max_length: int) -> Figure:
+    """Widths of an epoch's batches in the order they come, by strategy."""
+    figure, panels = _figure(len(of_batches))
+    for axes, (name, shown) in zip(panels, of_batches.items(), strict=True):
+        axes.plot(shown, ".", markersize=3, color=_MAIN)
+        _frame(axes, f"Widths of batches: {name}", "batch of the epoch", "tokens", max_length)
+    return figure
+
+
+def _figure(columns: int, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(9, height), layout="constrained")
+    panels: Any = figure.subplots(1, columns, squeeze=False)
+    for axes in panels[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels[0]
+
+
+def _frame(axes: Axes, title: str, xlabel: str, ylabel: str, max_length: int) -> None:
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.05 * max_length))
+    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.yaxis.set_major_formatter(_THOUSANDS)

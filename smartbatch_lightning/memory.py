@@ -1,0 +1,106 @@
+"""Running out of memory in the first seconds of a run instead of in its seventh hour."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from smartbatch_lightning.errors import UsageError, cause
+from smartbatch_lightning.loader import SmartBatchLoader
+from smartbatch_lightning.model import SequenceClassifier, model_inputs
+
+
+class MemoryCheck(Callback):
+    """Before the first step, trains the batches of the plan that take most memory, and forgets what came of it.
+
+    These are the batch with the longest sample, the one with the most tokens and the one with the most samples, of
+    this rank's first epoch; often they are one. Weights, optimizer, metrics and random state stay as they are, and room
+    is kept for the two moments that AdamW adds to every weight at the first step. For a `SequenceClassifier` on one
+    device or under DDP.
+
+    Args:
+        enabled: Do it at all.
+
+    Raises:
+        ValueError: A batch does not fit; the message names its shape and what to lower.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tries the batches."""
+        loader = trainer.train_dataloader
+        if (
+            not self.enabled
+            or not isinstance(loader, SmartBatchLoader)
+            or not isinstance(pl_module, SequenceClassifier)
+            or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        ):
+            return
+        with _nothing_changes(pl_module), _room_for_moments(trainer):
+            for batch in demanding_batches(loader):
+                _try(trainer, pl_module, loader, batch)
+
+
+def demanding_batches(loader: SmartBatchLoader) -> list[list[int]]:
+    """The batch of a loader's next epoch with the longest sample, that with most tokens and that with most samples."""
+    sampler = loader.smart_sampler
+    batches = list(sampler)
+    if not batches:
+        return []
+    sizes = np.array([len(batch) for batch in batches])
+    longest = np.array([sampler.lengths[batch].max() for batch in batches])
+    tokens = np.array([sampler.lengths[batch].sum() for batch in batches]) if sampler.packed else sizes * longest
+    chosen = {int(by.argmax()) for by in (longest * len(sizes) + sizes, tokens, sizes * int(longest.max()) + longest)}
+    return [batches[number] for number in sorted(chosen)]
+
+
+def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoader, samples: list[int]) -> None:
+    collated = loader.collate_fn([loader.dataset[sample] for sample in samples])
+    try:
+        batch = trainer.strategy.batch_to_device(collated)
+        with trainer.precision_plugin.train_step_context():
+            loss = module.compute_loss(module(**model_inputs(batch)), batch["labels"])
+        loss.backward()  # type: ignore[no-untyped-call]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+            raise
+        longest = max(int(loader.smart_sampler.lengths[sample]) for sample in samples)
+        raise UsageError(
+            f"a batch of {len(samples)} samples, the longest of {longest} tokens, does not fit into memory: its input "
+            f"has the shape {tuple(collated['input_ids'].shape)}. {cause(error)} Lower --data.batch_size, "
+            "--data.max_tokens_per_batch or --data.max_length; or set --trainer.precision=bf16-mixed; "
+            "--trainer.accumulate_grad_batches makes up for smaller batches."
+        ) from error
+
+
+@contextmanager
+def _nothing_changes(module: SequenceClassifier) -> Iterator[None]:
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            module.zero_grad(set_to_none=True)
+            if devices:
+                torch.cuda.empty_cache()
+
+
+@contextmanager
+def _room_for_moments(trainer: L.Trainer) -> Iterator[None]:
+    """Takes up what the optimizer will hold from the first step on."""
+    held = [
+        torch.empty_like(parameter)
+        for optimizer in trainer.optimizers
+        if not optimizer.state
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for _ in range(2)
+    ]
+    yield
+    del held

@@ -1,0 +1,78 @@
+"""Tests of the exported folder: an ordinary transformers model."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from huggingface_hub import ModelCard
+from test_cli import cli, in_a_folder_of_its_own  # noqa: F401 - a fixture
+from test_model import trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, TrainingMonitor
+from smartbatch_lightning.export import ModelExport
+
+
+@pytest.mark.parametrize("padding", ["longest", "packed"])
+def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, tmp_path: Path) -> None:
+    """On 100 texts, of which many are cut."""
+    data = SmartBatchDataModule(max_length=64, seed=1, padding=padding)
+    model = SequenceClassifier(learning_rate=1e-3)
+    folder = tmp_path / "reviewer"
+    run = trainer(
+        tmp_path,
+        limit_train_batches=40,
+        limit_val_batches=2,
+        callbacks=[ModelExport(str(folder)), PredictionWriter(str(tmp_path / "predictions.csv")), TrainingMonitor()],
+    )
+    run.fit(model, data)
+    run.predict(model, data)
+    predicted = pd.read_csv(tmp_path / "predictions.csv")[:100]
+    classify = pipeline("text-classification", str(folder), truncation=True, device="cpu")
+    texts = data.splits["test"]["text"][:100]
+    answers = classify(texts)
+    assert [answer["label"] for answer in answers] == predicted["label"].tolist()
+    assert len({answer["label"] for answer in answers}) == 2
+    scores = predicted[["probability_negative", "probability_positive"]].max(axis=1)
+    assert [answer["score"] for answer in answers] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Path) -> None:
+    run = cli(
+        "fit",
+        "--data.max_length=24",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=5",
+        "--trainer.limit_val_batches=2",
+        f"--trainer.default_root_dir={tmp_path}",
+    )
+    checkpoint = run.trainer.checkpoint_callback.best_model_path
+    folder = tmp_path / "told"
+    cli("export", "--data.max_length=24", f"--ckpt_path={checkpoint}", f"--folder={folder}")
+    assert {path.name for path in folder.iterdir()} >= {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    exported = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert exported.config.id2label == {0: "negative", 1: "positive"}
+    trained = run.model.model.state_dict()
+    assert all(weight.equal(trained[name]) for name, weight in exported.state_dict().items())
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 24
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert {result.metric_name for result in card.data.eval_results} == {"val_loss", "val_accuracy", "val_f1"}
+    accuracy = float(run.trainer.callback_metrics["val_accuracy"])
+    assert f"| val_accuracy | {accuracy:.4f} |" in card.text
+    assert "| max_length | 24 |" in card.text
+    assert "| learning_rate | 5e-05 |" in card.text
+    assert "## Command" in card.text
+
+
+def test_nothing_is_exported_unless_a_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, callbacks=[ModelExport()])
+    run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=24))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Tests of the report: its numbers, and that it can be looked at."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from test_cli import cli, in_a_folder_of_its_own  # noqa: F401 - a fixture
+
+from smartbatch_lightning import SmartBatchDataModule, demo
+from smartbatch_lightning.report import WAYS, PaddingReport
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo_report() -> PaddingReport:
+    return PaddingReport.of(SmartBatchDataModule(seed=1), ranks=4)
+
+
+def test_the_splits_are_counted_by_class(demo_report: PaddingReport) -> None:
+    train, test = demo_report.splits
+    assert (train.name, train.samples) == ("train", demo.REVIEWS["train"])
+    assert train.classes == {"negative": 1000, "positive": 1000}
+    assert (test.name, test.samples) == ("test", demo.REVIEWS["test"])
+    assert sum(test.classes.values()) == 600
+
+
+def test_the_share_that_is_cut_is_told(own_cache: Path) -> None:
+    data = SmartBatchDataModule(validation_split=None, seed=1)
+    told = PaddingReport.of(data).splits[0].truncated
+    whole = [len(data.tokenizer(text)["input_ids"]) for text in data.splits["train"]["text"][:]]
+    assert told == np.mean(np.array(whole) > 400)
+    assert 0 < told < 1
+
+
+def test_every_batching_and_padding_is_weighed_against_fixed_padding(demo_report: PaddingReport) -> None:
+    by_way = {(one.batching, one.padding): one for one in demo_report.strategies}
+    assert tuple(by_way) == WAYS
+    fixed = by_way["random", "max_length"]
+    real = int(demo_report.lengths.sum())
+    assert (fixed.tokens, fixed.less_than_fixed, fixed.expected_speedup) == (1800 * 400, 0, 1)
+    assert all(one.tokens == real and one.padding_ratio == 0 for way, one in by_way.items() if way[1] == "packed")
+    smart = by_way["smart", "longest"]
+    assert real < smart.tokens < by_way["random", "longest"].tokens < fixed.tokens
+    assert smart.chosen
+    assert sum(one.chosen for one in demo_report.strategies) == 1
+    assert smart.largest_batch == (16, 400)
+    assert smart.balance < by_way["random", "longest"].balance < 1.2
+    assert by_way["random", "packed"].mates_kept < 0.02 < smart.mates_kept < 1
+    assert fixed.tokens / smart.tokens < smart.expected_speedup < (fixed.tokens / smart.tokens) ** 2
+
+
+def test_a_token_budget_is_reported_as_it_would_be_trained() -> None:
+    report = PaddingReport.of(SmartBatchDataModule(seed=1, max_tokens_per_batch=3000, padding="packed"))
+    by_way = {(one.batching, one.padding): one for one in report.strategies}
+    samples, width = by_way["smart", "longest"].largest_batch
+    assert 2800 < samples * width <= 3000
+    assert by_way["smart", "packed"].chosen
+    assert 2800 < by_way["smart", "packed"].largest_batch[1] <= 3000
+
+
+def test_the_command_prints_tables_and_writes_json_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli("report", f"--folder={tmp_path / 'report'}", "--data.padding=packed", "--ranks=4")
+    printed = capsys.readouterr().out
+    assert "[positive]" in printed
+    assert "[negative]" in printed
+    assert "smart, packed *" in printed
+    assert "720,000" in printed
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["ranks"] == 4
+    assert len(told["strategies"]) == len(WAYS)
+    for name in ("classes", "lengths", "tokens", "widths"):
+        picture = imread(tmp_path / "report" / f"{name}.png")
+        assert picture.shape[1] >= 1200
+        assert picture[..., :3].std() > 0.05  # something is drawn on it
+
+
+def test_data_without_labels_or_a_model_of_their_own_are_reported(tmp_path: Path, minilm: str) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\n" + "fine,1\nbad,0\n" * 20)
+    report = PaddingReport.of(SmartBatchDataModule(str(tmp_path / "texts.csv"), minilm, validation_split=None))
+    assert report.splits[0].classes == {"0": 20, "1": 20}
+    report.save(tmp_path / "told")
+    assert len(list((tmp_path / "told").iterdir())) == 5
+
+
+@pytest.mark.slow
+def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, minilm: str, tmp_path: Path) -> None:
+    command = [
+        sys.executable, str(ROOT / "train.py"), "report", "--config", str(ROOT / "configs" / "imdb.yaml"),
+        f"--data.dataset={imdb}", f"--model.pretrained={minilm}", f"--folder={tmp_path}",
+    ]  # fmt: skip
+    environment = {**os.environ, "SMARTBATCH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    for _ in range(2):  # the first one tokenizes
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env=environment)
+        seconds = time.perf_counter() - start
+    told = json.loads((tmp_path / "report.json").read_text())
+    tokens = {(one["batching"], one["padding"]): one["tokens"] for one in told["strategies"]}
+    assert tokens["random", "packed"] == 6_357_999
+    assert tokens["random", "max_length"] == 10_000_000
+    assert 6_370_000 <= tokens["tutorial", "longest"] <= 6_385_000
+    assert seconds <= 15
