@@ -6,8 +6,9 @@
 
 The contestants are the *Smart Batching Tutorial*'s loop, transformers' `Trainer` with each of its sampling strategies,
 and this package under Lightning's `Trainer`, logging and monitor included, as the command line runs it. They take
-turns, several times; the median counts, and only real tokens do. Nothing but the batches differs: what is compared is
-the whole step of each, from batch to updated weights.
+turns, several times, each time in a process of its own, since what an allocator has kept of another's tensors changes
+a CPU's speed; the median counts, and only real tokens do. What is compared is the whole step of each, from batch to
+updated weights.
 
 On a CPU each trains equally many reviews, in batches drawn evenly by width out of its own plan of all 25,000, so that
 padding is that of the full set. On a GPU each trains its whole plan, on random tokens of IMDB's lengths with
@@ -55,7 +56,17 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
-from benchmarks.common import BATCH_SIZE, MAX_LENGTH, SEED, Row, imdb_dir, imdb_lengths, minilm, report
+from benchmarks.common import (
+    BATCH_SIZE,
+    MAX_LENGTH,
+    SEED,
+    Row,
+    imdb_dir,
+    imdb_lengths,
+    in_fresh_process,
+    minilm,
+    report,
+)
 from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
 from smartbatch_lightning.loader import SmartBatchLoader
 from smartbatch_lightning.model import SequenceClassifier
@@ -471,12 +482,20 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
     return [*loops, *theirs, *ours]
 
 
-def compare(setting: Setting, field: list[Contestant], repeats: int) -> list[Row]:
+def run_one(args: argparse.Namespace, name: str) -> Row:
+    """Lets one contestant train once."""
+    quiet()
+    setting = made(args)
+    [contestant] = [one for one in contestants(setting, args.compile) if one.name == name]
+    return contestant.run(setting)
+
+
+def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
     """Lets the contestants take turns; medians of what is timed."""
-    runs: dict[str, list[Row]] = {contestant.name: [] for contestant in field}
-    for _ in range(repeats):
-        for contestant in field:
-            runs[contestant.name].append(contestant.run(setting))
+    runs: dict[str, list[Row]] = {name: [] for name in names}
+    for _ in range(args.repeats):
+        for name in names:
+            runs[name].append(in_fresh_process(run_one, args, name))
     rows = []
     for name, measured in runs.items():
         speeds = [row["real_tokens_per_second"] for row in measured]
@@ -531,6 +550,17 @@ def main() -> None:
         np.save(args.save_lengths, imdb_lengths().astype(np.int16))
         return
     quiet()
+    setting = made(args)
+    names = [one.name for one in contestants(setting, args.compile)]
+    rows = compare(args, [name for name in names if args.only is None or re.search(args.only, name) or name == FIXED])
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    model = "MiniLM" if setting.pretrained else "BERT-base's shape"
+    title = f"{model}, {setting.precision}, attention dropout {args.attention_dropout:g}"
+    report("peers", {title: [{name: row[name] for name in columns} for row in rows]})
+
+
+def made(args: argparse.Namespace) -> Setting:
+    """The setting that the arguments ask for."""
     gpu = args.device == "cuda"
     if args.lengths:
         config = BertConfig()
@@ -547,7 +577,7 @@ def main() -> None:
         reviews = token_ids("train", args.reviews)
         test = token_ids("test", args.test_reviews) if args.test_reviews else None
     config.attention_probs_dropout_prob = args.attention_dropout
-    setting = Setting(
+    return Setting(
         device=args.device,
         reviews=reviews,
         test=test,
@@ -559,13 +589,6 @@ def main() -> None:
         budget=args.max_tokens_per_batch or (32_768 if gpu else 6_400),
         workers=2 if gpu else 0,
     )
-    field = contestants(setting, args.compile)
-    field = [one for one in field if args.only is None or re.search(args.only, one.name) or one.name == FIXED]
-    rows = compare(setting, field, args.repeats)
-    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    model = "BERT-base's shape" if pretrained is None else "MiniLM"
-    title = f"{model}, {setting.precision}, attention dropout {args.attention_dropout:g}, {len(reviews):,} reviews"
-    report("peers", {title: [{name: row[name] for name in columns} for row in rows]})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from smartbatch_lightning.dropout import DropoutAttention, masks_from_torch
 from smartbatch_lightning.errors import UsageError
 
 _NAME = "smartbatch"
@@ -163,10 +164,17 @@ def _by_sample(
 ) -> Tensor:
     lengths: list[int] = cu_seqlens.diff().tolist()
     outputs = []
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    fast_dropout = dropout > 0 and reach < 0 and query.device.type == "cpu" and query.dtype == torch.float32
+    bits = masks_from_torch() if fast_dropout else None
     for q, k, v in zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        if bits is not None:
+            dropped: Tensor = DropoutAttention.apply(q[0], k[0], v[0], dropout, scale, bits)  # type: ignore[no-untyped-call]
+            outputs.append(dropped[None])
+            continue
         length = q.shape[2]
         mask = _window(length, reach, q.device) if 0 <= reach < length - 1 else None
-        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.attention import can_pack, enable_packing
+from smartbatch_lightning.attention import attention_dropout, can_pack, enable_packing
 from smartbatch_lightning.compatibility import check_head, check_inputs, check_labels, names_of_labels
 from smartbatch_lightning.errors import UsageError, cause
 
@@ -166,8 +167,6 @@ class SequenceClassifier(L.LightningModule):
             )
             # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
             self.model = model.train()
-            if can_pack(self.model):
-                enable_packing(self.model)
             if self.compiled:
                 self.model.compile(dynamic=True)  # once for batches of all widths
             self.hparams["architecture"] = json.loads(model.config.to_json_string(use_diff=False))
@@ -177,6 +176,18 @@ class SequenceClassifier(L.LightningModule):
                 setattr(self, f"{stage}_metrics", metrics.clone(prefix=f"{stage}_"))
         check_labels("the model", self.model.config, label_names)
         check_inputs(self.model, datamodule)
+        if can_pack(self.model):
+            enable_packing(self.model)
+
+    def on_fit_start(self) -> None:
+        """Says so where packed batches go without a dropout that the model's configuration asks for."""
+        packed = getattr(getattr(self.trainer, "datamodule", None), "padding", None) == "packed"
+        dropout = 0.0 if self.model is None else attention_dropout(self.model)
+        if packed and dropout and self.device.type == "cuda":
+            rank_zero_info(
+                f"The model's attention weights have a dropout of {dropout:g}, which packed batches on a GPU train "
+                "without; the other dropouts are as configured."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule over exactly the optimizer steps that will run."""

@@ -87,6 +87,8 @@ class TrainingMonitor(Callback):
     def __init__(self) -> None:
         self.epochs: list[tuple[Counts, dict[str, float]]] = []
         self.command = shlex.join(sys.argv)
+        self._trainer: L.Trainer | None = None
+        self._epoch: Counts | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
@@ -113,11 +115,11 @@ class TrainingMonitor(Callback):
         self._start = perf_counter()
         self._waited_before = _waited(trainer)
         self._before_epoch = self._before_log = Counts()
-        self._epoch: Counts | None = None
+        self._trainer, self._epoch = trainer, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Marks where the epoch starts; by now the metrics of the one before are there."""
-        self._close_epoch(trainer)
+        self._close_epoch()
         self._before_epoch = self._now(trainer)
 
     def on_train_batch_end(
@@ -160,7 +162,7 @@ class TrainingMonitor(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes down the last epoch."""
-        self._close_epoch(trainer)
+        self._close_epoch()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the table, and what batching saved, on rank 0."""
@@ -184,16 +186,22 @@ class TrainingMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The epochs, for the table at the end of a run that is resumed, and the command, for a model card."""
-        return {"epochs": [(asdict(counts), metrics) for counts, metrics in self.epochs], "command": self.command}
+        epochs = [*self.epochs, *self._ended_epoch()]
+        return {"epochs": [(asdict(counts), metrics) for counts, metrics in epochs], "command": self.command}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them up again."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
 
-    def _close_epoch(self, trainer: L.Trainer) -> None:
-        if self._epoch is not None:
-            self.epochs.append((self._epoch, {name: float(value) for name, value in trainer.callback_metrics.items()}))
-            self._epoch = None
+    def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
+        """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""
+        if self._epoch is None or self._trainer is None:
+            return []
+        return [(self._epoch, {name: float(value) for name, value in self._trainer.callback_metrics.items()})]
+
+    def _close_epoch(self) -> None:
+        self.epochs += self._ended_epoch()
+        self._epoch = None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before, self._before_log = self._before_log, self._now(trainer)

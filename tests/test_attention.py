@@ -18,6 +18,7 @@ from transformers import (
 
 from smartbatch_lightning import PackCollator, PadCollator
 from smartbatch_lightning.attention import _ENCODERS, attention_dropout, enable_packing
+from smartbatch_lightning.dropout import DropoutAttention, masks_from_torch
 
 VOCABULARY = 200
 SIZES = {
@@ -119,6 +120,41 @@ def test_attention_dropout_drops_in_training_as_configured() -> None:
         batch = PackCollator()(rows())
         assert (not torch.equal(bert(**batch).logits, bert(**batch).logits)) == differ
         assert attention_dropout(bert) == probability
+
+
+def test_fast_dropout_has_the_gradients_of_its_output() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def attention(*inputs: torch.Tensor) -> torch.Tensor:
+        return DropoutAttention.apply(*inputs, 0.3, 0.7, np.random.SFC64(4))
+
+    assert torch.autograd.gradcheck(attention, inputs)
+
+
+def test_fast_dropout_is_attention_on_average_and_drops_as_often_as_asked() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 50, 8).unbind()
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, torch.eye(50).expand(4, 50, 50))
+    bits = masks_from_torch()
+    total, dropped = torch.zeros_like(plain), 0
+    for _ in range(400):
+        weights = DropoutAttention.apply(query, key, torch.eye(50).expand(4, 50, 50), 0.1, 8**-0.5, bits)
+        total += weights
+        dropped += int((weights == 0).sum())
+    assert dropped / (400 * plain.numel()) == pytest.approx(0.1, abs=0.001)
+    torch.testing.assert_close(total / 400, plain, atol=0.02, rtol=0)
+
+
+def test_the_random_state_of_torch_rules_fast_dropout() -> None:
+    bert = model(CONFIGS[1], attention_probs_dropout_prob=0.5).train()
+    enable_packing(bert)
+    logits = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        logits.append(bert(**PackCollator()(rows())).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_enabling_twice_is_enabling_once() -> None:
