@@ -6,31 +6,37 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 _MAIN, _SECOND, _THIRD = "#1f6f8b", "#e4a04f", "#8a8f98"  # one palette for all
+_MOST_BARS, _MOST_POINTS = 40, 50_000
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
-    """Samples of each class, by split."""
+    """Samples of each class, by split; of very many classes the largest."""
     bars = [(f"{split}: {name}", count) for split, of_split in counts.items() for name, count in of_split.items()]
+    title = "Samples of each class"
+    if len(bars) > _MOST_BARS:
+        title += f", the {_MOST_BARS} largest of {len(bars):,}"
+        bars = sorted(bars, key=lambda bar: -bar[1])[:_MOST_BARS]
     figure, [axes] = _figure(1, height=1.4 + 0.35 * len(bars))
     drawn = axes.barh([name for name, _ in bars], [count for _, count in bars], color=_MAIN)
     axes.bar_label(drawn, labels=[f"{count:,}" for _, count in bars], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(title="Samples of each class", xlabel="samples")
+    axes.set(title=title, xlabel="samples")
     axes.xaxis.set_major_formatter(_THOUSANDS)
     return figure
 
 
 def lengths(tokens: NDArray[np.int64], max_length: int) -> Figure:
-    """Lengths of the samples, in order of arrival and sorted."""
+    """Lengths of the samples, in order of arrival and sorted; of very many samples every so many-th."""
     figure, panels = _figure(2)
+    every = -(-len(tokens) // _MOST_POINTS)
     for axes, title, shown in zip(panels, ("in order of arrival", "sorted"), (tokens, np.sort(tokens)), strict=True):
-        axes.plot(shown, ".", markersize=1, color=_MAIN, rasterized=True)
+        axes.plot(np.arange(len(shown))[::every], shown[::every], ".", markersize=1, color=_MAIN)
         axes.axhline(max_length, color=_THIRD, linewidth=1, linestyle="--")
         _frame(axes, f"Lengths {title}", "sample", "tokens", max_length)
     return figure
@@ -47,7 +53,7 @@ def tokens(computed: Mapping[str, int], real: int) -> Figure:
     axes.margins(x=0.14)
     axes.set(title="Tokens of an epoch", xlabel="tokens")
     axes.xaxis.set_major_formatter(_THOUSANDS)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.4 / len(names)), ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -70,5 +76,6 @@ def _figure(columns: int, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
 
 def _frame(axes: Axes, title: str, xlabel: str, ylabel: str, max_length: int) -> None:
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.05 * max_length))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(_THOUSANDS)
     axes.yaxis.set_major_formatter(_THOUSANDS)

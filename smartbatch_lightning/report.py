@@ -149,7 +149,7 @@ class PaddingReport:
                 names[int(labels[row])] if names is not None and labels is not None else "-",
                 " / ".join(labelled[int(row)][column] for column in data.text_columns),
             )
-            for row in data.train_data.rows[:3]
+            for row in data.train_data.rows[[0, len(lengths) // 2, -1]]
         ]
         widths = {
             f"{one.batching}, {one.padding}": one.plan.longest(lengths)
