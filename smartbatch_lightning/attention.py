@@ -21,6 +21,7 @@ from smartbatch_lightning.dropout import DropoutAttention, masks_from_torch
 from smartbatch_lightning.errors import UsageError
 
 _NAME = "smartbatch"
+_ENABLED = "takes_packed_batches"
 # Families by `model_type`, and the part of the base model whose output the head, or a pooler before it, reads.
 _ENCODERS = {
     "albert": "encoder",
@@ -67,8 +68,9 @@ def enable_packing(model: PreTrainedModel) -> None:
         ValueError: It is of another family.
     """
     check_packing(model)
-    if model.config._attn_implementation == _NAME:
+    if _ENABLED in model.__dict__:  # not by the configuration, which other models may share
         return
+    model.__dict__[_ENABLED] = True
     model.set_attn_implementation(_NAME)
     model.register_forward_pre_hook(_shift_positions, with_kwargs=True)
     encoder = model.base_model.get_submodule(_ENCODERS[model.config.model_type])

@@ -22,14 +22,33 @@ from smartbatch_lightning.predictions import PredictionWriter
 class SmartBatchTrainer(L.Trainer):
     """Lightning's Trainer with what the command line can do besides; nothing else needs it."""
 
-    def prepare(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
-        """Loads and tokenizes the data, for every later start to find. Run it before the GPUs are taken."""
+    def prepare(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Loads and tokenizes the data, for every later start to find. Run it before the GPUs are taken.
+
+        Args:
+            model: Whose tokenizer the data module takes.
+            datamodule: The data.
+            ckpt_path: Not used; it stands in the `config.yaml` of a run.
+            weights_only: Not used, as `ckpt_path`.
+        """
         datamodule.trainer = self
         self.strategy.connect(model)  # whose tokenizer the data module takes
         datamodule.prepare_data()
 
     def report(
-        self, model: L.LightningModule, datamodule: SmartBatchDataModule, folder: str = "report", ranks: int = 8
+        self,
+        model: L.LightningModule,
+        datamodule: SmartBatchDataModule,
+        folder: str = "report",
+        ranks: int = 8,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Tells what each way to batch the data costs, before a run: tables here, JSON and figures in a folder.
 
@@ -38,6 +57,8 @@ class SmartBatchTrainer(L.Trainer):
             datamodule: The data and how they are batched.
             folder: Where `report.json` and the figures are written.
             ranks: Ranks for which to tell how evenly they are loaded.
+            ckpt_path: Not used; it stands in the `config.yaml` of a run.
+            weights_only: Not used, as `ckpt_path`.
         """
         from smartbatch_lightning.report import PaddingReport
 
@@ -48,7 +69,12 @@ class SmartBatchTrainer(L.Trainer):
         say("Wrote " + ", ".join(map(str, told.save(folder))))
 
     def export(
-        self, model: SequenceClassifier, datamodule: SmartBatchDataModule, ckpt_path: str, folder: str = "model"
+        self,
+        model: SequenceClassifier,
+        datamodule: SmartBatchDataModule,
+        ckpt_path: str,
+        folder: str = "model",
+        weights_only: bool | None = None,
     ) -> None:
         """Writes the model of a checkpoint as an ordinary `transformers` folder, with its tokenizer and a model card.
 
@@ -57,10 +83,11 @@ class SmartBatchTrainer(L.Trainer):
             datamodule: What it was trained on.
             ckpt_path: The checkpoint.
             folder: Where to.
+            weights_only: As `torch.load` takes it.
         """
         datamodule.trainer = self
         self.strategy.connect(model)
-        checkpoint = self.strategy.load_checkpoint(ckpt_path)
+        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         told = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})

@@ -117,7 +117,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         self.test_split = test_split
         self.predict_split = predict_split
         self.max_length = max_length
-        self.batch_size = batch_size
+        self.batch_size = 16 if batch_size is None and max_tokens_per_batch is None else batch_size
         self.max_tokens_per_batch = max_tokens_per_batch
         self.batching = batching
         self.padding = padding
@@ -183,7 +183,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         if name == "demo":
             if not self.is_demo:
                 raise UsageError(
-                    f"the demo's model and tokenizer know few words but the demo's. For {self._source} set "
+                    f"the demo's model and tokenizer know few words but the demo's. For {self.source} set "
                     "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
                 )
             name = str(demo.model_dir())
@@ -301,7 +301,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         return None if self.trainer is None else self.trainer.lightning_module
 
     @property
-    def _source(self) -> str:
+    def source(self) -> str:
         """The data set, as messages name it."""
         return f"{type(self).__name__}.load_dataset()" if self._loads_by_itself else str(self.dataset)
 
@@ -381,7 +381,7 @@ class SmartBatchDataModule(L.LightningDataModule):
             values = label_values(dataset, self.label_column, split)
             if self.classes is None:
                 raise UsageError(
-                    f"nothing tells which classes there are: {self._source} has no training split "
+                    f"nothing tells which classes there are: {self.source} has no training split "
                     f"{self.train_split!r} with labels, and the model is of no checkpoint. Give --ckpt_path, or "
                     "--data.label_names, in the order of their numbers."
                 )
@@ -397,16 +397,16 @@ class SmartBatchDataModule(L.LightningDataModule):
         """A split that has samples and the text columns."""
         if split not in self.splits:
             raise UsageError(
-                f"the split {split!r} is not in {self._source}, which has {listed(self.splits)}. "
+                f"the split {split!r} is not in {self.source}, which has {listed(self.splits)}. "
                 f"Set --data.{self._role(split)} to one of these."
             )
         dataset = self.splits[split]
         if not len(dataset):
-            raise UsageError(f"the split {split!r} of {self._source} has no samples. Give data with at least one.")
+            raise UsageError(f"the split {split!r} of {self.source} has no samples. Give data with at least one.")
         for column in self.text_columns:
             if column not in dataset.column_names:
                 raise UsageError(
-                    f"the text column {column!r} is not in the split {split!r} of {self._source}, which has "
+                    f"the text column {column!r} is not in the split {split!r} of {self.source}, which has "
                     f"{listed(dataset.column_names)}. Set --data.text_columns."
                 )
         return dataset

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.console import say
 from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
 
 _SETTINGS = ("max_length", "batch_size", "max_tokens_per_batch", "batching", "padding", "seed")
@@ -28,12 +29,24 @@ class ModelExport(Callback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds out before training whether this is a run that can be exported."""
+        datamodule = getattr(trainer, "datamodule", None)
+        if self.folder is None:
+            return
+        if not isinstance(pl_module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
+            raise UsageError(
+                "ModelExport writes a SequenceClassifier trained on a SmartBatchDataModule, but this run has "
+                f"{type(pl_module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of "
+                "the tokenizer instead."
+            )
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes it, on rank 0."""
         datamodule = getattr(trainer, "datamodule", None)
         if self.folder is None or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, SequenceClassifier)
+        assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         export_model(pl_module, datamodule, self.folder, metrics, shlex.join(["smartbatch", *sys.argv[1:]]))
@@ -71,7 +84,8 @@ def export_model(
 def _card(
     model: SequenceClassifier, data: SmartBatchDataModule, name: str, metrics: dict[str, float], command: str | None
 ) -> ModelCard:
-    dataset = str(data.dataset)
+    share = data.validation_split
+    validation = f"{share:.0%} of {data.train_split}" if isinstance(share, float) else str(share)
     evaluated = {name: value for name, value in metrics.items() if name.startswith(("val_", "test_"))}
     header = ModelCardData(
         library_name="transformers",
@@ -80,9 +94,9 @@ def _card(
         eval_results=[
             EvalResult(
                 task_type="text-classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split=str(data.test_split if metric.startswith("test_") else data.validation_split),
+                dataset_type=data.source,
+                dataset_name=data.source,
+                dataset_split=data.test_split if metric.startswith("test_") else validation,
                 metric_type=metric.partition("_")[2],
                 metric_name=metric,
                 metric_value=value,
@@ -95,7 +109,7 @@ def _card(
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"`{model.pretrained}` fine-tuned on `{dataset}` to tell {', '.join(model.label_names)}, with "
+        f"`{model.pretrained}` fine-tuned on `{data.source}` to tell {', '.join(model.label_names)}, with "
         "smartbatch-lightning.",
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", "{name}", truncation=True)  # at {data.max_length} tokens\n```',

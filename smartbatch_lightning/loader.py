@@ -94,7 +94,6 @@ class SmartBatchLoader(DataLoader[Any]):
         self.__dict__["sampler"] = _SamplerHandle(self.smart_sampler, on_epoch)
         self.loss_weights = loss_weights
         self.seconds_waited = 0.0
-        self.seconds_waited = 0.0
 
     def __iter__(self) -> Any:
         return _LazyIterator(self)

@@ -1,5 +1,6 @@
 """Running out of memory in the first seconds of a run instead of in its seventh hour."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,10 +18,10 @@ from smartbatch_lightning.model import SequenceClassifier, model_inputs
 class MemoryCheck(Callback):
     """Before the first step, trains the batches of the plan that take most memory, and forgets what came of it.
 
-    These are the batch with the longest sample, the one with the most tokens and the one with the most samples, of
-    this rank's first epoch; often they are one. Weights, optimizer, metrics and random state stay as they are, and room
-    is kept for the two moments that AdamW adds to every weight at the first step. For a `SequenceClassifier` on one
-    device or under DDP.
+    These are the batch with the longest sample, the one with the most tokens and the one with the most samples, over
+    all ranks of an epoch; often they are one. Weights, optimizer, metrics and random state stay as they are, and room
+    is kept for the two moments that AdamW adds to every weight at the first step. For a `SequenceClassifier` whose
+    `step` is not overridden, on one device or under DDP.
 
     Args:
         enabled: Do it at all.
@@ -39,6 +40,7 @@ class MemoryCheck(Callback):
             not self.enabled
             or not isinstance(loader, SmartBatchLoader)
             or not isinstance(pl_module, SequenceClassifier)
+            or type(pl_module).step is not SequenceClassifier.step
             or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         ):
             return
@@ -48,27 +50,27 @@ class MemoryCheck(Callback):
 
 
 def demanding_batches(loader: SmartBatchLoader) -> list[list[int]]:
-    """The batch of a loader's next epoch with the longest sample, that with most tokens and that with most samples."""
+    """The batch of the loader's epoch with the longest sample, that with most tokens and that with most samples."""
     sampler = loader.smart_sampler
-    batches = list(sampler)
-    if not batches:
-        return []
-    sizes = np.array([len(batch) for batch in batches])
-    longest = np.array([sampler.lengths[batch].max() for batch in batches])
-    tokens = np.array([sampler.lengths[batch].sum() for batch in batches]) if sampler.packed else sizes * longest
-    chosen = {int(by.argmax()) for by in (longest * len(sizes) + sizes, tokens, sizes * int(longest.max()) + longest)}
-    return [batches[number] for number in sorted(chosen)]
+    plan, lengths = sampler.plan(), sampler.lengths
+    sizes, longest = plan.batch_sizes(), plan.longest(lengths)
+    tokens = np.add.reduceat(lengths[plan.order], plan.offsets[:-1]) if sampler.packed else sizes * longest
+    by_length, by_size = longest * (sizes.max() + 1) + sizes, sizes * (longest.max() + 1) + longest
+    return [plan[number].tolist() for number in sorted({int(by.argmax()) for by in (by_length, tokens, by_size)})]
 
 
 def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoader, samples: list[int]) -> None:
     collated = loader.collate_fn([loader.dataset[sample] for sample in samples])
+    if not isinstance(collated, dict) or not {"input_ids", "labels"} <= collated.keys():
+        return
     try:
         batch = trainer.strategy.batch_to_device(collated)
         with trainer.precision_plugin.train_step_context():
             loss = module.compute_loss(module(**model_inputs(batch)), batch["labels"])
         loss.backward()  # type: ignore[no-untyped-call]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not re.search("out of memory|can't allocate memory|bad_alloc", str(error)):
             raise
         longest = max(int(loader.smart_sampler.lengths[sample]) for sample in samples)
         raise UsageError(

@@ -4,6 +4,7 @@ import copy
 import resource
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
 from time import perf_counter
@@ -109,9 +110,10 @@ class TrainingMonitor(Callback):
         self._last_step = trainer.global_step
         self._peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         model = getattr(pl_module, "model", None)
-        self._flops = training_flops(model.config) if self._peak and isinstance(model, PreTrainedModel) else None
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._flops = None
+        if self._peak and isinstance(model, PreTrainedModel):
+            with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
+                self._flops = training_flops(model.config)
         self._start = perf_counter()
         self._waited_before = _waited(trainer)
         self._before_epoch = self._before_log = Counts()
@@ -121,6 +123,10 @@ class TrainingMonitor(Callback):
         """Marks where the epoch starts; by now the metrics of the one before are there."""
         self._close_epoch()
         self._before_epoch = self._now(trainer)
+        if not self._before_epoch.samples:  # the first one, after whatever other callbacks have tried
+            self._before_log = self._before_epoch
+            if pl_module.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -101,7 +101,8 @@ def plan_epoch(
 
     Under a token budget `smart` batches hold as many samples as fit, few long ones or many short ones. A run drawn by
     `tutorial` and a shuffled batch cannot know how long their longest sample will be in another epoch, so they hold
-    as many as fit whatever their lengths. Packed batches are cut where equal shares of the tokens end.
+    as many as fit whatever their lengths. Packed batches, also those of one step, are cut where equal shares of the
+    tokens end.
 
     Args:
         lengths: Tokens of each sample, after truncation and with special tokens. Shape (num_samples,), integers.

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, BertConfig
 from smartbatch_lightning.collate import PadCollator, Padding
 from smartbatch_lightning.console import say, table_of
 from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.labels import label_values
 from smartbatch_lightning.monitor import training_flops
 from smartbatch_lightning.planning import Batching, BatchPlan, mates_kept, plan_epoch
@@ -67,7 +69,8 @@ class Strategy:
         mates_kept: Share of a sample's batch-mates that it meets again in the next epoch.
         expected_speedup: Operations of fixed padding over those of this, linear layers and attention counted; an
             estimate, since not every operation takes equally long.
-        balance: Operations of the slowest rank over the mean, summed over the steps on several ranks.
+        balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None where
+            a token budget does not let so many ranks take equally many steps.
         largest_batch: Samples and width of the batch with the most tokens; for packed batches samples and tokens.
         chosen: This is what the data module is set to.
     """
@@ -80,7 +83,7 @@ class Strategy:
     less_than_fixed: float
     mates_kept: float
     expected_speedup: float
-    balance: float
+    balance: float | None
     largest_batch: tuple[int, int]
     chosen: bool
 
@@ -124,8 +127,11 @@ class PaddingReport:
         data.setup("fit")
         lengths = data.train_data.lengths
         ranks = min(ranks, len(lengths))
-        weighed = [_weigh(data, batching, padding, ranks) for batching, padding in WAYS]
-        fixed = weighed[0]
+        weighed = []
+        for batching, padding in WAYS:
+            with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
+                weighed.append(_weigh(data, batching, padding, ranks, data.max_tokens_per_batch))
+        fixed = _weigh(data, "random", "max_length", ranks, None)
         strategies = [
             Strategy(
                 batching=one.batching,
@@ -191,7 +197,7 @@ class PaddingReport:
                         "less than fixed": f"{one.less_than_fixed:.1%}",
                         "mates kept": f"{one.mates_kept:.1%}",
                         "expected speed-up": f"{one.expected_speedup:.2f}",
-                        f"balance {self.ranks} ranks": f"{one.balance:.3f}",
+                        f"balance {self.ranks} ranks": "-" if one.balance is None else f"{one.balance:.3f}",
                         "largest batch": "{:,} x {:,}".format(*one.largest_batch)
                         if one.padding != "packed"
                         else "{:,}: {:,}".format(*one.largest_batch),
@@ -247,11 +253,13 @@ class _Weighed:
     tokens: int
     operations: float
     mates_kept: float
-    balance: float
+    balance: float | None
     largest_batch: tuple[int, int]
 
 
-def _weigh(data: SmartBatchDataModule, batching: Batching, padding: Padding, ranks: int) -> _Weighed:
+def _weigh(
+    data: SmartBatchDataModule, batching: Batching, padding: Padding, ranks: int, budget: int | None
+) -> _Weighed:
     """Plans two epochs, and one for several ranks, and counts what they cost."""
     lengths = data.train_data.lengths
     per_token, per_square = _operations(data)
@@ -261,7 +269,7 @@ def _weigh(data: SmartBatchDataModule, batching: Batching, padding: Padding, ran
             lengths,
             data.batch_size,
             batching,
-            max_tokens_per_batch=data.max_tokens_per_batch,
+            max_tokens_per_batch=budget,
             pad_to_multiple_of=data.max_length if padding == "max_length" else data.pad_to_multiple_of,
             packed=padding == "packed",
             seed=data.seed,
@@ -283,9 +291,11 @@ def _weigh(data: SmartBatchDataModule, batching: Batching, padding: Padding, ran
 
     first = plan()
     tokens, squares = tokens_and_squares(first)
-    spread = plan(num_replicas=ranks)
-    tokens_of_ranks, squares_of_ranks = tokens_and_squares(spread)
-    costs = (per_token * tokens_of_ranks + per_square * squares_of_ranks).reshape(-1, ranks)
+    balance = None
+    with suppress(UsageError):
+        tokens_of_ranks, squares_of_ranks = tokens_and_squares(plan(num_replicas=ranks))
+        costs = (per_token * tokens_of_ranks + per_square * squares_of_ranks).reshape(-1, ranks)
+        balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
     largest = int(tokens.argmax())
     samples = int(first.batch_sizes()[largest])
     return _Weighed(
@@ -295,7 +305,7 @@ def _weigh(data: SmartBatchDataModule, batching: Batching, padding: Padding, ran
         tokens=int(tokens.sum()),
         operations=float(per_token * tokens.sum() + per_square * squares.sum()),
         mates_kept=mates_kept(first, plan(epoch=1)),
-        balance=float(costs.max(axis=1).sum() / costs.mean(axis=1).sum()),
+        balance=balance,
         largest_batch=(samples, int(tokens[largest]) // (1 if padding == "packed" else samples)),
     )
 
@@ -303,10 +313,9 @@ def _weigh(data: SmartBatchDataModule, batching: Batching, padding: Padding, ran
 def _operations(data: SmartBatchDataModule) -> tuple[float, float]:
     """Operations by token and by squared token, of the model that the tokenizer is of, else of BERT-base."""
     try:
-        config = AutoConfig.from_pretrained(data.tokenizer.name_or_path)
-    except (OSError, ValueError):
-        config = BertConfig()
-    return training_flops(config)
+        return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))
+    except Exception:  # it is only an estimate, and there are many kinds of models
+        return training_flops(BertConfig())
 
 
 def _splits(data: SmartBatchDataModule) -> list[Split]:
@@ -317,7 +326,8 @@ def _splits(data: SmartBatchDataModule) -> list[Split]:
         dataset, names = data.splits[name], data.label_names or []
         labels = None
         if data.classes is not None and data.label_column in dataset.column_names:
-            labels = data.classes.numbers(label_values(dataset, data.label_column, name), name)
+            with suppress(UsageError):  # many a test split has labels that are none
+                labels = data.classes.numbers(label_values(dataset, data.label_column, name), name)
         splits.append(
             Split(
                 name=name,

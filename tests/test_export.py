@@ -71,6 +71,31 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
     assert "## Command" in card.text
 
 
+def test_a_runs_own_config_serves_report_export_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = cli(
+        "fit",
+        "--data.max_length=24",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.limit_val_batches=1",
+        f"--trainer.default_root_dir={tmp_path}",
+    )
+    config, checkpoint = Path(run.trainer.log_dir) / "config.yaml", run.trainer.checkpoint_callback.best_model_path
+    cli("prepare", f"--config={config}")
+    cli("report", f"--config={config}", f"--folder={tmp_path / 'told'}")
+    cli("export", f"--config={config}", f"--ckpt_path={checkpoint}", f"--folder={tmp_path / 'model'}")
+    assert (tmp_path / "told" / "report.json").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_run_without_a_data_module_is_refused_for_export_before_training(tmp_path: Path) -> None:
+    data = SmartBatchDataModule(max_length=24)
+    data.setup("fit")
+    run = trainer(tmp_path, callbacks=[ModelExport(str(tmp_path / "model"))])
+    with pytest.raises(ValueError, match="but this run has SequenceClassifier and NoneType. Call save_pretrained"):
+        run.fit(SequenceClassifier(num_labels=2), data.train_dataloader())
+
+
 def test_nothing_is_exported_unless_a_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, callbacks=[ModelExport()])

@@ -54,6 +54,21 @@ def test_the_batches_that_are_tried_are_the_longest_the_widest_and_the_fullest(o
         assert max(map(measure, tried)) == max(map(measure, every))
 
 
+def test_what_the_package_knows_nothing_of_is_not_tried(tmp_path: Path) -> None:
+    class Own(Dropped):
+        def step(self, batch, stage):
+            return self(input_ids=batch["words"]).logits.sum()
+
+    class Words(SmartBatchDataModule):
+        def make_collator(self):
+            collator = super().make_collator()
+            return lambda rows: {"words": collator(rows)["input_ids"], "labels": collator(rows)["labels"]}
+
+    run = trainer(tmp_path, callbacks=[MemoryCheck()], limit_train_batches=1, limit_val_batches=0)
+    run.fit(Own(), Words(validation_split=0.9, max_length=16))
+    assert run.global_step == 1
+
+
 def test_a_batch_that_does_not_fit_is_one_error_with_its_shape_before_the_first_step(tmp_path: Path) -> None:
     """In a process with a limit on its memory."""
     run = subprocess.run(

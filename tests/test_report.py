@@ -91,6 +91,18 @@ def test_data_without_labels_or_a_model_of_their_own_are_reported(tmp_path: Path
     assert len(list((tmp_path / "told").iterdir())) == 5
 
 
+def test_a_way_for_which_the_budget_has_no_room_is_left_out_and_test_labels_may_be_none(tmp_path: Path, minilm) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "fine indeed,1\nbad,0\n" * 20)
+    (tmp_path / "test.csv").write_text("text,label\nwho knows,-1\n")
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "test")}
+    data = SmartBatchDataModule(files, minilm, validation_split=None, max_length=100, max_tokens_per_batch=50)
+    report = PaddingReport.of(data, ranks=3)
+    assert [(one.batching, one.padding) for one in report.strategies] == list(WAYS[1:])
+    assert report.splits[1].classes == {}
+    assert all(one.expected_speedup > 10 for one in report.strategies)
+    report.show()
+
+
 @pytest.mark.slow
 def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, minilm: str, tmp_path: Path) -> None:
     command = [
