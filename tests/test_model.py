@@ -176,6 +176,7 @@ def test_packed_batches_train_and_measure_as_padded_ones_do(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.parametrize("padding", ["longest", "packed"])
 def test_a_compiled_model_is_compiled_once_for_batches_of_all_widths(padding: str, tmp_path: Path) -> None:
     graphs: list[tuple[int, int]] = []
