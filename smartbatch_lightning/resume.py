@@ -73,6 +73,12 @@ def align_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: b
     """
     loop = trainer.fit_loop
     progress: Any = loop.epoch_loop.batch_progress
+    epochs: Any = loop.epoch_progress
+    if (loop.restarted_mid_epoch or loop.restarted_on_epoch_end) and epochs.current.started <= epochs.current.processed:
+        # After a checkpoint of an epoch's last batch, Lightning never counts the next one as started; a checkpoint of
+        # that one would then be taken for one between two epochs.
+        epochs.increment_ready()
+        epochs.increment_started()
     # a checkpoint of an exception leaves these one ahead for ever, and Lightning repeats a batch at the next resume
     progress.total.ready = progress.total.started = progress.total.processed
     if not resumed and loop.restarted_mid_epoch:

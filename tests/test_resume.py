@@ -168,6 +168,27 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
             assert_same(resumed, weights)
 
 
+@pytest.mark.parametrize("again", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("first", ["last batch", "epoch end"])
+def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(first: str, again, tmp_path: Path) -> None:
+    class EpochEnd(SaveAndStop):
+        def on_train_batch_end(self, *args) -> None: ...
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            trainer.save_checkpoint(self.path)
+            raise InterruptionError
+
+    whole, weights = train(tmp_path)
+    train(tmp_path, (EpochEnd if first == "epoch end" else SaveAndStop)(tmp_path / "a.ckpt", 0, STEPS - 1))
+    seconds, _ = train(tmp_path, SaveAndStop(tmp_path / "b.ckpt", *again), ckpt_path=tmp_path / "a.ckpt")
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "b.ckpt")
+    epoch, batch = again
+    assert seconds[0] == []
+    assert after[epoch] == whole[epoch][batch + 1 :]
+    assert after[epoch + 1 :] == whole[epoch + 1 :]
+    assert_same(resumed, weights)
+
+
 @pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
 def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
     """Lightning's checkpoint of an exception leaves counters ahead, and would repeat a batch at the second resume."""
