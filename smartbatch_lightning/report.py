@@ -127,11 +127,13 @@ class PaddingReport:
         data.setup("fit")
         lengths = data.train_data.lengths
         ranks = min(ranks, len(lengths))
+        operations = _operations(data)
         weighed = []
         for batching, padding in WAYS:
             with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
-                weighed.append(_weigh(data, batching, padding, ranks, data.max_tokens_per_batch))
-        fixed = _weigh(data, "random", "max_length", ranks, None)
+                weighed.append(_weigh(data, batching, padding, ranks, data.max_tokens_per_batch, operations))
+        fixed = next((one for one in weighed if one.padding == "max_length"), None)
+        fixed = fixed or _weigh(data, "random", "max_length", ranks, None, operations)
         strategies = [
             Strategy(
                 batching=one.batching,
@@ -258,11 +260,16 @@ class _Weighed:
 
 
 def _weigh(
-    data: SmartBatchDataModule, batching: Batching, padding: Padding, ranks: int, budget: int | None
+    data: SmartBatchDataModule,
+    batching: Batching,
+    padding: Padding,
+    ranks: int,
+    budget: int | None,
+    operations: tuple[float, float],
 ) -> _Weighed:
     """Plans two epochs, and one for several ranks, and counts what they cost."""
     lengths = data.train_data.lengths
-    per_token, per_square = _operations(data)
+    per_token, per_square = operations
 
     def plan(epoch: int = 0, num_replicas: int = 1) -> BatchPlan:
         return plan_epoch(
