@@ -1,9 +1,18 @@
-"""What is said to whoever sits at the terminal."""
+"""What is typed and said at the terminal."""
+
+import shlex
+import sys
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+
+def command_line() -> str:
+    """The command that was started, by the name of its program alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def say(what: str | Table) -> None:

@@ -1,7 +1,5 @@
 """A trained classifier as an ordinary `transformers` folder, for whoever has never heard of this package."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.console import say
+from smartbatch_lightning.console import command_line, say
 from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
@@ -49,7 +47,7 @@ class ModelExport(Callback):
         assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        export_model(pl_module, datamodule, self.folder, metrics, shlex.join(["smartbatch", *sys.argv[1:]]))
+        export_model(pl_module, datamodule, self.folder, metrics, command_line())
 
 
 def export_model(

@@ -2,7 +2,6 @@
 
 import copy
 import resource
-import shlex
 import sys
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from smartbatch_lightning.collate import batch_lengths
-from smartbatch_lightning.console import say, table_of
+from smartbatch_lightning.console import command_line, say, table_of
 
 # Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
 _PEAK_FLOPS = {"H200": 989.4e12, "H100 NVL": 835.5e12}
@@ -87,7 +86,7 @@ class TrainingMonitor(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[tuple[Counts, dict[str, float]]] = []
-        self.command = shlex.join(sys.argv)
+        self.command = command_line()
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
 
