@@ -33,14 +33,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 import transformers
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader, Dataset
@@ -389,8 +389,9 @@ def lightning_trainer(
     *,
     compiled: bool = False,
     multiple: int = 1,
+    watched: Literal["not", "logged", "shown"] = "logged",
 ) -> PreTrainedModel:
-    """The package under Lightning's `Trainer`."""
+    """The package under Lightning's `Trainer`, not watched at all, logged, or with the progress bar besides."""
     collator: Any = PackCollator()
     if padding != "packed":
         collator = PadCollator(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple)
@@ -411,14 +412,15 @@ def lightning_trainer(
             max_epochs=1,
             precision=setting.precision,  # type: ignore[arg-type]
             gradient_clip_val=1.0,
-            callbacks=[monitor, _Timed(clock)],
-            logger=CSVLogger(folder),
+            callbacks=[*([] if watched == "not" else [monitor]), _Timed(clock)],
+            logger=False if watched == "not" else [TensorBoardLogger(folder), CSVLogger(folder)],
             enable_checkpointing=False,
-            enable_progress_bar=False,
+            enable_progress_bar=watched == "shown",
             enable_model_summary=False,
         )
         trainer.fit(module, loader)
-    clock.data_wait = monitor.total.waited / monitor.total.seconds
+    if monitor.epochs:
+        clock.data_wait = monitor.total.waited / monitor.total.seconds
     assert module.model is not None
     return module.model
 

@@ -4,11 +4,14 @@
 
 The *Smart Batching Tutorial*'s bare loop over tensors that are ready is held against this package and transformers'
 `Trainer`, each with everything that a run has, over the same batches; they take turns. On so small a model next to all
-of a step's time is overhead, so the difference to the bare loop is what a framework adds to every step.
+of a step's time is overhead, so the difference to the bare loop is what a framework adds to every step. The package
+runs three times: not watched, with `TrainingMonitor` and both loggers, and with the progress bar besides, which costs
+something in a terminal alone.
 """
 
 import argparse
 import statistics
+from functools import partial
 
 import numpy as np
 from transformers import BertConfig
@@ -46,7 +49,9 @@ def main() -> None:
     batches = list(random.integers(0, 4000, (setting.warmups + args.steps, BATCH)))
     ways: dict[str, Training] = {
         "bare loop": tutorial_loop,
-        "smartbatch under Lightning's Trainer": lightning_trainer,
+        "smartbatch under Lightning's Trainer, not watched": partial(lightning_trainer, watched="not"),
+        "smartbatch, monitored and logged": lightning_trainer,
+        "smartbatch, progress bar besides": partial(lightning_trainer, watched="shown"),
         "transformers' Trainer": transformers_trainer,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -2,10 +2,12 @@
 
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.cluster import CheckpointFolders
@@ -20,7 +22,18 @@ from smartbatch_lightning.predictions import PredictionWriter
 
 
 class SmartBatchTrainer(L.Trainer):
-    """Lightning's Trainer with what the command line can do besides; nothing else needs it."""
+    """Lightning's Trainer with what the command line can do besides; nothing else needs it.
+
+    Args:
+        logger: As Lightning's; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger`, whose versions
+            are the starts of the run: what was logged before a requeue stays.
+        options: Everything else that `Trainer` takes.
+    """
+
+    def __init__(self, logger: Logger | Iterable[Logger] | bool | None = None, **options: Any) -> None:
+        super().__init__(logger=logger, **options)
+        if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
+            self.loggers.append(CSVLogger(self.logger.log_dir, name="csv"))
 
     def prepare(
         self,

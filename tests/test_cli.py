@@ -100,6 +100,30 @@ def test_the_saved_config_runs_again(tmp_path: Path) -> None:
     assert again.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
 
 
+def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")  # names the folder, so that a requeued job has the same again
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    options = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
+    for _ in range(2):
+        SmartBatchCLI(["fit", *FAST, *options])
+    run = tmp_path / "lightning_logs" / "version_17"
+    assert len(list(run.glob("events.out.tfevents.*"))) == 2
+    for start in range(2):
+        logged = pd.read_csv(run / "csv" / f"version_{start}" / "metrics.csv")
+        assert logged["train_loss_step"].count() == 2
+        assert logged["val_accuracy"].count() == 1
+
+
+def test_a_logger_that_is_given_is_the_only_one() -> None:
+    run = SmartBatchCLI(
+        ["fit", *FAST, "--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    )
+    assert [type(logger).__name__ for logger in run.trainer.loggers] == ["CSVLogger"]
+
+
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_path: Path) -> None:
     short = ["--data.max_length=24", "--data.batch_size=64"]
