@@ -221,6 +221,18 @@ class SmartBatchDataModule(L.LightningDataModule):
         """Number of classes; None where nothing tells."""
         return None if self.classes is None else len(self.classes.names)
 
+    def plan_options(self, batching: Batching, padding: Padding) -> dict[str, Any]:
+        """What `plan_epoch` and `SmartBatchSampler` take for such batches in the sizes and the seed of this module."""
+        return {
+            "batch_size": self.batch_size,
+            "batching": batching,
+            "max_tokens_per_batch": self.max_tokens_per_batch,
+            "pad_to_multiple_of": self.max_length if padding == "max_length" else self.pad_to_multiple_of,
+            "packed": padding == "packed",
+            "jitter": self.jitter,
+            "seed": self.seed,
+        }
+
     # --- Lightning's hooks ---
 
     def prepare_data(self) -> None:
@@ -233,7 +245,8 @@ class SmartBatchDataModule(L.LightningDataModule):
         if stage == "fit":
             self._restored = None
             self.train_data, self.validation_data = self._train_and_validation()
-            self._train_sampler = self._sampler(self.train_data, shuffle=True)
+            overfit = getattr(self.trainer, "overfit_batches", 0)
+            self._train_sampler = self._sampler(self.train_data, shuffle=not overfit)
         elif stage == "validate":
             self.validation_data = self._train_and_validation()[1]
         elif stage == "test":
@@ -243,7 +256,6 @@ class SmartBatchDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches planned anew every epoch; the same ones under `overfit_batches`."""
-        self._train_sampler.shuffle = not getattr(self.trainer, "overfit_batches", 0)
         if self.trainer is None:
             return self._loader(self.train_data, self._train_sampler)
         return self._loader(
@@ -327,13 +339,7 @@ class SmartBatchDataModule(L.LightningDataModule):
         self._check_budget(data)
         return SmartBatchSampler(
             data.lengths,
-            self.batch_size,
-            self.batching,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            pad_to_multiple_of=self.max_length if self.padding == "max_length" else self.pad_to_multiple_of,
-            packed=self.padding == "packed",
-            jitter=self.jitter,
-            seed=self.seed,
+            **self.plan_options(self.batching, self.padding),
             shuffle=shuffle,
             num_replicas=self.trainer.world_size if self.trainer else 1,
             rank=self.trainer.global_rank if self.trainer else 0,

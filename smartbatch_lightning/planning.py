@@ -125,7 +125,7 @@ def plan_epoch(
         ValueError: An argument is out of range, a length is below 1 or above the token budget, or there are too few
             samples for so many ranks.
     """
-    sizes = checked_arguments(lengths, batching, jitter)
+    sizes = _checked(lengths, batching, jitter)
     layout = _layout(
         sizes, batch_size, batching, max_tokens_per_batch, pad_to_multiple_of, packed, num_replicas, jitter, shuffle
     )
@@ -156,28 +156,6 @@ def plan_epoch(
     return BatchPlan(*take_runs(order, offsets, batches), num_replicas)
 
 
-def steps_per_epoch(
-    lengths: ArrayLike,
-    batch_size: int | None = None,
-    batching: Batching = "smart",
-    *,
-    max_tokens_per_batch: int | None = None,
-    pad_to_multiple_of: int = 1,
-    packed: bool = False,
-    num_replicas: int = 1,
-    jitter: float = 1.0,
-    shuffle: bool = True,
-) -> int:
-    """Batches that each rank trains in an epoch, the same in all of them, without planning one.
-
-    The arguments and errors are those of `plan_epoch`.
-    """
-    sizes = checked_arguments(lengths, batching, jitter)
-    return _layout(
-        sizes, batch_size, batching, max_tokens_per_batch, pad_to_multiple_of, packed, num_replicas, jitter, shuffle
-    ).num_steps
-
-
 def mates_kept(before: BatchPlan, after: BatchPlan) -> float:
     """Share of a sample's batch-mates in one epoch that it meets again in the other: 1 is no shuffling at all."""
     num_samples = len(before.order)
@@ -189,7 +167,7 @@ def mates_kept(before: BatchPlan, after: BatchPlan) -> float:
     return float((together * (together - 1)).sum() / max(1, (sizes * (sizes - 1)).sum()))
 
 
-def checked_arguments(lengths: ArrayLike, batching: str, jitter: float) -> NDArray[np.integer]:
+def _checked(lengths: ArrayLike, batching: str, jitter: float) -> NDArray[np.integer]:
     """The lengths as an array, if a plan can be made of these.
 
     Raises:

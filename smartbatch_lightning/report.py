@@ -128,28 +128,13 @@ class PaddingReport:
         lengths = data.train_data.lengths
         ranks = min(ranks, len(lengths))
         operations = _operations(data)
-        weighed = []
+        strategies, widths = [], {}
         for batching, padding in WAYS:
             with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
-                weighed.append(_weigh(data, batching, padding, ranks, data.max_tokens_per_batch, operations))
-        fixed = next((one for one in weighed if one.padding == "max_length"), None)
-        fixed = fixed or _weigh(data, "random", "max_length", ranks, None, operations)
-        strategies = [
-            Strategy(
-                batching=one.batching,
-                padding=one.padding,
-                batches=len(one.plan),
-                tokens=one.tokens,
-                padding_ratio=one.tokens / int(lengths.sum()) - 1,
-                less_than_fixed=1 - one.tokens / fixed.tokens,
-                mates_kept=one.mates_kept,
-                expected_speedup=fixed.operations / one.operations,
-                balance=one.balance,
-                largest_batch=one.largest_batch,
-                chosen=(data.batching, data.padding) == (one.batching, one.padding),
-            )
-            for one in weighed
-        ]
+                strategy, plan = _weigh(data, batching, padding, ranks, operations)
+                strategies.append(strategy)
+                if (batching, padding) in (("random", "longest"), ("smart", "longest")):
+                    widths[f"{batching}, {padding}"] = plan.longest(lengths)
         labelled = data.splits[data.train_split]
         names, labels = data.label_names, data.train_data.labels
         examples = [
@@ -159,11 +144,6 @@ class PaddingReport:
             )
             for row in data.train_data.rows[[0, len(lengths) // 2, -1]]
         ]
-        widths = {
-            f"{one.batching}, {one.padding}": one.plan.longest(lengths)
-            for one in weighed
-            if (one.batching, one.padding) in (("random", "longest"), ("smart", "longest"))
-        }
         return cls(_splits(data), strategies, examples, lengths, widths, data.max_length, ranks)
 
     def show(self) -> None:
@@ -247,43 +227,13 @@ class PaddingReport:
         }
 
 
-@dataclass
-class _Weighed:
-    batching: str
-    padding: str
-    plan: BatchPlan
-    tokens: int
-    operations: float
-    mates_kept: float
-    balance: float | None
-    largest_batch: tuple[int, int]
-
-
 def _weigh(
-    data: SmartBatchDataModule,
-    batching: Batching,
-    padding: Padding,
-    ranks: int,
-    budget: int | None,
-    operations: tuple[float, float],
-) -> _Weighed:
+    data: SmartBatchDataModule, batching: Batching, padding: Padding, ranks: int, operations: tuple[float, float]
+) -> tuple[Strategy, BatchPlan]:
     """Plans two epochs, and one for several ranks, and counts what they cost."""
     lengths = data.train_data.lengths
     per_token, per_square = operations
-
-    def plan(epoch: int = 0, num_replicas: int = 1) -> BatchPlan:
-        return plan_epoch(
-            lengths,
-            data.batch_size,
-            batching,
-            max_tokens_per_batch=budget,
-            pad_to_multiple_of=data.max_length if padding == "max_length" else data.pad_to_multiple_of,
-            packed=padding == "packed",
-            seed=data.seed,
-            epoch=epoch,
-            num_replicas=num_replicas,
-            jitter=data.jitter,
-        )
+    options = data.plan_options(batching, padding)
 
     def tokens_and_squares(plan: BatchPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if padding == "packed":
@@ -296,25 +246,32 @@ def _weigh(
         widths = np.array([collator.width(int(longest)) for longest in plan.longest(lengths)])
         return plan.batch_sizes() * widths, plan.batch_sizes() * widths**2
 
-    first = plan()
-    tokens, squares = tokens_and_squares(first)
+    plan = plan_epoch(lengths, **options)
+    tokens, squares = tokens_and_squares(plan)
     balance = None
     with suppress(UsageError):
-        tokens_of_ranks, squares_of_ranks = tokens_and_squares(plan(num_replicas=ranks))
+        tokens_of_ranks, squares_of_ranks = tokens_and_squares(plan_epoch(lengths, num_replicas=ranks, **options))
         costs = (per_token * tokens_of_ranks + per_square * squares_of_ranks).reshape(-1, ranks)
         balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
     largest = int(tokens.argmax())
-    samples = int(first.batch_sizes()[largest])
-    return _Weighed(
+    samples = int(plan.batch_sizes()[largest])
+    computed = int(tokens.sum())
+    fixed = len(lengths) * data.max_length
+    fixed_operations = fixed * (per_token + per_square * data.max_length)
+    strategy = Strategy(
         batching=batching,
         padding=padding,
-        plan=first,
-        tokens=int(tokens.sum()),
-        operations=float(per_token * tokens.sum() + per_square * squares.sum()),
-        mates_kept=mates_kept(first, plan(epoch=1)),
+        batches=len(plan),
+        tokens=computed,
+        padding_ratio=computed / int(lengths.sum()) - 1,
+        less_than_fixed=1 - computed / fixed,
+        mates_kept=mates_kept(plan, plan_epoch(lengths, epoch=1, **options)),
+        expected_speedup=fixed_operations / float(per_token * computed + per_square * squares.sum()),
         balance=balance,
         largest_batch=(samples, int(tokens[largest]) // (1 if padding == "packed" else samples)),
+        chosen=(data.batching, data.padding) == (batching, padding),
     )
+    return strategy, plan
 
 
 def _operations(data: SmartBatchDataModule) -> tuple[float, float]:

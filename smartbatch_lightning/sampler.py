@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from itertools import chain, repeat
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.planning import Batching, BatchPlan, checked_arguments, plan_epoch, steps_per_epoch
+from smartbatch_lightning.planning import Batching, BatchPlan, plan_epoch
 
 Trained = list[tuple[int, int]]
 
@@ -56,7 +55,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.lengths = checked_arguments(lengths, batching, jitter)
+        self.lengths = np.asarray(lengths)
         self.batch_size = 16 if batch_size is None and max_tokens_per_batch is None else batch_size
         self.batching = batching
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -74,7 +73,7 @@ class SmartBatchSampler(Sampler[list[int]]):
             raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
             )
-        self._num_steps = steps_per_epoch(self.lengths, num_replicas=self.num_replicas, **self._options)
+        self._num_steps = len(self.plan()) // self.num_replicas
 
     @property
     def sampler(self) -> "SmartBatchSampler":
@@ -134,24 +133,23 @@ class SmartBatchSampler(Sampler[list[int]]):
         """The batches of the current epoch over all ranks, with those that were trained before."""
         return self._plan(self.num_replicas)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        """What plans are made with besides the seed, the epoch and the ranks."""
-        return {
-            "batch_size": self.batch_size,
-            "batching": self.batching,
-            "max_tokens_per_batch": self.max_tokens_per_batch,
-            "pad_to_multiple_of": self.pad_to_multiple_of,
-            "packed": self.packed,
-            "jitter": self.jitter,
-            "shuffle": self.shuffle,
-        }
-
     def _plan(self, num_replicas: int, samples: NDArray[np.int64] | None = None) -> BatchPlan:
         if samples is not None and not len(samples):
             return BatchPlan(samples, np.zeros(1, np.int64), num_replicas)
         lengths = self.lengths if samples is None else self.lengths[samples]
-        plan = plan_epoch(lengths, seed=self.seed, epoch=self.epoch, num_replicas=num_replicas, **self._options)
+        plan = plan_epoch(
+            lengths,
+            self.batch_size,
+            self.batching,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            packed=self.packed,
+            seed=self.seed,
+            epoch=self.epoch,
+            num_replicas=num_replicas,
+            jitter=self.jitter,
+            shuffle=self.shuffle,
+        )
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
 
     def _rest(self) -> tuple[BatchPlan, int]:
