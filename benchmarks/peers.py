@@ -69,9 +69,10 @@ from benchmarks.common import (
     report,
 )
 from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
+from smartbatch_lightning.flops import peak_flops, training_flops
 from smartbatch_lightning.loader import SmartBatchLoader
 from smartbatch_lightning.model import SequenceClassifier
-from smartbatch_lightning.monitor import TrainingMonitor, peak_flops, training_flops
+from smartbatch_lightning.monitor import TrainingMonitor
 from smartbatch_lightning.planning import Batching, plan_epoch
 from smartbatch_lightning.sampler import SmartBatchSampler
 

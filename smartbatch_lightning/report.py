@@ -15,8 +15,8 @@ from smartbatch_lightning.collate import PadCollator, Padding
 from smartbatch_lightning.console import say, table_of
 from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.flops import training_flops
 from smartbatch_lightning.labels import label_values
-from smartbatch_lightning.monitor import training_flops
 from smartbatch_lightning.planning import Batching, BatchPlan, mates_kept, plan_epoch
 
 if TYPE_CHECKING:

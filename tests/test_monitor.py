@@ -13,7 +13,7 @@ from test_model import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
-from smartbatch_lightning.monitor import training_flops
+from smartbatch_lightning.flops import training_flops
 
 TRAINED = demo.REVIEWS["train"] // 10
 LIVE = ["real_tokens_per_second", "padding_ratio", "peak_memory_gib", "data_wait"]
