@@ -144,10 +144,12 @@ class SequenceClassifier(L.LightningModule):
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        # the fused kernel unscales gradients by itself, so that under a gradient scaler Lightning could not clip them
-        scaled = self._trainer is not None and self._trainer.precision == "16-mixed"
-        fused = not scaled and all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-        return AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+        optimizer = AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+        # A fused optimizer can undo the scaling of a gradient scaler, after which nothing could clip; so in mixed
+        # precision, scaled or not, Lightning refuses to clip. Without this mark the scaler does it, before the clipping.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def make_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
         """Linear rise over the warm-up, then linear decay to 0 at the last of `num_steps` optimizer steps."""

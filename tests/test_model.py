@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -52,6 +53,34 @@ class Steps(Callback):
 @pytest.fixture
 def data() -> SmartBatchDataModule:
     return SmartBatchDataModule(max_length=64, seed=1)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(),
+        MixedPrecision("bf16-mixed", "cpu"),
+        MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256)),
+    ],
+    ids=lambda plugin: plugin.precision,
+)
+def test_gradients_are_clipped_by_a_fused_optimizer_in_every_precision(precision: Precision, data, tmp_path: Path) -> None:
+    norms: dict[str, list[float]] = {"before": [], "after": []}
+
+    class Measured(SequenceClassifier):
+        def configure_gradient_clipping(self, *args, **options) -> None:
+            for when in norms:
+                gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+                norms[when].append(float(torch.nn.utils.get_total_norm(gradients)))
+                if when == "before":
+                    super().configure_gradient_clipping(*args, **options)
+
+    run = trainer(tmp_path, plugins=[precision], gradient_clip_val=0.01, max_steps=4, limit_val_batches=0)
+    run.fit(Measured(), data)
+    assert run.optimizers[0].defaults["fused"]
+    assert len(norms["after"]) == 4
+    assert all(1 < norm < 1000 for norm in norms["before"])
+    assert norms["after"] == pytest.approx([0.01] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
