@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from smartbatch_lightning.cluster import CheckpointFolders
+from smartbatch_lightning.cluster import CheckpointCheck
 from smartbatch_lightning.console import say
 from smartbatch_lightning.data import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, causes
 from smartbatch_lightning.export import ModelExport, export_model
 from smartbatch_lightning.memory import MemoryCheck
 from smartbatch_lightning.model import SequenceClassifier
@@ -124,7 +125,12 @@ class SmartBatchCLI(LightningCLI):
             "seed_everything_default": 321,
             "save_config_kwargs": {"overwrite": True},
             "auto_configure_optimizers": False,  # make_optimizer and make_scheduler are there for that
-            "parser_kwargs": {"description": "Fine-tune BERT and its kin on text classification."},
+            "parser_kwargs": {
+                "description": "Fine-tune BERT and its kin on text classification.",
+                **{
+                    command: {"usage": "%(prog)s [options]"} for command in self.subcommands()
+                },  # not sixty lines of them
+            },
             "trainer_defaults": {
                 "max_epochs": 2,
                 "gradient_clip_val": 1.0,
@@ -152,7 +158,7 @@ class SmartBatchCLI(LightningCLI):
         """Adds the callbacks of every run and the default classes."""
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_lightning_class_args(CheckpointFolders, "checkpoint_folders")
+        parser.add_lightning_class_args(CheckpointCheck, "checkpoint_check")
         parser.add_lightning_class_args(MemoryCheck, "memory_check")
         parser.add_lightning_class_args(ModelExport, "export_model")
         parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})
@@ -192,5 +198,9 @@ def main() -> None:
     sys.path.insert(0, "")  # classes of the folder it is called in, by class_path, as `python -m` finds them
     try:
         SmartBatchCLI()
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        # jsonargparse wraps what a constructor raises
+        told = next((one for one in causes(error) if isinstance(one, UsageError | MisconfigurationException)), None)
+        if told is None:
+            raise
+        sys.exit(f"error: {told}")

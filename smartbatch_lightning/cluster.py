@@ -12,6 +12,8 @@ import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedModel
 
 from smartbatch_lightning.cache import replace_whole
 from smartbatch_lightning.errors import UsageError, cause
@@ -36,21 +38,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Reads a checkpoint.
 
         Raises:
-            ValueError: It is cut short or no checkpoint.
+            ValueError: It is not there, cut short or no checkpoint.
         """
         try:
             return super().load_checkpoint(path, *args, **options)
-        except FileNotFoundError:
-            raise
         except (RuntimeError, EOFError, OSError) as error:
+            what = "not there" if isinstance(error, FileNotFoundError) else f"cut short or corrupt: {cause(error)}"
             raise UsageError(
-                f"the checkpoint {path} is cut short or corrupt: {cause(error)} Resume from another one, given by "
-                f"--ckpt_path; in its folder are {sorted(other.name for other in Path(path).parent.glob('*.ckpt'))}."
+                f"the checkpoint {path} is {what.rstrip('.')}. Give another one by --ckpt_path; in its folder are "
+                f"{sorted(other.name for other in Path(path).parent.glob('*.ckpt'))}."
             ) from error
 
 
-class CheckpointFolders(Callback):
-    """Finds out before training whether checkpoints can be written, not after the first epoch."""
+class CheckpointCheck(Callback):
+    """Finds out before training whether checkpoints can be written, and before predicting whether one was read."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes a file to each local folder of a `ModelCheckpoint`, and removes it.
@@ -72,9 +73,37 @@ class CheckpointFolders(Callback):
                     "--trainer.default_root_dir."
                 ) from error
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses to measure a model that was never trained to classify, unless it is about to be."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            _check_trained(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses to measure a model that was never trained to classify."""
+        _check_trained(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses to predict with a model that was never trained to classify."""
+        _check_trained(trainer, pl_module)
+
+
+def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
+    model = getattr(module, "model", None)
+    if trainer.ckpt_path is not None or trainer.global_step or not isinstance(model, PreTrainedModel):
+        return
+    name = getattr(module, "pretrained", "the model")
+    head = any(one.endswith("ForSequenceClassification") for one in model.config.architectures or [])
+    if name == "demo" or not head:
+        raise UsageError(
+            f"{name!r} has not been trained to classify, and no checkpoint was loaded. Give the path of one by "
+            "--ckpt_path, or an exported folder by --model.pretrained."
+        )
+
 
 class Requeue(Callback):
     """On a signal, saves `last.ckpt` at the next optimizer step, on all ranks together, and requeues the SLURM job.
+
+    Also saves it when training ends, which may be between two checkpoints of the `ModelCheckpoint`.
 
     Lightning's own handler saves wherever the signal lands: in the middle of an accumulation, or between the
     collectives of other ranks, where it waits for ever. This one only takes note, and acts where every rank passes.
@@ -123,16 +152,24 @@ class Requeue(Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(self._announced, all=False):
             return
-        checkpoint = trainer.checkpoint_callback
-        assert isinstance(checkpoint, ModelCheckpoint)
-        assert checkpoint.dirpath is not None
-        path = os.path.join(checkpoint.dirpath, f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}")
-        checkpoint.last_model_path = path  # or it would take the file for another's and write last-v1 from then on
-        trainer.save_checkpoint(path)
+        _save_last(trainer)
         if trainer.is_global_zero:
             _requeue()
         trainer.strategy.barrier("requeue")
         raise SystemExit(0)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the trained model."""
+        _save_last(trainer)
+
+
+def _save_last(trainer: L.Trainer) -> None:
+    checkpoint = trainer.checkpoint_callback
+    assert isinstance(checkpoint, ModelCheckpoint)
+    assert checkpoint.dirpath is not None
+    path = os.path.join(checkpoint.dirpath, f"{checkpoint.CHECKPOINT_NAME_LAST}{checkpoint.FILE_EXTENSION}")
+    checkpoint.last_model_path = path  # or it would take the file for another's and write last-v1 from then on
+    trainer.save_checkpoint(path)
 
 
 def _requeue() -> None:

@@ -24,6 +24,8 @@ from smartbatch_lightning.sampler import SmartBatchSampler
 from smartbatch_lightning.sources import read_dataset
 from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
 
+_PARTS = {"data": "data (texts, labels, tokenizer, max_length or split)"}  # of a recipe, as a message names them
+
 
 class SmartBatchDataModule(L.LightningDataModule):
     """Tokenizes text once and batches samples of similar length, planned anew every epoch.
@@ -293,7 +295,7 @@ class SmartBatchDataModule(L.LightningDataModule):
             return
         now = recipe(self.train_data, self._train_sampler)
         differing = [
-            f"{name} was {state['recipe'].get(name)}, now {now[name]}"
+            f"{_PARTS.get(name, name)} was {state['recipe'].get(name)}, now {now[name]}"
             for name in now
             if state["recipe"].get(name) != now[name]
         ]

@@ -1,6 +1,6 @@
 """What a user can mend: the exception, and how its messages list names and tell causes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -16,9 +16,15 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def cause(error: BaseException) -> str:
-    """What happened at the bottom of an exception that libraries have wrapped, on one line."""
-    while error.__cause__ is not None:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that libraries have wrapped in it."""
+    while error is not None:
+        yield error
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": .") + "."
+
+
+def cause(error: BaseException) -> str:
+    """What happened at the bottom of an exception, on one line."""
+    *_, first = causes(error)
+    lines = str(first).strip().splitlines()
+    return f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .") + "."

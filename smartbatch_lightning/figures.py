@@ -27,6 +27,7 @@ def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(title=title, xlabel="samples")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(_THOUSANDS)
     return figure
 

@@ -146,9 +146,9 @@ class SequenceClassifier(L.LightningModule):
         ]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
         optimizer = AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
-        # A fused optimizer can undo the scaling of a gradient scaler, after which nothing could clip; so in mixed
-        # precision, scaled or not, Lightning refuses to clip. Without this mark the scaler does it, before the clipping.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        # A fused optimizer undoes a gradient scaler's scaling as it steps, too late for clipping, which Lightning
+        # therefore refuses in mixed precision, even without a scaler. Without this mark the scaler does it before.
+        optimizer._step_supports_amp_scaling = False
         return optimizer
 
     def make_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:

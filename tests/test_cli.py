@@ -12,6 +12,7 @@ from datasets import DatasetDict, load_dataset
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
+from smartbatch_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--data.max_length=24", "--data.batch_size=64", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
@@ -179,6 +180,34 @@ def test_a_mistake_is_told_in_one_line() -> None:
 def test_a_predictions_file_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="labels.xlsx ends in '.xlsx'; let it end in .parquet or .csv"):
         cli("predict", "--predictions.path=labels.xlsx")
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(command: str, minilm: str) -> None:
+    with pytest.raises(ValueError, match="'demo' has not been trained to classify.*--ckpt_path"):
+        cli(command, "--data.max_length=24")
+    with pytest.raises(ValueError, match="has not been trained to classify"):
+        cli(command, "--data.max_length=24", f"--model.pretrained={minilm}", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.batch_size=0"], "error: batch_size is 0; set --data.batch_size to 1 or more."),
+        (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one by --ckpt_path"),
+        (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_wherever_it_is_found(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["smartbatch", "fit", *FAST, *options])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert str(stop.value).startswith(message)
+    assert "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize(

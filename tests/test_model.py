@@ -64,7 +64,9 @@ def data() -> SmartBatchDataModule:
     ],
     ids=lambda plugin: plugin.precision,
 )
-def test_gradients_are_clipped_by_a_fused_optimizer_in_every_precision(precision: Precision, data, tmp_path: Path) -> None:
+def test_gradients_are_clipped_by_a_fused_optimizer_in_every_precision(
+    precision: Precision, data, tmp_path: Path
+) -> None:
     norms: dict[str, list[float]] = {"before": [], "after": []}
 
     class Measured(SequenceClassifier):

@@ -17,7 +17,7 @@ from test_fit import Seen
 from test_model import trainer
 
 from smartbatch_lightning import SmartBatchDataModule, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointFolders
+from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointCheck
 
 BATCHINGS = ["smart", "tutorial", "random"]
 BUDGET = {"max_tokens_per_batch": 80}
@@ -245,11 +245,11 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
     ("options", "message"),
     [
         ({"batch_size": 16}, "batch_size was 32, now 16"),
-        ({"seed": 6}, "data was .*seed was 5, now 6"),
+        ({"seed": 6}, r"data \(.*\) was .*seed was 5, now 6"),
         ({"batching": "random"}, "batching was smart, now random"),
         ({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
         ({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
-        ({"max_length": 17}, "data was"),
+        ({"max_length": 17}, r"data \(texts, labels, tokenizer, max_length or split\) was"),
     ],
 )
 def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(t
     (tmp_path / "file").touch()
     saver = ModelCheckpoint(tmp_path / "file" / "checkpoints")
     with pytest.raises(ValueError, match="checkpoints cannot be written to .*file/checkpoints: .*another dirpath"):
-        train(tmp_path, CheckpointFolders(), saver, enable_checkpointing=True)
+        train(tmp_path, CheckpointCheck(), saver, enable_checkpointing=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
