@@ -39,7 +39,7 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models
@@ -413,7 +413,11 @@ def lightning_trainer(
             max_epochs=1,
             precision=setting.precision,  # type: ignore[arg-type]
             gradient_clip_val=1.0,
-            callbacks=[*([] if watched == "not" else [monitor]), _Timed(clock)],
+            callbacks=[
+                *([] if watched == "not" else [monitor]),
+                *([RichProgressBar(refresh_rate=5)] if watched == "shown" else []),
+                _Timed(clock),
+            ],
             logger=False if watched == "not" else [TensorBoardLogger(folder), CSVLogger(folder)],
             enable_checkpointing=False,
             enable_progress_bar=watched == "shown",

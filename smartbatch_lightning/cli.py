@@ -1,5 +1,6 @@
 """The command line: prepare, report, fit, validate, test, predict and export, by flags and YAML."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,11 +30,22 @@ class SmartBatchTrainer(L.Trainer):
     Args:
         logger: As Lightning's; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger`, whose versions
             are the starts of the run: what was logged before a requeue stays.
+        callbacks: As Lightning's. The progress bar is drawn every few batches unless there is one among them: drawing
+            takes about a millisecond.
         options: Everything else that `Trainer` takes.
     """
 
-    def __init__(self, logger: Logger | Iterable[Logger] | bool | None = None, **options: Any) -> None:
-        super().__init__(logger=logger, **options)
+    def __init__(
+        self,
+        logger: Logger | Iterable[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        **options: Any,
+    ) -> None:
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
+        if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
+        super().__init__(logger=logger, callbacks=callbacks, **options)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             self.loggers.append(CSVLogger(self.logger.log_dir, name="csv"))
 
@@ -186,6 +199,7 @@ _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
     "using a custom batch sampler",  # ours does return every sample for prediction
     "Total length of `list` across ranks is zero",  # whoever sets no validation data knows
+    "It is recommended to use `self.log",  # on many ranks: what is logged by rank 0 alone is counted over all of them
     "The dirpath has changed from",  # testing and predicting have folders of their own
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
 )
@@ -195,6 +209,9 @@ def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip: " not in record.getMessage()
+    )
     sys.path.insert(0, "")  # classes of the folder it is called in, by class_path, as `python -m` finds them
     try:
         SmartBatchCLI()

@@ -30,13 +30,18 @@ class Classes:
         """Those of a `ClassLabel`, else the distinct labels, sorted.
 
         Raises:
-            ValueError: As `label_values`.
+            ValueError: As `label_values`, or all labels are the same.
         """
         feature = dataset.features.get(column)
         if isinstance(feature, ClassLabel):
             return cls(list(feature.names))
         found = pc.unique(label_values(dataset, column, split))
         found = found.take(pc.sort_indices(found))
+        if len(found) == 1:
+            raise UsageError(
+                f"all labels of the split {split!r} are {found[0].as_py()!r}; there is nothing to tell apart. Give "
+                "data with two classes or more, or set --data.label_column."
+            )
         return cls([str(value) for value in found.to_pylist()], found)
 
     def numbers(self, labels: pa.ChunkedArray, split: str) -> NDArray[np.int64]:

@@ -74,8 +74,8 @@ class TrainingMonitor(Callback):
     resume are in it.
 
     Attributes:
-        epochs: What was trained in each epoch, and the metrics at its end. Of an epoch that was interrupted, what was
-            trained since.
+        epochs: What was trained in each epoch, and the metrics at its end. Of an epoch that was interrupted, loss and
+            metrics of training are of what was trained since.
         command: That was started.
     """
 
@@ -84,6 +84,7 @@ class TrainingMonitor(Callback):
         self.command = command_line()
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
+        self._started: tuple[int, Counts] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
@@ -110,14 +111,21 @@ class TrainingMonitor(Callback):
                 self._flops = training_flops(model.config)
         self._start = perf_counter()
         self._waited_before = _waited(trainer)
-        self._before_epoch = self._before_log = Counts()
+        self._before_log = Counts()
+        self._before_epoch = Counts()
+        if self._started is not None:
+            (epoch, counts), self._started = self._started, None
+            if epoch == trainer.current_epoch:  # goes on, without an on_train_epoch_start
+                self._before_epoch -= counts
+            else:  # that was its last step
+                self.epochs.append((counts, {}))
         self._trainer, self._epoch = trainer, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Marks where the epoch starts; by now the metrics of the one before are there."""
         self._close_epoch()
         self._before_epoch = self._now(trainer)
-        if not self._before_epoch.samples:  # the first one, after whatever other callbacks have tried
+        if not self._samples:  # the first one, after whatever other callbacks have tried
             self._before_log = self._before_epoch
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -163,10 +171,11 @@ class TrainingMonitor(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes down the last epoch."""
         self._close_epoch()
+        self._trainer = None
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the table, and what batching saved, on rank 0."""
-        if not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Prints the table, and what batching saved, on rank 0, when the progress bar has gone."""
+        if stage != "fit" or not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
         say(_table(self.epochs, self.total))
         max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
@@ -176,7 +185,10 @@ class TrainingMonitor(Callback):
                 f"Tokens computed: {tokens:,}. Padding everything to {max_length} takes {fixed:,}: "
                 f"{1 - tokens / fixed:.1%} saved."
             )
-        if path := getattr(trainer.checkpoint_callback, "best_model_path", ""):
+        saver = trainer.checkpoint_callback
+        names = ("best_model_path", "last_model_path")
+        paths = [getattr(saver, name, "") for name in (names if getattr(saver, "monitor", None) else reversed(names))]
+        if path := next(filter(None, paths), None):
             say(f"Checkpoint: {path}")
 
     @property
@@ -186,12 +198,22 @@ class TrainingMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The epochs, for the table at the end of a run that is resumed, and the command, for a model card."""
-        epochs = [*self.epochs, *self._ended_epoch()]
-        return {"epochs": [(asdict(counts), metrics) for counts, metrics in epochs], "command": self.command}
+        ended = self._ended_epoch()
+        state: dict[str, Any] = {
+            "epochs": [(asdict(counts), metrics) for counts, metrics in [*self.epochs, *ended]],
+            "command": self.command,
+        }
+        if self._trainer is not None and not ended:
+            started = self._now(self._trainer) - self._before_epoch
+            state["started"] = (self._trainer.current_epoch, asdict(started))
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them up again."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
+        if "started" in state:
+            epoch, counts = state["started"]
+            self._started = (epoch, Counts(**counts))
 
     def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
         """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""

@@ -32,6 +32,7 @@ WAYS: tuple[tuple[Batching, Padding], ...] = (
     ("smart", "packed"),
 )
 _LINES_OF_A_TEXT = 5
+_WIDTH_OF_CLASSES = 40
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class PaddingReport:
                         "real tokens": f"{split.tokens:,}",
                         "tokens a sample": f"{split.mean_length:,.0f}",
                         f"cut at {self.max_length}": f"{split.truncated:.1%}",
-                        "classes": ", ".join(f"{name} {count:,}" for name, count in split.classes.items()) or "-",
+                        "classes": _shortened(split.classes),
                     }
                     for split in self.splits
                 ]
@@ -189,9 +190,10 @@ class PaddingReport:
             )
         )
         say(
-            "* as configured. Expected speed-up: an estimate from the operations of linear layers and attention, over "
-            "fixed padding.\nLargest batch: samples x width; samples: tokens where packed. Balance: slowest rank over "
-            "the mean."
+            f"An epoch of the {len(self.lengths):,} samples that are trained. * as configured.\n"
+            "Mates kept: share of a sample's batch-mates that it meets again in the next epoch.\n"
+            "Expected speed-up: an estimate from the operations of linear layers and attention, over fixed padding.\n"
+            "Balance: slowest rank over the mean. Largest batch: samples x width; samples: tokens where packed."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,6 +274,17 @@ def _weigh(
         chosen=(data.batching, data.padding) == (batching, padding),
     )
     return strategy, plan
+
+
+def _shortened(classes: dict[str, int]) -> str:
+    """The classes that fit into a cell."""
+    shown: list[str] = []
+    for name, count in classes.items():
+        one = f"{textwrap.shorten(name, 20, placeholder='...')} {count:,}"
+        if len(", ".join([*shown, one])) > _WIDTH_OF_CLASSES:
+            return ", ".join([*shown, f"{len(classes) - len(shown)} more"])
+        shown.append(one)
+    return ", ".join(shown) or "-"
 
 
 def _operations(data: SmartBatchDataModule) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from datasets import DatasetDict, load_dataset
 from lightning.pytorch.cli import SaveConfigCallback
@@ -180,6 +181,21 @@ def test_a_mistake_is_told_in_one_line() -> None:
 def test_a_predictions_file_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="labels.xlsx ends in '.xlsx'; let it end in .parquet or .csv"):
         cli("predict", "--predictions.path=labels.xlsx")
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to_do(tmp_path: Path, capsys) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "cluster" / "requeue.yaml").read_text())
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    printed = []
+    for _ in range(2):
+        run = cli("fit", "--config=run.yaml", *FAST, "--trainer.limit_train_batches=3", "--ckpt_path=last")
+        saved = torch.load(tmp_path / "runs" / "imdb" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] == run.trainer.global_step == 3
+        printed.append(capsys.readouterr().out.rpartition("padding")[2])
+    assert "last.ckpt" in printed[0]
+    assert printed[1] == printed[0]  # times too
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")

@@ -129,7 +129,9 @@ def test_pairs_of_sentences_come_with_token_types(module, tmp_path: Path) -> Non
 
 def test_empty_texts_emoji_and_words_that_mean_missing_elsewhere_are_texts(module, tmp_path: Path) -> None:
     texts = ["", "😀", "None", "NA", "null", "nan", "n/a", "film"]
-    data_module = module(write_csv(tmp_path / "t.csv", [(text, 1) for text in texts]), validation_split=None)
+    data_module = module(
+        write_csv(tmp_path / "t.csv", [(text, len(text) % 2) for text in texts]), validation_split=None
+    )
     data_module.setup("fit")
     tokens = [data_module.tokenizer(text)["input_ids"] for text in texts]
     assert [data_module.train_data[row]["input_ids"].tolist() for row in range(8)] == tokens
@@ -342,6 +344,12 @@ def test_a_label_never_seen_in_training_is_refused(module, tmp_path: Path, known
     }
     with pytest.raises(ValueError, match=f"row 1 .* of the split 'test' has the label '?{unknown}'?, which is none of"):
         module(files).setup("test")
+
+
+def test_labels_that_are_all_the_same_are_refused(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("a dull film", "no"), ("no fine film", "no")])
+    with pytest.raises(ValueError, match="all labels of the split 'train' are 'no'.*--data.label_column"):
+        module(path, validation_split=None).setup("fit")
 
 
 def test_labels_that_are_measurements_are_refused(module, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from test_model import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +16,7 @@ from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, Train
 from smartbatch_lightning.flops import training_flops
 
 TRAINED = demo.REVIEWS["train"] // 10
+STEPS = -(-TRAINED // 16)
 LIVE = ["real_tokens_per_second", "padding_ratio", "peak_memory_gib", "data_wait"]
 
 
@@ -102,6 +103,30 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
     assert [counts.samples for counts, _ in second.epochs] == [TRAINED] * 3
     assert second.epochs[0][0] == first.epochs[0][0]
     assert all({"train_loss", "val_loss"} <= metrics.keys() for _, metrics in second.epochs)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"every_n_train_steps": 5},
+        {"every_n_train_steps": STEPS},
+        {"every_n_epochs": 1},
+        {"every_n_epochs": 1, "monitor": "val_loss"},
+    ],
+    ids=["in the middle", "at the last step", "at the end of an epoch", "after validation"],
+)
+def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_path: Path) -> None:
+    def epochs(name: str, checkpoint: Path | None = None) -> list[tuple[int, ...]]:
+        monitor, saver = TrainingMonitor(), ModelCheckpoint(tmp_path / name, save_top_k=-1, **saved)
+        options = {"max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True}
+        run = trainer(tmp_path, callbacks=[monitor, saver], **options)
+        run.fit(SequenceClassifier(), data(), ckpt_path=checkpoint)
+        return [(epoch.samples, epoch.tokens, epoch.real_tokens, epoch.squares) for epoch, _ in monitor.epochs]
+
+    whole = epochs("whole")
+    assert [samples for samples, *_ in whole] == [TRAINED] * 3
+    for checkpoint in sorted((tmp_path / "whole").iterdir()):
+        assert epochs(f"after {checkpoint.stem}", checkpoint) == whole, checkpoint.name
 
 
 def test_validation_is_not_counted_as_training_time(tmp_path: Path) -> None:
