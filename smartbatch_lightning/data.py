@@ -193,8 +193,8 @@ class SmartBatchDataModule(L.LightningDataModule):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"the tokenizer {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the "
-                "path of a folder written by save_pretrained, or a name on the Hub and a network."
+                f"{name!r} is neither a folder here nor to be had from the Hub, so it has no tokenizer: {cause(error)} "
+                "Give the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
         if self.max_length > tokenizer.model_max_length:
             raise UsageError(
@@ -317,7 +317,9 @@ class SmartBatchDataModule(L.LightningDataModule):
     @property
     def source(self) -> str:
         """The data set, as messages name it."""
-        return f"{type(self).__name__}.load_dataset()" if self._loads_by_itself else str(self.dataset)
+        if self._loads_by_itself:
+            return f"{type(self).__name__}.load_dataset()"
+        return self.dataset if isinstance(self.dataset, str) else ", ".join(self.dataset.values())
 
     @property
     def _loads_by_itself(self) -> bool:

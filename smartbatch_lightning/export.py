@@ -13,8 +13,9 @@ from smartbatch_lightning.data import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.model import SequenceClassifier
 
-_SETTINGS = ("max_length", "batch_size", "max_tokens_per_batch", "batching", "padding", "seed")
-_RATES = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
+_OF_DATA = ("max_length", "batch_size", "max_tokens_per_batch", "batching", "padding", "jitter", "seed")
+_OF_TRAINER = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "world_size")
+_OF_MODEL = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
 
 
 class ModelExport(Callback):
@@ -82,6 +83,7 @@ def export_model(
 def _card(
     model: SequenceClassifier, data: SmartBatchDataModule, name: str, metrics: dict[str, float], command: str | None
 ) -> ModelCard:
+    pretrained = Path(model.pretrained).name if Path(model.pretrained).is_dir() else model.pretrained
     share = data.validation_split
     validation = f"{share:.0%} of {data.train_split}" if isinstance(share, float) else str(share)
     evaluated = {name: value for name, value in metrics.items() if name.startswith(("val_", "test_"))}
@@ -102,12 +104,14 @@ def _card(
             for metric, value in evaluated.items()
         ],
     )
-    settings: dict[str, Any] = {option: getattr(data, option) for option in _SETTINGS}
-    settings |= {option: getattr(model, option) for option in _RATES}
+    settings: dict[str, Any] = {name: getattr(data, name) for name in _OF_DATA}
+    settings |= {name: getattr(model, name) for name in _OF_MODEL}
+    if data.trainer is not None and data.trainer.global_step:  # it has trained the model
+        settings |= {name: getattr(data.trainer, name) for name in _OF_TRAINER}
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"`{model.pretrained}` fine-tuned on `{data.source}` to tell {', '.join(model.label_names)}, with "
+        f"`{pretrained}` fine-tuned on `{data.source}` to tell {', '.join(model.label_names)}, with "
         "smartbatch-lightning.",
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", "{name}", truncation=True)  # at {data.max_length} tokens\n```',

@@ -35,6 +35,7 @@ def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, 
     assert len({answer["label"] for answer in answers}) == 2
     scores = predicted[["probability_negative", "probability_positive"]].max(axis=1)
     assert [answer["score"] for answer in answers] == pytest.approx(scores.tolist(), abs=1e-5)
+    assert "| max_epochs | 1 |" in ModelCard.load(folder / "README.md").text
 
 
 def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Path) -> None:
