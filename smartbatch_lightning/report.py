@@ -32,7 +32,7 @@ WAYS: tuple[tuple[Batching, Padding], ...] = (
     ("smart", "packed"),
 )
 _LINES_OF_A_TEXT = 5
-_WIDTH_OF_CLASSES = 40
+_WIDTH_OF_CLASSES = 60
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _shortened(classes: dict[str, int]) -> str:
     """The classes that fit into a cell."""
     shown: list[str] = []
     for name, count in classes.items():
-        one = f"{textwrap.shorten(name, 20, placeholder='...')} {count:,}"
+        one = f"{name if len(name) <= 30 else name[:27] + '...'} {count:,}"
         if len(", ".join([*shown, one])) > _WIDTH_OF_CLASSES:
             return ", ".join([*shown, f"{len(classes) - len(shown)} more"])
         shown.append(one)

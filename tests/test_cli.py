@@ -256,10 +256,11 @@ def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatc
 
 
 def test_train_py_and_the_console_script_are_the_same_command(tmp_path: Path) -> None:
-    printed = [
-        subprocess.run([*command, "fit", "--print_config"], capture_output=True, text=True, check=True).stdout
+    started = [
+        subprocess.Popen([*command, "fit", "--print_config"], stdout=subprocess.PIPE, text=True)
         for command in ([sys.executable, str(ROOT / "train.py")], [str(Path(sys.executable).parent / "smartbatch")])
     ]
+    printed = [run.communicate()[0] for run in started]
     assert "smartbatch_lightning.SequenceClassifier" in printed[0]
     assert printed[0] == printed[1]
 

@@ -103,6 +103,16 @@ def test_a_way_for_which_the_budget_has_no_room_is_left_out_and_test_labels_may_
     report.show()
 
 
+def test_of_very_many_classes_the_table_names_the_first(tmp_path: Path, minilm: str, capsys) -> None:
+    rows = [f"a film,class {number:02} of thirty" for number in range(30)] * 2
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    data = SmartBatchDataModule(str(tmp_path / "train.csv"), minilm, max_length=16, validation_split=None)
+    PaddingReport.of(data).show()
+    printed = capsys.readouterr().out
+    assert "class 00 of thirty 2, class 01 of thirty 2, 28 more" in printed
+    assert max(map(len, printed.splitlines())) <= 110
+
+
 @pytest.mark.slow
 def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, minilm: str, tmp_path: Path) -> None:
     command = [
