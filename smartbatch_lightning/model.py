@@ -169,6 +169,9 @@ class SequenceClassifier(L.LightningModule):
             model = (
                 self._pretrained_model(label_names) if self.architecture is None else _fresh_model(self.architecture)
             )
+            if model.config.problem_type is None and len(names_of_labels(model.config)) > 1:
+                # else the first forward says so, and is compiled for nothing
+                model.config.problem_type = "single_label_classification"
             # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
             self.model = model.train()
             if self.compiled:

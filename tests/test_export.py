@@ -59,6 +59,7 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
     }
     exported = AutoModelForSequenceClassification.from_pretrained(folder)
     assert exported.config.id2label == {0: "negative", 1: "positive"}
+    assert exported.config.problem_type == run.model.model.config.problem_type == "single_label_classification"
     trained = run.model.model.state_dict()
     assert all(weight.equal(trained[name]) for name, weight in exported.state_dict().items())
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 24
