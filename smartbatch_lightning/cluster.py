@@ -159,8 +159,9 @@ class Requeue(Callback):
         raise SystemExit(0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the trained model."""
-        _save_last(trainer)
+        """Saves the trained model, unless the run only tries the code."""
+        if not getattr(trainer, "fast_dev_run", False):
+            _save_last(trainer)
 
 
 def _save_last(trainer: L.Trainer) -> None:
