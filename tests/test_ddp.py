@@ -46,14 +46,17 @@ def test_two_ranks_measure_and_predict_what_one_does(padding: str, imdb: Path, t
         load_dataset("parquet", data_files=str(imdb / "test.parquet"), split="train").shuffle(1).select(range(1001))
     )
     reviews.to_parquet(tmp_path / "reviews.parquet")
-    metrics, tables = [], []
+    runs = {}
     for ranks, way in ((1, "longest"), (2, padding)):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         command = [sys.executable, str(TESTS / "run_evaluation.py"), str(folder), str(tmp_path / "reviews.parquet")]
-        subprocess.run([*command, str(ranks), way], check=True, capture_output=True, timeout=200)
-        metrics.append(json.loads((folder / "metrics.json").read_text()))
-        tables.append(pd.read_csv(folder / "predictions.csv"))
+        runs[folder] = subprocess.Popen([*command, str(ranks), way], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for run in runs.values():
+        printed, _ = run.communicate(timeout=200)
+        assert run.returncode == 0, printed.decode()[-3000:]
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
+    tables = [pd.read_csv(folder / "predictions.csv") for folder in runs]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
     assert set(metrics[0]) == {"test_loss", "test_accuracy", "test_f1"}
     for table in tables:
