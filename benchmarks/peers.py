@@ -415,7 +415,7 @@ def lightning_trainer(
             gradient_clip_val=1.0,
             callbacks=[
                 *([] if watched == "not" else [monitor]),
-                *([RichProgressBar(refresh_rate=5)] if watched == "shown" else []),
+                *([RichProgressBar(refresh_rate=5)] if watched == "shown" else []),  # as the command line draws it
                 _Timed(clock),
             ],
             logger=False if watched == "not" else [TensorBoardLogger(folder), CSVLogger(folder)],

@@ -140,9 +140,8 @@ class SmartBatchCLI(LightningCLI):
             "auto_configure_optimizers": False,  # make_optimizer and make_scheduler are there for that
             "parser_kwargs": {
                 "description": "Fine-tune BERT and its kin on text classification.",
-                **{
-                    command: {"usage": "%(prog)s [options]"} for command in self.subcommands()
-                },  # not sixty lines of them
+                # in place of sixty lines of options above every mistake
+                **{command: {"usage": "%(prog)s [options]"} for command in self.subcommands()},
             },
             "trainer_defaults": {
                 "max_epochs": 2,

@@ -186,9 +186,8 @@ class TrainingMonitor(Callback):
                 f"{1 - tokens / fixed:.1%} saved."
             )
         saver = trainer.checkpoint_callback
-        names = ("best_model_path", "last_model_path")
-        paths = [getattr(saver, name, "") for name in (names if getattr(saver, "monitor", None) else reversed(names))]
-        if path := next(filter(None, paths), None):
+        best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
+        if path := (best or last) if getattr(saver, "monitor", None) else (last or best):
             say(f"Checkpoint: {path}")
 
     @property
