@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_lengths, report
 from smartbatch_lightning import plan_epoch
-from smartbatch_lightning.planning import Batching
+from smartbatch_lightning.batching.plan import Batching
 
 Batches = Iterable[NDArray[np.int64]]
 

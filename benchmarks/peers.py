@@ -68,13 +68,13 @@ from benchmarks.common import (
     minilm,
     report,
 )
-from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
-from smartbatch_lightning.flops import peak_flops, training_flops
-from smartbatch_lightning.loader import SmartBatchLoader
-from smartbatch_lightning.model import SequenceClassifier
-from smartbatch_lightning.monitor import TrainingMonitor
-from smartbatch_lightning.planning import Batching, plan_epoch
-from smartbatch_lightning.sampler import SmartBatchSampler
+from smartbatch_lightning.batching.plan import Batching, plan_epoch
+from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+from smartbatch_lightning.data.collators import PackCollator, PadCollator, Padding
+from smartbatch_lightning.data.loader import SmartBatchLoader
+from smartbatch_lightning.data.sampler import SmartBatchSampler
+from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.models.flops import peak_flops, training_flops
 
 Int64s = NDArray[np.int64]
 FIXED, TRANSFORMERS, OURS = "tutorial's loop, fixed padding", "transformers", "smartbatch"

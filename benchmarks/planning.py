@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.common import BATCH_SIZE, MAX_LENGTH, SEED, Row, imdb_lengths, in_fresh_process, interleaved, report
 from smartbatch_lightning import BatchPlan, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.planning import Batching, mates_kept
+from smartbatch_lightning.batching.plan import Batching, mates_kept
 
 PEER = "transformers LengthGroupedSampler"
 

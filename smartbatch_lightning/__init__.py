@@ -4,28 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartbatch_lightning.batching.plan import BatchPlan, plan_epoch
+    from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
+    from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
     from smartbatch_lightning.cli import SmartBatchCLI
-    from smartbatch_lightning.collate import PackCollator, PadCollator
-    from smartbatch_lightning.data import SmartBatchDataModule
-    from smartbatch_lightning.model import SequenceClassifier
-    from smartbatch_lightning.monitor import TrainingMonitor
-    from smartbatch_lightning.planning import BatchPlan, plan_epoch
-    from smartbatch_lightning.predictions import PredictionWriter
-    from smartbatch_lightning.report import PaddingReport
-    from smartbatch_lightning.sampler import SmartBatchSampler
+    from smartbatch_lightning.data.collators import PackCollator, PadCollator
+    from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+    from smartbatch_lightning.data.sampler import SmartBatchSampler
+    from smartbatch_lightning.models.classifier import SequenceClassifier
+    from smartbatch_lightning.report.padding_report import PaddingReport
 
 _HOMES = {
-    "BatchPlan": "planning",
-    "PackCollator": "collate",
-    "PadCollator": "collate",
-    "PaddingReport": "report",
-    "PredictionWriter": "predictions",
-    "SequenceClassifier": "model",
+    "BatchPlan": "batching.plan",
+    "PackCollator": "data.collators",
+    "PadCollator": "data.collators",
+    "PaddingReport": "report.padding_report",
+    "PredictionWriter": "callbacks.prediction_writer",
+    "SequenceClassifier": "models.classifier",
     "SmartBatchCLI": "cli",
-    "SmartBatchDataModule": "data",
-    "SmartBatchSampler": "sampler",
-    "TrainingMonitor": "monitor",
-    "plan_epoch": "planning",
+    "SmartBatchDataModule": "data.datamodule",
+    "SmartBatchSampler": "data.sampler",
+    "TrainingMonitor": "callbacks.training_monitor",
+    "plan_epoch": "batching.plan",
 }
 
 __all__ = [

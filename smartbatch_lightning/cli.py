@@ -13,15 +13,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from smartbatch_lightning.cluster import CheckpointCheck
+from smartbatch_lightning.callbacks.memory_check import MemoryCheck
+from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
+from smartbatch_lightning.callbacks.requeue import CheckpointCheck
+from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
 from smartbatch_lightning.console import say
-from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, causes
 from smartbatch_lightning.export import ModelExport, export_model
-from smartbatch_lightning.memory import MemoryCheck
-from smartbatch_lightning.model import SequenceClassifier
-from smartbatch_lightning.monitor import TrainingMonitor
-from smartbatch_lightning.predictions import PredictionWriter
+from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
 class SmartBatchTrainer(L.Trainer):
@@ -87,7 +87,7 @@ class SmartBatchTrainer(L.Trainer):
             ckpt_path: Not used; it stands in the `config.yaml` of a run.
             weights_only: Not used, as `ckpt_path`.
         """
-        from smartbatch_lightning.report import PaddingReport
+        from smartbatch_lightning.report.padding_report import PaddingReport
 
         datamodule.trainer = self
         self.strategy.connect(model)
@@ -146,7 +146,7 @@ class SmartBatchCLI(LightningCLI):
             "trainer_defaults": {
                 "max_epochs": 2,
                 "gradient_clip_val": 1.0,
-                "plugins": {"class_path": "smartbatch_lightning.cluster.AtomicCheckpointIO"},
+                "plugins": {"class_path": "smartbatch_lightning.callbacks.requeue.AtomicCheckpointIO"},
             },
             **options,
         }

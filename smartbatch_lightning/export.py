@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.console import command_line, say
-from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.model import SequenceClassifier
+from smartbatch_lightning.models.classifier import SequenceClassifier
 
 _OF_DATA = ("max_length", "batch_size", "max_tokens_per_batch", "batching", "padding", "jitter", "seed")
 _OF_TRAINER = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "world_size")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
-from smartbatch_lightning.cluster import AtomicCheckpointIO, Requeue
+from smartbatch_lightning.callbacks.requeue import AtomicCheckpointIO, Requeue
 
 
 class Diary(Callback):

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from smartbatch_lightning import PackCollator, PadCollator
-from smartbatch_lightning.attention import _ENCODERS, attention_dropout, enable_packing
-from smartbatch_lightning.dropout import DropoutAttention, masks_from_torch
+from smartbatch_lightning.models.dropout import DropoutAttention, masks_from_torch
+from smartbatch_lightning.models.packing import _ENCODERS, attention_dropout, enable_packing
 
 VOCABULARY = 200
 SIZES = {

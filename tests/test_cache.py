@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smartbatch_lightning.cache import cache_dir, write_once
+from smartbatch_lightning.storage import cache_dir, write_once
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smartbatch_lightning import PackCollator, PadCollator
-from smartbatch_lightning.collate import batch_lengths
+from smartbatch_lightning.data.collators import batch_lengths
 
 ROWS = [
     {"input_ids": np.array([5, 6, 7], np.int32), "token_type_ids": np.array([0, 1, 1], np.int8), "labels": 1},

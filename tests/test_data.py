@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import CanineTokenizer
 
 from smartbatch_lightning import SmartBatchDataModule, demo
-from smartbatch_lightning.collate import PadCollator
+from smartbatch_lightning.data.collators import PadCollator
 
 REVIEWS = [("a fine film " * (row % 7 + 1), row % 2) for row in range(60)]
 

@@ -10,7 +10,7 @@ from run_to_be_killed import Dropped
 from test_model import trainer
 
 from smartbatch_lightning import SmartBatchDataModule
-from smartbatch_lightning.memory import MemoryCheck, demanding_batches
+from smartbatch_lightning.callbacks.memory_check import MemoryCheck, demanding_batches
 
 TESTS = Path(__file__).parent
 

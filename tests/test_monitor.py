@@ -13,7 +13,7 @@ from test_model import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
-from smartbatch_lightning.flops import training_flops
+from smartbatch_lightning.models.flops import training_flops
 
 TRAINED = demo.REVIEWS["train"] // 10
 STEPS = -(-TRAINED // 16)

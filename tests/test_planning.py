@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from smartbatch_lightning import BatchPlan, plan_epoch
-from smartbatch_lightning.labels import stratified_split
-from smartbatch_lightning.planning import mates_kept
+from smartbatch_lightning.batching.plan import mates_kept
+from smartbatch_lightning.data.labels import stratified_split
 
 BATCHINGS = ["smart", "tutorial", "random"]
 

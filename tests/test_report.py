@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from test_cli import cli, in_a_folder_of_its_own  # noqa: F401 - a fixture
 
 from smartbatch_lightning import SmartBatchDataModule, demo
-from smartbatch_lightning.report import WAYS, PaddingReport
+from smartbatch_lightning.report.padding_report import WAYS, PaddingReport
 
 ROOT = Path(__file__).parent.parent
 

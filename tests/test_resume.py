@@ -17,7 +17,7 @@ from test_fit import Seen
 from test_model import trainer
 
 from smartbatch_lightning import SmartBatchDataModule, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.cluster import AtomicCheckpointIO, CheckpointCheck
+from smartbatch_lightning.callbacks.requeue import AtomicCheckpointIO, CheckpointCheck
 
 BATCHINGS = ["smart", "tutorial", "random"]
 BUDGET = {"max_tokens_per_batch": 80}

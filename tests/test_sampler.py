@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from smartbatch_lightning import PadCollator, SmartBatchSampler
-from smartbatch_lightning.loader import SmartBatchLoader
+from smartbatch_lightning.data.loader import SmartBatchLoader
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 101)
 ROWS = [{"input_ids": list(range(length)), "label": row % 2, "index": row} for row, length in enumerate(LENGTHS)]

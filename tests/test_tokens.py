@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
-from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
+from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
+from smartbatch_lightning.batching.plan import Batching, BatchPlan, plan_epoch
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.planning import Batching, BatchPlan, plan_epoch
 
 Trained = list[tuple[int, int]]
 

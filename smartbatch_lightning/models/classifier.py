@@ -24,9 +24,9 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.attention import attention_dropout, can_pack, enable_packing
-from smartbatch_lightning.compatibility import check_head, check_inputs, check_labels, names_of_labels
 from smartbatch_lightning.errors import UsageError, cause
+from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, names_of_labels
+from smartbatch_lightning.models.packing import attention_dropout, can_pack, enable_packing
 
 Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]

@@ -84,7 +84,7 @@ class PackCollator:
     """Puts the samples of a batch one after another into a single row, without any padding.
 
     What is known as *padding-free* or *varlen*: `cu_seqlens` says where each sample starts, as in FlashAttention's
-    varlen functions (Dao, 2023). For models that `smartbatch_lightning.attention.enable_packing` has prepared, as
+    varlen functions (Dao, 2023). For models that `smartbatch_lightning.models.packing.enable_packing` has prepared, as
     `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
     """
 

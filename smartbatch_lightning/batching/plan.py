@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from smartbatch_lightning.arrays import (
+from smartbatch_lightning.batching.arrays import (
     Int64s,
     argsort,
     cuts_by_cost,

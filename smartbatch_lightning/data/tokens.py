@@ -16,8 +16,8 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.cache import write_once
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.storage import write_once
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 from numpy.typing import ArrayLike, NDArray
 
-from smartbatch_lightning.arrays import Int64s, argsort
+from smartbatch_lightning.batching.arrays import Int64s, argsort
 from smartbatch_lightning.errors import UsageError, listed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from smartbatch_lightning.sampler import SmartBatchSampler
+from smartbatch_lightning.data.sampler import SmartBatchSampler
 
 
 class _SamplerHandle(DistributedSampler[Any], SequentialSampler):

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from smartbatch_lightning.dropout import DropoutAttention, masks_from_torch
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.models.dropout import DropoutAttention, masks_from_torch
 
 _NAME = "smartbatch"
 _ENABLED = "takes_packed_batches"

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.errors import UsageError, cause
-from smartbatch_lightning.loader import SmartBatchLoader
-from smartbatch_lightning.model import SequenceClassifier, model_inputs
+from smartbatch_lightning.models.classifier import SequenceClassifier, model_inputs
 
 
 class MemoryCheck(Callback):

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smartbatch_lightning.collate import batch_lengths
 from smartbatch_lightning.console import command_line, say, table_of
-from smartbatch_lightning.flops import peak_flops, training_flops
+from smartbatch_lightning.data.collators import batch_lengths
+from smartbatch_lightning.models.flops import peak_flops, training_flops
 
 
 @dataclass

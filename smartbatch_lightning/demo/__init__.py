@@ -16,7 +16,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from smartbatch_lightning.cache import cache_dir, write_once
+from smartbatch_lightning.storage import cache_dir, write_once
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from smartbatch_lightning.attention import check_packing
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.models.packing import check_packing
 
 
 def names_of_labels(config: PretrainedConfig) -> list[str]:

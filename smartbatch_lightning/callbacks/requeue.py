@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
-from smartbatch_lightning.cache import replace_whole
 from smartbatch_lightning.errors import UsageError, cause
+from smartbatch_lightning.storage import replace_whole
 
 log = logging.getLogger(__name__)
 

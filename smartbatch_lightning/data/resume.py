@@ -13,8 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
-from smartbatch_lightning.sampler import SmartBatchSampler
-from smartbatch_lightning.tokens import TokenDataset
+from smartbatch_lightning.data.sampler import SmartBatchSampler
+from smartbatch_lightning.data.tokens import TokenDataset
 
 
 def recipe(data: TokenDataset, sampler: SmartBatchSampler) -> dict[str, Any]:

@@ -13,16 +13,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.cache import cache_dir
-from smartbatch_lightning.collate import PackCollator, PadCollator, Padding
+from smartbatch_lightning.batching.plan import Batching
+from smartbatch_lightning.data.collators import PackCollator, PadCollator, Padding
+from smartbatch_lightning.data.labels import Classes, label_values, stratified_split
+from smartbatch_lightning.data.loader import SmartBatchLoader
+from smartbatch_lightning.data.resume import align_progress, position, recipe
+from smartbatch_lightning.data.sampler import SmartBatchSampler
+from smartbatch_lightning.data.sources import read_dataset
+from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
 from smartbatch_lightning.errors import UsageError, cause, listed
-from smartbatch_lightning.labels import Classes, label_values, stratified_split
-from smartbatch_lightning.loader import SmartBatchLoader
-from smartbatch_lightning.planning import Batching
-from smartbatch_lightning.resume import align_progress, position, recipe
-from smartbatch_lightning.sampler import SmartBatchSampler
-from smartbatch_lightning.sources import read_dataset
-from smartbatch_lightning.tokens import TokenDataset, TokenTable, tokenize_to_cache
+from smartbatch_lightning.storage import cache_dir
 
 _PARTS = {"data": "data (texts, labels, tokenizer, max_length or split)"}  # of a recipe, as a message names them
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig, BertConfig
 
-from smartbatch_lightning.collate import PadCollator, Padding
+from smartbatch_lightning.batching.plan import Batching, BatchPlan, mates_kept, plan_epoch
 from smartbatch_lightning.console import say, table_of
-from smartbatch_lightning.data import SmartBatchDataModule
+from smartbatch_lightning.data.collators import PadCollator, Padding
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.data.labels import label_values
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.flops import training_flops
-from smartbatch_lightning.labels import label_values
-from smartbatch_lightning.planning import Batching, BatchPlan, mates_kept, plan_epoch
+from smartbatch_lightning.models.flops import training_flops
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ class PaddingReport:
 
     def figures(self) -> "dict[str, Figure]":
         """Figures of classes, lengths, tokens and widths."""
-        from smartbatch_lightning import figures
+        from smartbatch_lightning.report import figures
 
         computed = {f"{one.batching}, {one.padding}": one.tokens for one in self.strategies}
         return {

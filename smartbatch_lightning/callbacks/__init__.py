@@ -1,0 +1,1 @@
+"""Callbacks of the Lightning Trainer, one file each."""

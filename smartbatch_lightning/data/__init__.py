@@ -1,0 +1,1 @@
+"""From a data set by its name to batches of tensors."""

@@ -1,0 +1,1 @@
+"""What padding costs: numbers, tables, figures."""
