@@ -20,7 +20,7 @@ from datasets import DatasetDict
 
 from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_dir, minilm, report
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor
-from smartbatch_lightning.data.labels import stratified_split
+from smartbatch_lightning.data.splits import stratified_split
 
 NUM_SAMPLES = {"train": 2_000, "test": 1_000}
 VARIANTS: tuple[Row, ...] = (

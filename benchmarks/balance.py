@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_lengths, report
-from smartbatch_lightning import plan_epoch
-from smartbatch_lightning.batching.plan import Batching
+from smartbatch_lightning import BatchSpec, plan_epoch
+from smartbatch_lightning.batching.planner import with_jitter
 
 Batches = Iterable[NDArray[np.int64]]
 
 
-def planned(lengths: NDArray[np.int64], batching: Batching, ranks: int) -> Callable[[int], Batches]:
+def planned(lengths: NDArray[np.int64], batching: str, ranks: int) -> Callable[[int], Batches]:
     """This package: batches of all ranks, a step's side by side."""
+    spec = with_jitter(BatchSpec(batching, BATCH_SIZE, seed=SEED), lengths)
 
     def batches(epoch: int) -> Batches:
-        plan = plan_epoch(lengths, BATCH_SIZE, batching, seed=SEED, epoch=epoch, num_replicas=ranks)
+        plan = plan_epoch(lengths, spec, epoch=epoch, num_replicas=ranks)
         return (plan[number] for number in range(len(plan)))
 
     return batches

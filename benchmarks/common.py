@@ -49,7 +49,7 @@ def imdb_lengths() -> NDArray[np.int64]:
     from smartbatch_lightning import SmartBatchDataModule
 
     data = SmartBatchDataModule(imdb_dir(), minilm(), max_length=MAX_LENGTH)
-    return data.tokenize(data.splits["train"]).lengths
+    return data.token_table(data.splits["train"]).lengths
 
 
 def interleaved(contestants: Mapping[str, Callable[[int], object]], repeats: int, warmups: int = 1) -> dict[str, float]:

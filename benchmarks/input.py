@@ -52,7 +52,7 @@ def seconds_to_first_batch() -> float:
 
 def fetch_speed(data: SmartBatchDataModule, peer: Dataset, repeats: int) -> list[Row]:
     """Microseconds of a batch, and how many times as fast as each form of the peer ours is."""
-    rows, pad, peer_pad = data.train_data, data.make_collator(), DataCollatorWithPadding(data.tokenizer)
+    rows, pad, peer_pad = data.train_data, data.configure_collator(), DataCollatorWithPadding(data.tokenizer)
     rng = np.random.default_rng(SEED)
     batches = [rng.choice(len(rows), BATCH_SIZE, replace=False).tolist() for _ in range(repeats + 10)]
     ours = "TokenDataset + PadCollator"

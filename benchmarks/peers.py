@@ -68,13 +68,14 @@ from benchmarks.common import (
     minilm,
     report,
 )
-from smartbatch_lightning.batching.plan import Batching, plan_epoch
+from smartbatch_lightning.batching import BatchSpec, plan_epoch
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
-from smartbatch_lightning.data.collators import PackCollator, PadCollator, Padding
+from smartbatch_lightning.data.collators import PackCollator, PadCollator
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
+from smartbatch_lightning.tasks import Task
 
 Int64s = NDArray[np.int64]
 FIXED, TRANSFORMERS, OURS = "tutorial's loop, fixed padding", "transformers", "smartbatch"
@@ -182,7 +183,7 @@ class Contestant:
 
     name: str
     plan: Callable[[], list[Int64s]]
-    padding: Padding
+    padding: str
     train: "Training"
     multiple: int = 1
 
@@ -237,9 +238,9 @@ def _utilization(setting: Setting, model: PreTrainedModel, lengths: Int64s, seco
 def accuracy(model: PreTrainedModel, reviews: Reviews, device: str) -> float:
     """Share of reviews that are classified rightly."""
     model.to(device).eval()  # type: ignore[arg-type]
-    plan = plan_epoch(reviews.lengths, 64, shuffle=False)
+    plan = plan_epoch(reviews.lengths, BatchSpec(batch_size=64), shuffle=False)
     right = 0
-    for batch in plan.share(0):
+    for batch in plan.rank_batches(0):
         inputs = PadCollator()([reviews[int(row)] for row in batch])
         labels = inputs.pop("labels")
         logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
@@ -247,15 +248,16 @@ def accuracy(model: PreTrainedModel, reviews: Reviews, device: str) -> float:
     return right / len(reviews)
 
 
-Training = Callable[[Setting, list[Int64s], Padding, Clock], PreTrainedModel]
+Training = Callable[[Setting, list[Int64s], str, Clock], PreTrainedModel]
 
 
 # --- the tutorial's loop ---
 
 
-def tutorial_loop(setting: Setting, batches: list[Int64s], padding: Padding, clock: Clock) -> PreTrainedModel:
+def tutorial_loop(setting: Setting, batches: list[Int64s], padding: str, clock: Clock) -> PreTrainedModel:
     """A bare loop over tensors that are ready, with everything that the tutorial's has."""
-    collator = PadCollator(padding="max_length" if padding == "max_length" else "longest", max_length=MAX_LENGTH)
+    fixed = "max_length" if padding == "max_length" else "longest"
+    collator = PadCollator(0, BatchSpec(padding=fixed, max_length=MAX_LENGTH))
     ready = [collator([setting.reviews[int(row)] for row in batch]) for batch in batches]
     model: PreTrainedModel = setting.model().to(setting.device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-8)
@@ -303,7 +305,7 @@ class _Told(TrainerCallback):
 
 
 def transformers_trainer(
-    setting: Setting, batches: list[Int64s], padding: Padding, clock: Clock, *, compiled: bool = False
+    setting: Setting, batches: list[Int64s], padding: str, clock: Clock, *, compiled: bool = False
 ) -> PreTrainedModel:
     """The `Trainer` of transformers, with its own collator and defaults, on given batches."""
     vocabulary = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
@@ -352,7 +354,7 @@ class _Given(SmartBatchSampler):
     """Yields given batches."""
 
     def __init__(self, batches: list[Int64s], lengths: Int64s) -> None:
-        super().__init__(lengths, BATCH_SIZE)
+        super().__init__(lengths, BatchSpec(batch_size=BATCH_SIZE))
         self.batches = batches
 
     def __len__(self) -> int:
@@ -378,14 +380,14 @@ class _Built(SequenceClassifier):
 
     setting: Setting
 
-    def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
+    def _pretrained_model(self, task: Task | None) -> PreTrainedModel:
         return self.setting.model()
 
 
 def lightning_trainer(
     setting: Setting,
     batches: list[Int64s],
-    padding: Padding,
+    padding: str,
     clock: Clock,
     *,
     compiled: bool = False,
@@ -395,7 +397,7 @@ def lightning_trainer(
     """The package under Lightning's `Trainer`, not watched at all, logged, or with the progress bar besides."""
     collator: Any = PackCollator()
     if padding != "packed":
-        collator = PadCollator(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple)
+        collator = PadCollator(0, BatchSpec(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple))
     loader = SmartBatchLoader(
         setting.reviews,
         batch_sampler=_Given(batches, setting.reviews.lengths),
@@ -425,7 +427,7 @@ def lightning_trainer(
         )
         trainer.fit(module, loader)
     if monitor.epochs:
-        clock.data_wait = monitor.total.waited / monitor.total.seconds
+        clock.data_wait = monitor.total.data_wait_seconds / monitor.total.seconds
     assert module.model is not None
     return module.model
 
@@ -435,17 +437,18 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
     lengths = setting.reviews.lengths
     multiple = 8 if setting.device == "cuda" else 1
 
-    def planned(batching: Batching, padding: Padding = "longest", budget: int | None = None) -> list[Int64s]:
-        plan = plan_epoch(
-            lengths,
-            None if budget else BATCH_SIZE,
+    def planned(batching: str, padding: str = "longest", budget: int | None = None) -> list[Int64s]:
+        spec = BatchSpec(
             batching,
+            None if budget else BATCH_SIZE,
+            budget,
+            padding,
+            pad_to_multiple_of=multiple,
+            max_length=MAX_LENGTH,
             seed=SEED,
-            max_tokens_per_batch=budget,
-            pad_to_multiple_of=MAX_LENGTH if padding == "max_length" else multiple,
-            packed=padding == "packed",
         )
-        return list(plan.share(0))
+        plan = plan_epoch(lengths, spec)
+        return list(plan.rank_batches(0))
 
     shuffled = partial(planned, "random")
     loops = [
@@ -461,7 +464,7 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
         Contestant(f"{TRANSFORMERS}, {name}", plan, "longest", transformers_trainer, multiple)
         for name, plan in strategies.items()
     ]
-    ways: list[tuple[Batching, Padding, int | None]] = [
+    ways: list[tuple[str, str, int | None]] = [
         ("random", "max_length", None),
         ("random", "longest", None),
         ("tutorial", "longest", None),
@@ -474,7 +477,7 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
         ("smart", "packed", setting.budget),
     ]
 
-    def our(batching: Batching, padding: Padding, budget: int | None, compiled: bool) -> Contestant:
+    def our(batching: str, padding: str, budget: int | None, compiled: bool) -> Contestant:
         name = f"{OURS}, {batching}, {padding}"
         name += f", {budget:,} tokens" if budget else ""
         name += ", compiled" if compiled else ""
@@ -532,7 +535,7 @@ def token_ids(split: str, rows: int) -> Reviews:
     from smartbatch_lightning import SmartBatchDataModule
 
     data = SmartBatchDataModule(imdb_dir(), minilm(), max_length=MAX_LENGTH)
-    table = data.tokenize(data.splits[split])
+    table = data.token_table(data.splits[split])
     labels = np.array(data.splits[split]["label"])
     chosen = np.random.default_rng(SEED).permutation(len(table))[:rows] if rows else np.arange(len(table))
     return Reviews([np.array(table[int(row)]["input_ids"]) for row in chosen], labels[chosen])

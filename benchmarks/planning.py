@@ -7,8 +7,9 @@
    groups; so both are also timed to the end, every batch of the epoch a Python list.
 2. Seconds and peak memory to plan 100 million samples, alone in a fresh process; memory includes the interpreter, the
    imported libraries and the lengths (int32).
-3. Padding, and how random the batches are, on IMDB: the mean over some epochs. `mates_kept_percent` is the share of a
-   sample's batch-mates that it meets again in the next epoch.
+3. Padding, and how random the batches are, on IMDB: the mean over some epochs. `batch_overlap_percent` is the share
+   of a sample's batch-mates that it meets again in the next epoch.
+4. The same of `smart` with `jitter: auto` beside `tutorial`, on data of several kinds.
 
 Lengths are IMDB's, drawn with replacement; without SMARTBATCH_IMDB_DIR they are lognormal, and part 3 is left out.
 """
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,10 +31,18 @@ from torch.utils.data import BatchSampler, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.common import BATCH_SIZE, MAX_LENGTH, SEED, Row, imdb_lengths, in_fresh_process, interleaved, report
-from smartbatch_lightning import BatchPlan, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.batching.plan import Batching, mates_kept
+from smartbatch_lightning import BatchPlan, BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch
+from smartbatch_lightning.batching import batch_overlap
+from smartbatch_lightning.batching.planner import with_jitter
+
+Jitter = float | Literal["auto"]
 
 PEER = "transformers LengthGroupedSampler"
+
+
+def spec_of(batching: str, jitter: Jitter = 1.0) -> BatchSpec:
+    """Batches of the benchmark's size."""
+    return BatchSpec(batching, BATCH_SIZE, jitter=jitter, seed=SEED)
 
 
 def peer_sampler(lengths: NDArray[np.integer]) -> Sampler[int]:
@@ -60,7 +70,7 @@ def draw_lengths(pool: NDArray[np.int32], num_samples: int) -> NDArray[np.int32]
 def plan_speed(lengths: NDArray[np.int32], repeats: int) -> list[Row]:
     """Seconds of each way to plan an epoch, and how many times as fast as the peer it is."""
     peer = peer_sampler(lengths)
-    ours = SmartBatchSampler(lengths, BATCH_SIZE, seed=SEED, num_replicas=1, rank=0)
+    ours = SmartBatchSampler(lengths, spec_of("smart"), num_replicas=1, rank=0)
     peer_lists = BatchSampler(peer, BATCH_SIZE, drop_last=False)
 
     def sampled(epoch: int) -> list[list[int]]:
@@ -70,9 +80,10 @@ def plan_speed(lengths: NDArray[np.int32], repeats: int) -> list[Row]:
     seconds = interleaved(
         {
             PEER: lambda _: list(peer),
-            "smart": lambda epoch: plan_epoch(lengths, BATCH_SIZE, "smart", seed=SEED, epoch=epoch),
-            "tutorial": lambda epoch: plan_epoch(lengths, BATCH_SIZE, "tutorial", seed=SEED, epoch=epoch),
-            "random": lambda epoch: plan_epoch(lengths, BATCH_SIZE, "random", seed=SEED, epoch=epoch),
+            "smart": lambda epoch: plan_epoch(lengths, spec_of("smart"), epoch=epoch),
+            "smart, jitter chosen": lambda epoch: plan_epoch(lengths, spec_of("smart", "auto"), epoch=epoch),
+            "tutorial": lambda epoch: plan_epoch(lengths, spec_of("tutorial"), epoch=epoch),
+            "random": lambda epoch: plan_epoch(lengths, spec_of("random"), epoch=epoch),
             f"{PEER}, every batch a list": lambda _: list(peer_lists),
             "smart, every batch a list": sampled,
         },
@@ -88,7 +99,7 @@ def plan_alone(pool: NDArray[np.int32], num_samples: int) -> Row:
     """Seconds and peak memory to plan one epoch in this process."""
     lengths = draw_lengths(pool, num_samples)
     start = perf_counter()
-    plan = plan_epoch(lengths, BATCH_SIZE, "smart", seed=SEED)
+    plan = plan_epoch(lengths, spec_of("smart"))
     seconds = perf_counter() - start
     assert len(plan.order) == num_samples
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -96,33 +107,68 @@ def plan_alone(pool: NDArray[np.int32], num_samples: int) -> Row:
 
 
 def imdb_padding(epochs: int) -> list[Row]:
-    """Tokens of an epoch with padding and mates kept, for each way to choose batches."""
+    """Tokens of an epoch with padding, and batch overlap, for each way to choose batches."""
     lengths = imdb_lengths()
     real_tokens = int(lengths.sum())
     peer = peer_sampler(lengths)
     offsets = np.append(np.arange(0, len(lengths), BATCH_SIZE), len(lengths))
 
-    def planned(batching: Batching, jitter: float = 1.0) -> Callable[[int], BatchPlan]:
-        return lambda epoch: plan_epoch(lengths, BATCH_SIZE, batching, seed=SEED, epoch=epoch, jitter=jitter)
+    def planned(batching: str, jitter: Jitter = "auto") -> Callable[[int], BatchPlan]:
+        return lambda epoch: plan_epoch(lengths, spec_of(batching, jitter), epoch=epoch)
 
     ways: dict[str, Callable[[int], BatchPlan]] = {
         "fixed padding": planned("random"),
         "random": planned("random"),
         "tutorial": planned("tutorial"),
+        "smart": planned("smart"),
         **{f"smart, jitter {jitter}": planned("smart", jitter) for jitter in (0, 1, 2, 4)},
         PEER: lambda _: BatchPlan(np.array(list(peer)), offsets),
     }
     rows = []
     for name, way in ways.items():
         plans = [way(epoch) for epoch in range(epochs)]
-        tokens = statistics.mean(plan.padded_tokens(lengths) for plan in plans)
+        tokens, overlap = measure(plans, lengths)
         if name == "fixed padding":
             tokens = len(lengths) * MAX_LENGTH
-        kept = statistics.mean(mates_kept(before, after) for before, after in pairwise(plans))
         over = 100 * (tokens / real_tokens - 1)
         rows.append(
-            {"batching": name, "tokens": round(tokens), "percent_over_real": over, "mates_kept_percent": 100 * kept}
+            {
+                "batching": name,
+                "tokens": round(tokens),
+                "percent_over_real": over,
+                "batch_overlap_percent": 100 * overlap,
+            }
         )
+    return rows
+
+
+def measure(plans: list[BatchPlan], lengths: NDArray[np.integer]) -> tuple[float, float]:
+    """Mean tokens of an epoch, padded to the longest of each batch, and mean batch overlap of neighbouring epochs."""
+    spec = BatchSpec()
+    tokens = statistics.mean(int(spec.tokens(lengths[plan.order], plan.offsets).sum()) for plan in plans)
+    return tokens, statistics.mean(batch_overlap(before, after) for before, after in pairwise(plans))
+
+
+def smart_beside_tutorial(epochs: int) -> list[Row]:
+    """Padding and batch overlap of both on IMDB, a part of it, the demo and short sentences."""
+    imdb = imdb_lengths()
+    demo = SmartBatchDataModule(seed=SEED)
+    demo.setup("fit")
+    sets = {
+        "IMDB": imdb,
+        "IMDB's first 2,000": imdb[:2000],
+        "the demo": demo.train_data.lengths,
+        "50,000 sentences of 5 to 40 tokens": np.random.default_rng(SEED).integers(5, 41, 50_000),
+    }
+    rows = []
+    for name, lengths in sets.items():
+        row: Row = {"data": name, "jitter": with_jitter(spec_of("smart", "auto"), lengths).jitter}
+        for batching in ("smart", "tutorial"):
+            plans = [plan_epoch(lengths, spec_of(batching, "auto"), epoch=epoch) for epoch in range(epochs)]
+            tokens, overlap = measure(plans, lengths)
+            row[f"{batching}_percent_over_real"] = 100 * (tokens / int(lengths.sum()) - 1)
+            row[f"{batching}_overlap_percent"] = 100 * overlap
+        rows.append(row)
     return rows
 
 
@@ -141,6 +187,7 @@ def main() -> None:
     tables[f"{args.samples:,} samples, batch size {BATCH_SIZE}"] = speed
     if "SMARTBATCH_IMDB_DIR" in os.environ:
         tables["IMDB"] = imdb_padding(args.epochs)
+        tables["smart, jitter chosen, beside the tutorial"] = smart_beside_tutorial(args.epochs)
     report("planning", tables)
 
 

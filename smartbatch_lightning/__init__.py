@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smartbatch_lightning.batching.plan import BatchPlan, plan_epoch
+    from smartbatch_lightning.batching import BatchPlan, BatchSpec, plan_epoch, register_strategy
     from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
     from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
     from smartbatch_lightning.cli import SmartBatchCLI
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from smartbatch_lightning.models.classifier import SequenceClassifier
     from smartbatch_lightning.report.padding_report import PaddingReport
 
-_HOMES = {
-    "BatchPlan": "batching.plan",
+_LAZY_EXPORTS = {
+    "BatchPlan": "batching",
+    "BatchSpec": "batching",
     "PackCollator": "data.collators",
     "PadCollator": "data.collators",
     "PaddingReport": "report.padding_report",
@@ -25,11 +26,13 @@ _HOMES = {
     "SmartBatchDataModule": "data.datamodule",
     "SmartBatchSampler": "data.sampler",
     "TrainingMonitor": "callbacks.training_monitor",
-    "plan_epoch": "batching.plan",
+    "plan_epoch": "batching",
+    "register_strategy": "batching",
 }
 
 __all__ = [
     "BatchPlan",
+    "BatchSpec",
     "PackCollator",
     "PadCollator",
     "PaddingReport",
@@ -40,11 +43,12 @@ __all__ = [
     "SmartBatchSampler",
     "TrainingMonitor",
     "plan_epoch",
+    "register_strategy",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: whoever wants a plan need not wait for Lightning."""
-    if name not in _HOMES:
+    """Imports what is asked for: a plan does not wait for Lightning."""
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY_EXPORTS[name]}"), name)

@@ -13,14 +13,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck
+from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
-from smartbatch_lightning.callbacks.requeue import CheckpointCheck
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
-from smartbatch_lightning.console import say
+from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError, causes
-from smartbatch_lightning.export import ModelExport, export_model
+from smartbatch_lightning.errors import UsageError, exception_chain
+from smartbatch_lightning.export import export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
@@ -91,9 +92,9 @@ class SmartBatchTrainer(L.Trainer):
 
         datamodule.trainer = self
         self.strategy.connect(model)
-        told = PaddingReport.of(datamodule, ranks)
-        told.show()
-        say("Wrote " + ", ".join(map(str, told.save(folder))))
+        report = PaddingReport.from_datamodule(datamodule, ranks)
+        report.show()
+        echo("Wrote " + ", ".join(map(str, report.save(folder))))
 
     def export(
         self,
@@ -117,9 +118,9 @@ class SmartBatchTrainer(L.Trainer):
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
-        told = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
-        metrics = told["epochs"][-1][1] if told.get("epochs") else {}
-        export_model(model, datamodule, folder, metrics, told.get("command"))
+        state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
+        metrics = state["epochs"][-1][1] if state.get("epochs") else {}
+        export_model(model, datamodule, folder, metrics, state.get("command"))
 
 
 class SmartBatchCLI(LightningCLI):
@@ -129,31 +130,44 @@ class SmartBatchCLI(LightningCLI):
     1.0 and everything is seeded with 321, as in the *Smart Batching Tutorial*.
 
     Args:
+        model_class: Class of the model, or what its `class_path` must be a subclass of.
+        datamodule_class: Class of the data module, likewise.
+        trainer_defaults: As `LightningCLI` takes it; what it leaves out stays as here.
         args: Arguments instead of those of the command line.
         options: Everything else that `LightningCLI` takes.
     """
 
-    def __init__(self, args: ArgsType = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model_class: type[L.LightningModule] = SequenceClassifier,
+        datamodule_class: type[L.LightningDataModule] = SmartBatchDataModule,
+        *,
+        trainer_defaults: dict[str, Any] | None = None,
+        args: ArgsType = None,
+        **options: Any,
+    ) -> None:
         options = {
             "seed_everything_default": 321,
             "save_config_kwargs": {"overwrite": True},
-            "auto_configure_optimizers": False,  # make_optimizer and make_scheduler are there for that
+            "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
+            "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
-                "description": "Fine-tune BERT and its kin on text classification.",
+                "description": "Fine-tune BERT and other encoders on text classification.",
                 # in place of sixty lines of options above every mistake
                 **{command: {"usage": "%(prog)s [options]"} for command in self.subcommands()},
             },
-            "trainer_defaults": {
-                "max_epochs": 2,
-                "gradient_clip_val": 1.0,
-                "plugins": {"class_path": "smartbatch_lightning.callbacks.requeue.AtomicCheckpointIO"},
-            },
             **options,
         }
+        self._classes = {"model": model_class, "data": datamodule_class}
         super().__init__(
-            SequenceClassifier,
-            SmartBatchDataModule,
-            trainer_class=SmartBatchTrainer,
+            model_class,
+            datamodule_class,
+            trainer_defaults={
+                "max_epochs": 2,
+                "gradient_clip_val": 1.0,
+                "plugins": {"class_path": "smartbatch_lightning.checkpointing.AtomicCheckpointIO"},
+                **(trainer_defaults or {}),
+            },
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -170,15 +184,16 @@ class SmartBatchCLI(LightningCLI):
         """Adds the callbacks of every run and the default classes."""
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_lightning_class_args(CheckpointCheck, "checkpoint_check")
+        parser.add_lightning_class_args(CheckpointPreflight, "checkpoint_preflight")
         parser.add_lightning_class_args(MemoryCheck, "memory_check")
         parser.add_lightning_class_args(ModelExport, "export_model")
-        parser.set_defaults({"model": {"class_path": "smartbatch_lightning.SequenceClassifier"}})
-        parser.set_defaults({"data": {"class_path": "smartbatch_lightning.SmartBatchDataModule"}})
+        for name, chosen in self._classes.items():
+            module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
+            parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""
-        if self.datamodule.is_demo:
+        if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "This is the embedded demo: made-up reviews and a small untrained BERT. How well it does says nothing "
                 "about real texts."
@@ -186,7 +201,7 @@ class SmartBatchCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Names the command for the real thing after the demo."""
-        if self.datamodule.is_demo:
+        if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "That was the embedded demo. The real thing: smartbatch fit --model.pretrained=bert-base-uncased "
                 "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"
@@ -197,7 +212,7 @@ class SmartBatchCLI(LightningCLI):
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
     "using a custom batch sampler",  # ours does return every sample for prediction
-    "Total length of `list` across ranks is zero",  # whoever sets no validation data knows
+    "Total length of `list` across ranks is zero",  # a user who sets no validation data knows
     "It is recommended to use `self.log",  # on many ranks: what is logged by rank 0 alone is counted over all of them
     "The dirpath has changed from",  # testing and predicting have folders of their own
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
@@ -216,7 +231,9 @@ def main() -> None:
         SmartBatchCLI()
     except Exception as error:
         # jsonargparse wraps what a constructor raises
-        told = next((one for one in causes(error) if isinstance(one, UsageError | MisconfigurationException)), None)
-        if told is None:
+        user_error = next(
+            (one for one in exception_chain(error) if isinstance(one, UsageError | MisconfigurationException)), None
+        )
+        if user_error is None:
             raise
-        sys.exit(f"error: {told}")
+        sys.exit(f"error: {user_error}")

@@ -1,4 +1,4 @@
-"""What is typed and said at the terminal."""
+"""The terminal: the command that was typed, lines and tables."""
 
 import shlex
 import sys
@@ -15,7 +15,7 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def say(what: str | Table) -> None:
+def echo(what: str | Table) -> None:
     """Prints a line or a table, neither of them wrapped or cut."""
     console = Console(soft_wrap=isinstance(what, str), markup=False, highlight=False)
     if isinstance(what, Table):

@@ -1,7 +1,9 @@
-"""What a user can mend: the exception, and how its messages list names and tell causes."""
+"""What a user can mend: the exception, and how its messages name things and causes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+_MOST_NAMES, _LONGEST_NAME = 10, 60
 
 
 class UsageError(ValueError):
@@ -11,20 +13,30 @@ class UsageError(ValueError):
     """
 
 
-def listed(names: Iterable[Any]) -> str:
-    """Names, quoted, with commas between them."""
-    return ", ".join(repr(name) for name in names)
+def join_quoted(names: Iterable[Any]) -> str:
+    """Names, quoted, with commas between them; of many names the first ones, of long names both ends."""
+    listed = list(names)
+    shown = [repr(_shorten(name)) for name in listed[:_MOST_NAMES]]
+    if len(listed) > _MOST_NAMES:
+        shown.append(f"and {len(listed) - _MOST_NAMES:,} more")
+    return ", ".join(shown)
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def _shorten(name: Any) -> Any:
+    if isinstance(name, str) and len(name) > _LONGEST_NAME:
+        return f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
+    return name
+
+
+def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception, and those that libraries have wrapped in it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def cause(error: BaseException) -> str:
+def root_cause_message(error: BaseException) -> str:
     """What happened at the bottom of an exception, on one line."""
-    *_, first = causes(error)
+    *_, first = exception_chain(error)
     lines = str(first).strip().splitlines()
     return f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .") + "."

@@ -1,54 +1,18 @@
-"""A trained classifier as an ordinary `transformers` folder, for whoever has never heard of this package."""
+"""A trained classifier as an ordinary `transformers` folder, which needs nothing of this package."""
 
+import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from lightning.pytorch.callbacks import Callback
-from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.console import command_line, say
+from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
-_OF_DATA = ("max_length", "batch_size", "max_tokens_per_batch", "batching", "padding", "jitter", "seed")
-_OF_TRAINER = ("max_epochs", "max_steps", "precision", "gradient_clip_val", "accumulate_grad_batches", "world_size")
-_OF_MODEL = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
-
-
-class ModelExport(Callback):
-    """Writes the model as an ordinary `transformers` folder when `fit` ends, with the weights that it ends with.
-
-    Args:
-        folder: Where to; None for not at all.
-    """
-
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds out before training whether this is a run that can be exported."""
-        datamodule = getattr(trainer, "datamodule", None)
-        if self.folder is None:
-            return
-        if not isinstance(pl_module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
-            raise UsageError(
-                "ModelExport writes a SequenceClassifier trained on a SmartBatchDataModule, but this run has "
-                f"{type(pl_module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of "
-                "the tokenizer instead."
-            )
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes it, on rank 0."""
-        datamodule = getattr(trainer, "datamodule", None)
-        if self.folder is None or not trainer.is_global_zero:
-            return
-        assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
-        assert isinstance(datamodule, SmartBatchDataModule)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        export_model(pl_module, datamodule, self.folder, metrics, command_line())
+_MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
 
 
 def export_model(
@@ -73,19 +37,18 @@ def export_model(
     assert model.model is not None, "a model is exported after it has been built"
     folder = Path(folder)
     model.model.save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerBase = type(data.tokenizer).from_pretrained(data.tokenizer.name_or_path)
+    tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
     tokenizer.save_pretrained(folder)
     _card(model, data, folder.resolve().name, metrics or {}, command).save(folder / "README.md")
-    say(f"Wrote the model to {folder}")
+    echo(f"Wrote the model to {folder}")
 
 
 def _card(
     model: SequenceClassifier, data: SmartBatchDataModule, name: str, metrics: dict[str, float], command: str | None
 ) -> ModelCard:
     pretrained = Path(model.pretrained).name if Path(model.pretrained).is_dir() else model.pretrained
-    share = data.validation_split
-    validation = f"{share:.0%} of {data.train_split}" if isinstance(share, float) else str(share)
+    splits = data.text_data().evaluation_splits
     evaluated = {name: value for name, value in metrics.items() if name.startswith(("val_", "test_"))}
     header = ModelCardData(
         library_name="transformers",
@@ -96,7 +59,7 @@ def _card(
                 task_type="text-classification",
                 dataset_type=data.source,
                 dataset_name=data.source,
-                dataset_split=data.test_split if metric.startswith("test_") else validation,
+                dataset_split=", ".join(splits[metric.partition("_")[0]]),
                 metric_type=metric.partition("_")[2],
                 metric_name=metric,
                 metric_value=value,
@@ -104,14 +67,22 @@ def _card(
             for metric, value in evaluated.items()
         ],
     )
-    settings: dict[str, Any] = {name: getattr(data, name) for name in _OF_DATA}
-    settings |= {name: getattr(model, name) for name in _OF_MODEL}
-    if data.trainer is not None and data.trainer.global_step:  # it has trained the model
-        settings |= {name: getattr(data.trainer, name) for name in _OF_TRAINER}
+    settings: dict[str, Any] = {"max_length": data.max_length, **asdict(data.spec)}
+    settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if name in model.hparams}
+    trainer = data.trainer
+    if trainer is not None and trainer.global_step:  # it has trained the model
+        settings |= {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "precision": trainer.precision,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "world_size": trainer.world_size,
+        }
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"`{pretrained}` fine-tuned on `{data.source}` to tell {', '.join(model.label_names)}, with "
+        f"`{pretrained}` fine-tuned on `{data.source}` to tell {join_quoted(model.label_names)} apart, with "
         "smartbatch-lightning.",
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", "{name}", truncation=True)  # at {data.max_length} tokens\n```',

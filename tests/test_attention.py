@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from smartbatch_lightning import PackCollator, PadCollator
-from smartbatch_lightning.models.dropout import DropoutAttention, masks_from_torch
+from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_from_torch
 from smartbatch_lightning.models.packing import _ENCODERS, attention_dropout, enable_packing
 
 VOCABULARY = 200
@@ -136,7 +136,7 @@ def test_fast_dropout_is_attention_on_average_and_drops_as_often_as_asked() -> N
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 50, 8).unbind()
     plain = torch.nn.functional.scaled_dot_product_attention(query, key, torch.eye(50).expand(4, 50, 50))
-    bits = masks_from_torch()
+    bits = bit_generator_from_torch()
     total, dropped = torch.zeros_like(plain), 0
     for _ in range(400):
         weights = DropoutAttention.apply(query, key, torch.eye(50).expand(4, 50, 50), 0.1, 8**-0.5, bits)

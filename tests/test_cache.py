@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smartbatch_lightning.storage import cache_dir, write_once
+from smartbatch_lightning.storage import cache_dir, write_if_missing
 
 
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,14 +19,14 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_stands_is_not_written_again(tmp_path: Path) -> None:
-    write_once(tmp_path / "file", lambda path: path.write_text("first"))
-    write_once(tmp_path / "file", lambda path: path.write_text("second"))
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("first"))
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("second"))
     assert (tmp_path / "file").read_text() == "first"
 
 
 def test_what_is_not_whole_is_written_again(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("half")
-    write_once(tmp_path / "file", lambda path: path.write_text("all"), lambda path: path.read_text() == "all")
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"), lambda path: path.read_text() == "all")
     assert (tmp_path / "file").read_text() == "all"
 
 
@@ -38,7 +38,7 @@ def test_a_folder_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "all").touch()
 
-    write_once(tmp_path / "folder", write, lambda folder: (folder / "all").exists())
+    write_if_missing(tmp_path / "folder", write, lambda folder: (folder / "all").exists())
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["all"]
 
 
@@ -48,9 +48,9 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished(tmp_path: Path) -
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_once(tmp_path / "file", fail)
+        write_if_missing(tmp_path / "file", fail)
     assert not (tmp_path / "file").exists()
-    write_once(tmp_path / "file", lambda path: path.write_text("all"))
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
     assert sorted(path.name for path in tmp_path.iterdir()) in (["file"], ["file", "file.lock"])
 
 
@@ -60,7 +60,7 @@ def _append_and_write(folder: Path) -> None:
             writers.write("x")
         path.write_text("all")
 
-    write_once(folder / "file", write)
+    write_if_missing(folder / "file", write)
 
 
 def test_of_several_processes_one_writes_and_all_find_it(tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from datasets import DatasetDict, load_dataset
+from helpers import FAST, ROOT, cli
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.cli import main
 
-ROOT = Path(__file__).parents[1]
-FAST = ["--data.max_length=24", "--data.batch_size=64", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
-QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 class OwnData(SmartBatchDataModule):
@@ -28,17 +26,6 @@ class OwnData(SmartBatchDataModule):
         self.copies = copies
 
 
-def cli(*args: str) -> SmartBatchCLI:
-    return SmartBatchCLI([*args, *QUIET])
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.setattr(sys, "argv", ["smartbatch"])  # pytest's own arguments are not the command's
-
-
 def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None:
     run = cli("fit", *FAST)
     config = run.config.fit
@@ -46,13 +33,12 @@ def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None
     assert config.trainer.gradient_clip_val == 1.0
     assert run.datamodule.seed == 321
     assert run.datamodule.dataset == "demo"
-    assert (run.model.learning_rate, run.model.adam_epsilon, run.datamodule.jitter) == (5e-5, 1e-8, 1.0)
+    assert (run.model.learning_rate, run.model.adam_epsilon, run.datamodule.jitter) == (5e-5, 1e-8, "auto")
     assert run.trainer.global_step == 2
 
 
 def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
     run = cli("fit", "--model.pretrained", minilm, *FAST, "--trainer.limit_val_batches=1")
-    assert run.datamodule.tokenizer_name is None
     assert run.datamodule.tokenizer.name_or_path == minilm
     assert run.datamodule.tokenizer.vocab_size == run.model.model.config.vocab_size == 30522
 
@@ -93,7 +79,7 @@ def test_print_config_lists_what_can_be_set(capsys: pytest.CaptureFixture) -> No
 
 
 def test_the_saved_config_runs_again(tmp_path: Path) -> None:
-    first = SmartBatchCLI(["fit", *FAST, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
+    first = SmartBatchCLI(args=["fit", *FAST, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
     saved = Path(first.trainer.log_dir) / "config.yaml"
     again = cli("fit", f"--config={saved}")
     for saver in (first, again):
@@ -110,7 +96,7 @@ def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
     monkeypatch.setenv("SLURM_JOB_NAME", "run")
     options = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
     for _ in range(2):
-        SmartBatchCLI(["fit", *FAST, *options])
+        SmartBatchCLI(args=["fit", *FAST, *options])
     run = tmp_path / "lightning_logs" / "version_17"
     assert len(list(run.glob("events.out.tfevents.*"))) == 2
     for start in range(2):
@@ -121,7 +107,7 @@ def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
 
 def test_a_logger_that_is_given_is_the_only_one() -> None:
     run = SmartBatchCLI(
-        ["fit", *FAST, "--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+        args=["fit", *FAST, "--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
     )
     assert [type(logger).__name__ for logger in run.trainer.loggers] == ["CSVLogger"]
 
@@ -161,7 +147,7 @@ def test_new_files_take_tokenizer_and_classes_from_the_checkpoint(tmp_path: Path
     test = write("test.csv", ["text,label", "a dull film,yes", "a fine film,yes", "never dull,no"])
     tested = cli("test", *model, f"--data.dataset={{test: {test}}}", checkpoint)
     assert tested.datamodule.label_names == ["no", "yes"]
-    assert tested.datamodule.test_data.labels.tolist() == [1, 1, 0]
+    assert tested.datamodule.test_data[0].labels.tolist() == [1, 1, 0]
     new = write("new.csv", ["text", *texts])
     cli("predict", *model, f"--data.dataset={new}", checkpoint, "--predictions.path=new.parquet")
     table = pd.read_parquet(tmp_path / "new.parquet")
@@ -210,7 +196,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.batch_size=0"], "error: batch_size is 0; set --data.batch_size to 1 or more."),
+        (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
         (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one by --ckpt_path"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
@@ -229,7 +215,7 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
 @pytest.mark.parametrize(
     "config", sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
 )
-def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, capsys) -> None:
+def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     options = [
         "--trainer.max_steps=1",
         "--trainer.limit_val_batches=1",
@@ -238,10 +224,8 @@ def test_every_shipped_config_runs_a_step(config: str, minilm: str, imdb: Path, 
         "--trainer.precision=32-true",
     ]
     if config != "quickstart.yaml":  # real names need a network: the same kinds of things from local files
-        reviews = load_dataset("parquet", data_files=str(imdb / "train.parquet"), split="train").shuffle(1)
-        DatasetDict(train=reviews.select(range(64)), test=reviews.select(range(64, 80))).save_to_disk("imdb")
-        options += [f"--model.pretrained={minilm}", "--data.dataset=imdb", "--data.max_length=32"]
-    run = SmartBatchCLI(["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
+        options += [f"--model.pretrained={minilm}", f"--data.dataset={demo.data_dir()}", "--data.max_length=32"]
+    run = SmartBatchCLI(args=["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
     assert run.trainer.global_step == 1
     assert isinstance(run.model, SequenceClassifier)
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from smartbatch_lightning import PackCollator, PadCollator
+from smartbatch_lightning import BatchSpec, PackCollator, PadCollator
 from smartbatch_lightning.data.collators import batch_lengths
 
 ROWS = [
@@ -27,15 +28,16 @@ def test_a_packed_batch_is_one_row_without_padding_and_says_where_samples_start(
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0, 0, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert batch["cu_seqlens"].tolist() == [0, 3, 8]
-    assert batch["cu_seqlens"].dtype == torch.int32
-    assert batch["max_seqlen"] == 5
+    for end in ("q", "k"):
+        assert batch[f"cu_seq_lens_{end}"].tolist() == [0, 3, 8]
+        assert batch[f"cu_seq_lens_{end}"].dtype == torch.int32
+        assert batch[f"max_length_{end}"] == 5
     assert batch["labels"].tolist() == [1, 0]
     assert "attention_mask" not in batch
 
 
 def test_the_lengths_of_a_batch_are_told_padded_and_packed() -> None:
-    for collator in (PadCollator(pad_to_multiple_of=8), PackCollator()):
+    for collator in (PadCollator(0, BatchSpec(pad_to_multiple_of=8)), PackCollator()):
         assert batch_lengths(collator(ROWS)).tolist() == [3, 5]
     assert batch_lengths([1, 2]) is None
 
@@ -51,7 +53,7 @@ def test_the_lengths_of_a_batch_are_told_padded_and_packed() -> None:
     ],
 )
 def test_the_width_is_rounded_up_but_never_beyond_max_length(options: dict, width: int) -> None:
-    assert PadCollator(**options)(ROWS)["input_ids"].shape == (2, width)
+    assert PadCollator(0, BatchSpec(**options))(ROWS)["input_ids"].shape == (2, width)
 
 
 def test_rows_of_a_tokenized_data_set_are_taken_as_they_are() -> None:
@@ -67,14 +69,36 @@ def test_rows_of_a_tokenized_data_set_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"padding": "left"}, "padding is 'left'; choose longest or max_length"),
+        ({"padding": "left"}, "padding is 'left'; choose one of 'longest', 'max_length', 'packed'"),
         ({"padding": "max_length"}, "max_length is None; give the width"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PadCollator(**options)
+        PadCollator(0, BatchSpec(**options))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", None])
+def test_rows_of_a_data_set_in_any_format_are_taken(kind: str | None) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8]], "label": [1, 0], "score": [0.5, 1.5]}).with_format(kind)
+    for collator in (PadCollator(9), PackCollator()):
+        batch = collator([rows[0], rows[1]])
+        assert batch["input_ids"].dtype == torch.int64
+        assert batch["labels"].tolist() == [1, 0]
+        assert batch["score"].tolist() == [0.5, 1.5]
+    assert PadCollator(9)([rows[0], rows[1]])["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+
+
+def test_types_of_tokens_are_padded_as_the_tokenizer_pads_them() -> None:
+    batch = PadCollator(0, pad_token_type_id=3)(ROWS)
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 3, 3], [0, 0, 1, 1, 1]]
+
+
+def test_labels_may_have_a_shape_of_their_own() -> None:
+    rows = [{"input_ids": [1], "labels": np.array([0.0, 1.0], np.float32)} for _ in range(3)]
+    assert PadCollator()(rows)["labels"].shape == (3, 2)
+    assert PackCollator()(rows)["labels"].dtype == torch.float32
 
 
 def test_a_column_of_text_is_refused_by_name() -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import cli, trainer
 from huggingface_hub import ModelCard
-from test_cli import cli, in_a_folder_of_its_own  # noqa: F401 - a fixture
-from test_model import trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, TrainingMonitor
-from smartbatch_lightning.export import ModelExport
+from smartbatch_lightning.callbacks.model_export import ModelExport
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 @pytest.mark.parametrize("padding", ["longest", "packed"])
@@ -21,7 +22,7 @@ def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, 
     folder = tmp_path / "reviewer"
     run = trainer(
         tmp_path,
-        limit_train_batches=40,
+        limit_train_batches=80,
         limit_val_batches=2,
         callbacks=[ModelExport(str(folder)), PredictionWriter(str(tmp_path / "predictions.csv")), TrainingMonitor()],
     )

@@ -3,29 +3,20 @@
 from pathlib import Path
 
 import pytest
+from helpers import Seen, trainer
 from lightning.pytorch.callbacks import Callback
-from test_model import trainer
 from torch.utils.data import DataLoader
 
-from smartbatch_lightning import PadCollator, SequenceClassifier, SmartBatchDataModule, SmartBatchSampler, demo
+from smartbatch_lightning import (
+    BatchSpec,
+    PadCollator,
+    SequenceClassifier,
+    SmartBatchDataModule,
+    SmartBatchSampler,
+    demo,
+)
 
 TRAINED = demo.REVIEWS["train"] - demo.REVIEWS["train"] // 10
-
-
-class Seen(Callback):
-    """Records the rows of every batch that was trained, by epoch."""
-
-    def __init__(self) -> None:
-        self.epochs: list[list[tuple[int, ...]]] = []
-
-    def on_train_epoch_start(self, trainer, pl_module) -> None:
-        self.epochs.append([])
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.epochs[-1].append(tuple(batch["index"].tolist()))
-
-    def rows(self, epoch: int) -> list[int]:
-        return sorted(row for batch in self.epochs[epoch] for row in batch)
 
 
 class Frozen(SequenceClassifier):
@@ -64,7 +55,7 @@ def test_every_epoch_trains_every_sample_once_in_a_plan_of_its_own(batching, num
 def test_the_sampler_alone_plans_every_epoch_anew_in_a_plain_dataloader(seen, tmp_path: Path) -> None:
     module = data()
     module.setup("fit")
-    sampler = SmartBatchSampler(module.train_data.lengths, 64)
+    sampler = SmartBatchSampler(module.train_data.lengths, BatchSpec(batch_size=64))
     loader = DataLoader(module.train_data, batch_sampler=sampler, collate_fn=PadCollator())
     trainer(tmp_path, max_epochs=3, callbacks=[seen]).fit(Frozen(), loader)
     assert len({tuple(epoch) for epoch in seen.epochs}) == 3

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import trainer
 from run_to_be_killed import Dropped
-from test_model import trainer
 
 from smartbatch_lightning import SmartBatchDataModule
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck, demanding_batches
@@ -43,7 +43,7 @@ def test_the_batches_that_are_tried_are_the_longest_the_widest_and_the_fullest(o
     module = data(batching=batching, **options)
     module.setup("fit")
     loader = module.train_dataloader()
-    lengths, every = module.train_data.lengths, list(loader.smart_sampler)
+    lengths, every = module.train_data.lengths, list(loader.plan_sampler)
     tried = demanding_batches(loader)
     assert 1 <= len(tried) <= 3
 
@@ -56,12 +56,12 @@ def test_the_batches_that_are_tried_are_the_longest_the_widest_and_the_fullest(o
 
 def test_what_the_package_knows_nothing_of_is_not_tried(tmp_path: Path) -> None:
     class Own(Dropped):
-        def step(self, batch, stage):
+        def step(self, batch, stage, dataloader_idx=0):
             return self(input_ids=batch["words"]).logits.sum()
 
     class Words(SmartBatchDataModule):
-        def make_collator(self):
-            collator = super().make_collator()
+        def configure_collator(self):
+            collator = super().configure_collator()
             return lambda rows: {"words": collator(rows)["input_ids"], "labels": collator(rows)["labels"]}
 
     run = trainer(tmp_path, callbacks=[MemoryCheck()], limit_train_batches=1, limit_val_batches=0)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers import trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_model import trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
@@ -40,7 +40,7 @@ def test_what_was_trained_is_counted_and_logged_live_and_by_epoch(padding: str, 
     real = int(module.train_data.lengths.sum())
     assert [counts.samples for counts, _ in monitor.epochs] == [TRAINED, TRAINED]
     assert monitor.total.real_tokens == 2 * real
-    assert monitor.total.squares == 2 * int((module.train_data.lengths**2).sum())
+    assert monitor.total.sum_squared_lengths == 2 * int((module.train_data.lengths**2).sum())
     ratio = {"packed": 0.0, "max_length": TRAINED * 24 / real - 1}.get(padding)
     epochs = logged.dropna(subset="train_padding_ratio")
     assert len(epochs) == 2
@@ -121,7 +121,9 @@ def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_p
         options = {"max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True}
         run = trainer(tmp_path, callbacks=[monitor, saver], **options)
         run.fit(SequenceClassifier(), data(), ckpt_path=checkpoint)
-        return [(epoch.samples, epoch.tokens, epoch.real_tokens, epoch.squares) for epoch, _ in monitor.epochs]
+        return [
+            (epoch.samples, epoch.tokens, epoch.real_tokens, epoch.sum_squared_lengths) for epoch, _ in monitor.epochs
+        ]
 
     whole = epochs("whole")
     assert [samples for samples, *_ in whole] == [TRAINED] * 3
@@ -129,9 +131,16 @@ def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_p
         assert epochs(f"after {checkpoint.stem}", checkpoint) == whole, checkpoint.name
 
 
+def test_the_wait_for_data_is_never_negative_when_the_loader_is_made_again(tmp_path: Path) -> None:
+    _, logged = watched(tmp_path, data(), max_epochs=3, reload_dataloaders_every_n_epochs=1, log_every_n_steps=1)
+    waited = logged["throughput/data_wait"].dropna()
+    assert len(waited) == 3 * STEPS
+    assert waited.between(0, 1).all()
+
+
 def test_validation_is_not_counted_as_training_time(tmp_path: Path) -> None:
     class Slow(SequenceClassifier):
-        def validation_step(self, batch, batch_idx) -> None:
+        def validation_step(self, batch, batch_idx, dataloader_idx=0) -> None:
             time.sleep(0.5)
 
     class Clock(Callback):
@@ -149,8 +158,8 @@ def test_validation_is_not_counted_as_training_time(tmp_path: Path) -> None:
 
 def test_batches_of_another_kind_are_trained_without_being_counted(tmp_path: Path) -> None:
     class Bare(SmartBatchDataModule):
-        def make_collator(self):
-            collator = super().make_collator()
+        def configure_collator(self):
+            collator = super().configure_collator()
             return lambda rows: {name: value for name, value in collator(rows).items() if name != "attention_mask"}
 
     monitor = TrainingMonitor()

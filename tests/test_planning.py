@@ -8,11 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from smartbatch_lightning import BatchPlan, plan_epoch
-from smartbatch_lightning.batching.plan import mates_kept
-from smartbatch_lightning.data.labels import stratified_split
+from smartbatch_lightning import BatchPlan, BatchSpec
+from smartbatch_lightning.batching import batch_overlap
+from smartbatch_lightning.batching import plan_epoch as plan_with_spec
+from smartbatch_lightning.data.splits import stratified_split
 
 BATCHINGS = ["smart", "tutorial", "random"]
+
+
+def spec_of(**fields) -> BatchSpec:
+    return BatchSpec(**{"jitter": 1.0, **fields})
+
+
+def plan_epoch(
+    lengths, batch_size=None, batching="smart", *, epoch=0, num_replicas=1, shuffle=True, **fields
+) -> BatchPlan:
+    """A plan of fields of a `BatchSpec`; jitter is 1 unless given."""
+    spec = spec_of(batch_size=batch_size, batching=batching, **fields)
+    return plan_with_spec(lengths, spec, epoch=epoch, num_replicas=num_replicas, shuffle=shuffle)
+
+
+def padded_tokens(plan: BatchPlan, lengths) -> int:
+    return sum(len(batch) * int(lengths[batch].max()) for batch in map(np.array, batches(plan)))
 
 
 @st.composite
@@ -29,8 +46,9 @@ def cases(draw) -> dict:
         "num_replicas": num_replicas,
         "jitter": draw(st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0])),
         "shuffle": draw(st.booleans()),
-        "packed": draw(st.booleans()),
+        "padding": draw(st.sampled_from(["longest", "packed"])),
         "pad_to_multiple_of": draw(st.sampled_from([1, 8, 100])),
+        "max_length": draw(st.sampled_from([None, int(lengths.max()), 1000])),
     }
     if draw(st.booleans()):
         rooms = 1 if len(lengths) % num_replicas == 0 else 2
@@ -41,8 +59,8 @@ def cases(draw) -> dict:
 
 
 def width(longest: int, case: dict) -> int:
-    multiple = 1 if case["packed"] else case["pad_to_multiple_of"]
-    return -(-longest // multiple) * multiple
+    multiple = 1 if case["padding"] == "packed" else case["pad_to_multiple_of"]
+    return min(-(-longest // multiple) * multiple, case["max_length"] or 10**9)
 
 
 def review_lengths(num_samples: int, seed: int = 0) -> NDArray[np.int64]:
@@ -60,7 +78,7 @@ def batches(plan: BatchPlan) -> list[list[int]]:
 def test_every_sample_appears_once_over_all_ranks(case: dict) -> None:
     plan = plan_epoch(**case)
     ranks = range(case["num_replicas"])
-    seen = [sample for rank in ranks for batch in plan.share(rank) for sample in batch]
+    seen = [sample for rank in ranks for batch in plan.rank_batches(rank) for sample in batch]
     assert sorted(seen) == list(range(len(case["lengths"])))
 
 
@@ -68,7 +86,7 @@ def test_every_sample_appears_once_over_all_ranks(case: dict) -> None:
 @settings(max_examples=300, deadline=None)
 def test_every_rank_takes_equally_many_steps_and_no_batch_is_empty(case: dict) -> None:
     plan = plan_epoch(**case)
-    steps = {len(list(plan.share(rank))) for rank in range(case["num_replicas"])}
+    steps = {len(list(plan.rank_batches(rank))) for rank in range(case["num_replicas"])}
     assert steps == {len(plan) / case["num_replicas"]}
     assert plan.batch_sizes().min() >= 1
 
@@ -90,7 +108,7 @@ def test_no_batch_exceeds_the_token_budget(case: dict) -> None:
         return
     for batch in batches(plan_epoch(**case)):
         lengths = case["lengths"][batch]
-        taken = lengths.sum() if case["packed"] else len(batch) * width(int(lengths.max()), case)
+        taken = lengths.sum() if case["padding"] == "packed" else len(batch) * width(int(lengths.max()), case)
         assert taken <= case["max_tokens_per_batch"]
 
 
@@ -119,8 +137,8 @@ def test_the_same_arguments_give_the_same_plan_and_touch_no_global_random_state(
 def test_going_on_after_a_step_yields_exactly_the_remaining_batches(case: dict, step: int) -> None:
     plan = plan_epoch(**case)
     for rank in range(case["num_replicas"]):
-        rest = [batch.tolist() for batch in plan.share(rank, first_step=step)]
-        assert rest == [batch.tolist() for batch in plan.share(rank)][step:]
+        rest = [batch.tolist() for batch in plan.rank_batches(rank, start_step=step)]
+        assert rest == [batch.tolist() for batch in plan.rank_batches(rank)][step:]
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
@@ -243,7 +261,7 @@ def test_random_evaluation_keeps_the_order_of_the_samples() -> None:
 def test_jitter_mixes_batches_from_epoch_to_epoch() -> None:
     lengths = review_lengths(25_000)
     kept = [
-        mates_kept(*(plan_epoch(lengths, 16, "smart", epoch=epoch, jitter=jitter) for epoch in (0, 1)))
+        batch_overlap(*(plan_epoch(lengths, 16, "smart", epoch=epoch, jitter=jitter) for epoch in (0, 1)))
         for jitter in (0.0, 1.0, 4.0)
     ]
     assert kept[0] > kept[1] > kept[2]
@@ -254,28 +272,35 @@ def test_jitter_mixes_batches_from_epoch_to_epoch() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_token_budget_is_nearly_filled_by_smart_batches(packed: bool, num_replicas: int) -> None:
     lengths = review_lengths(25_000)
-    plan = plan_epoch(lengths, max_tokens_per_batch=16_384, packed=packed, num_replicas=num_replicas)
+    plan = plan_epoch(
+        lengths, max_tokens_per_batch=16_384, padding="packed" if packed else "longest", num_replicas=num_replicas
+    )
     assert lengths.sum() / (16_384 * len(plan)) > 0.95
-    assert plan.padded_tokens(lengths) < 1.005 * lengths.sum()
+    assert padded_tokens(plan, lengths) < 1.005 * lengths.sum()
 
 
 def test_packed_random_batches_of_a_budget_hold_equal_shares_of_the_tokens_on_every_rank() -> None:
     lengths = review_lengths(25_000)
     plan, later = (
-        plan_epoch(lengths, None, "random", max_tokens_per_batch=16_384, packed=True, num_replicas=8, epoch=epoch)
+        plan_epoch(lengths, None, "random", max_tokens_per_batch=16_384, padding="packed", num_replicas=8, epoch=epoch)
         for epoch in (0, 1)
     )
     tokens = np.add.reduceat(lengths[plan.order], plan.offsets[:-1])
     assert tokens.min() > 0.93 * 16_384
     steps = tokens.reshape(-1, 8)
     assert steps.max(1).sum() / steps.mean(1).sum() < 1.02
-    assert mates_kept(plan, later) < 0.01
+    assert batch_overlap(plan, later) < 0.01
 
 
 def test_a_budget_of_short_samples_is_bounded_by_the_batch_size_too() -> None:
     lengths = np.full(1000, 4)
     for packed in (False, True):
-        assert plan_epoch(lengths, 32, max_tokens_per_batch=4096, packed=packed).batch_sizes().max() == 32
+        assert (
+            plan_epoch(lengths, 32, max_tokens_per_batch=4096, padding="packed" if packed else "longest")
+            .batch_sizes()
+            .max()
+            == 32
+        )
 
 
 def test_smart_batches_of_a_budget_hold_many_short_samples_or_few_long_ones() -> None:
@@ -294,17 +319,17 @@ def test_jitter_never_takes_a_batch_over_its_budget() -> None:
         assert (plan.batch_sizes() * plan.longest(lengths)).max() <= 300
 
 
-def test_mates_kept_is_one_for_the_same_plan_and_nearly_zero_for_a_shuffle() -> None:
+def test_batch_overlap_is_one_for_the_same_plan_and_nearly_zero_for_a_shuffle() -> None:
     lengths = review_lengths(5000)
     plan = plan_epoch(lengths, 10, "random")
-    assert mates_kept(plan, plan) == 1
-    assert mates_kept(plan, plan_epoch(lengths, 10, "random", epoch=1)) < 0.01
+    assert batch_overlap(plan, plan) == 1
+    assert batch_overlap(plan, plan_epoch(lengths, 10, "random", epoch=1)) < 0.01
 
 
-def test_padded_tokens_counts_what_padding_to_the_longest_makes() -> None:
+def test_the_tokens_of_a_spec_are_what_padding_to_the_longest_makes() -> None:
     lengths = review_lengths(333)
     plan = plan_epoch(lengths, 16, "smart")
-    assert plan.padded_tokens(lengths) == sum(len(batch) * lengths[batch].max() for batch in batches(plan))
+    assert spec_of().tokens(lengths[plan.order], plan.offsets).sum() == padded_tokens(plan, lengths)
 
 
 @pytest.mark.parametrize("kind", [np.int16, np.int32, np.uint16, np.int64])
@@ -321,17 +346,20 @@ def test_lengths_of_millions_of_tokens_are_planned() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; give at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"num_replicas": 0}, "num_replicas is 0; give the number of ranks"),
         ({"num_replicas": 4}, "3 samples cannot be shared by 4 ranks.*at most 3 devices"),
-        ({"batching": "sorted"}, "batching is 'sorted'; choose one of smart, tutorial, random"),
+        ({"batching": "sorted"}, "batching is 'sorted'; choose one of 'random', 'tutorial', 'smart'"),
         ({"jitter": -1.0}, "jitter is -1.0; give a number of tokens, 0 or more"),
         ({"lengths": [3, 0, 2]}, "sample 1 has length 0; every sample needs a token"),
         ({"lengths": [[3, 4]]}, "give one integer a sample"),
         ({"lengths": [1.5, 2.0]}, "float64; give one integer a sample"),
         ({"lengths": []}, "0 samples cannot be shared"),
-        ({"lengths": [9, 30, 2], "max_tokens_per_batch": 20}, "sample 1 takes 30 tokens, but.*is 20. Raise it to 30"),
-        ({"max_tokens_per_batch": 5, "pad_to_multiple_of": 8}, "sample 0 takes 8 tokens.*Raise it to 8"),
+        (
+            {"lengths": [9, 30, 2], "max_tokens_per_batch": 20},
+            "sample 1 takes 30 tokens, but max_tokens_per_batch is 20. Set it to 30",
+        ),
+        ({"max_tokens_per_batch": 5, "pad_to_multiple_of": 8}, "sample 0 takes 8 tokens.*Set it to 8"),
         ({"max_tokens_per_batch": 5, "num_replicas": 2}, "cannot be shared by 2 ranks in equally many.*Raise it"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
     ],
@@ -353,16 +381,23 @@ def test_a_batch_that_is_not_there_is_an_index_error() -> None:
 )
 @settings(max_examples=200, deadline=None)
 def test_a_stratified_split_keeps_the_share_of_every_label(labels: list[int], share: float, seed: int) -> None:
-    if not 0 < round(len(labels) * share) < len(labels):
+    few = round(len(labels) * share)
+    if not 0 < few < len(labels):
         with pytest.raises(ValueError, match="leaves one part of the split empty"):
+            stratified_split(labels, share, seed)
+        return
+    pool = [label for label in labels if labels.count(label) > 1]
+    if not pool:
+        with pytest.raises(ValueError, match="every label has a single sample"):
             stratified_split(labels, share, seed)
         return
     first, second = stratified_split(labels, share, seed)
     assert sorted([*first, *second]) == list(range(len(labels)))
-    actual = len(second) / len(labels)
+    wanted = max(1, round(len(pool) * share)) / len(pool)
     for label in set(labels):
-        taken = sum(labels[sample] == label for sample in second)
-        assert abs(taken - labels.count(label) * actual) <= 1
+        taken, count = sum(labels[sample] == label for sample in second), labels.count(label)
+        assert abs(taken - count * wanted) <= 1 or count == 1
+        assert taken < count
 
 
 def test_a_split_depends_on_its_seed() -> None:

@@ -4,20 +4,19 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import Seen, assert_same, diaries, finish, kill_after, start, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from run_to_be_killed import Dropped
-from test_fit import Seen
-from test_model import trainer
 
-from smartbatch_lightning import SmartBatchDataModule, SmartBatchSampler, plan_epoch
-from smartbatch_lightning.callbacks.requeue import AtomicCheckpointIO, CheckpointCheck
+from smartbatch_lightning import BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch
+from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 
 BATCHINGS = ["smart", "tutorial", "random"]
 BUDGET = {"max_tokens_per_batch": 80}
@@ -41,7 +40,9 @@ class SaveAndStop(Callback):
 
 
 def data(**options) -> SmartBatchDataModule:
-    return SmartBatchDataModule(**{"validation_split": 0.9, "max_length": 16, "batch_size": 32, "seed": 5, **options})
+    return SmartBatchDataModule(
+        **{"validation_split": 0.9, "max_length": 16, "batch_size": 32, "seed": 5, "jitter": 1.0, **options}
+    )
 
 
 def train(folder: Path, *callbacks: Callback, ckpt_path=None, module=None, **options) -> tuple[list, dict]:
@@ -62,59 +63,55 @@ def train(folder: Path, *callbacks: Callback, ckpt_path=None, module=None, **opt
     return seen.epochs, model.state_dict()
 
 
-def assert_same(resumed: dict, whole: dict) -> None:
-    assert resumed.keys() == whole.keys()
-    for name in whole:
-        assert torch.equal(resumed[name], whole[name]), name
-
-
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
 @pytest.mark.parametrize("step", [0, 1, 7])
 def test_resuming_yields_exactly_the_remaining_batches(batching: str, num_replicas: int, step: int) -> None:
     lengths = [5, 9, 3] * 50
     for rank in range(num_replicas):
-        options = {"batch_size": 4, "batching": batching, "num_replicas": num_replicas, "rank": rank}
-        whole, rest = (SmartBatchSampler(lengths, **options) for _ in range(2))
-        rest.resume(2, [(num_replicas, step)])
+        ranks = {"num_replicas": num_replicas, "rank": rank}
+        whole, rest = (SmartBatchSampler(lengths, BatchSpec(batching, 4), **ranks) for _ in range(2))
+        rest.load_state_dict({"epoch": 2, "consumed": [(num_replicas, step)]})
         for epoch in (2, 3):
             whole.set_epoch(epoch)
             rest.set_epoch(epoch)
             assert list(rest) == list(whole)[step if epoch == 2 else 0 :]
             assert len(rest) == len(whole)
         rest.set_epoch(2)
-        assert rest.first_step == step
+        assert rest.start_step == step
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 @pytest.mark.parametrize("runs", [[(2, 5)], [(1, 9)], [(2, 5), (4, 2)], [(3, 4), (3, 1), (1, 6)], [(4, 0), (2, 3)]])
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
-@pytest.mark.parametrize("size", [{"batch_size": 4}, BUDGET, {**BUDGET, "packed": True}], ids=["4", "budget", "packed"])
+@pytest.mark.parametrize(
+    "size", [{"batch_size": 4}, BUDGET, {**BUDGET, "padding": "packed"}], ids=["4", "budget", "packed"]
+)
 def test_ranks_of_any_number_train_what_is_left_of_the_epoch_once(size, batching, runs, num_replicas) -> None:
     lengths = [5, 9, 3, 12, 4, 30] * 25
     trained: list[int] = []
     for number, (ranks, steps) in enumerate(runs):
         for rank in range(ranks):
-            sampler = SmartBatchSampler(lengths, batching=batching, num_replicas=ranks, rank=rank, **size)
-            sampler.resume(0, runs[:number])
+            sampler = SmartBatchSampler(lengths, BatchSpec(batching, **size), num_replicas=ranks, rank=rank)
+            sampler.load_state_dict({"epoch": 0, "consumed": runs[:number]})
             trained += [sample for batch in list(sampler)[:steps] for sample in batch]
     counts = set()
     for rank in range(num_replicas):
-        sampler = SmartBatchSampler(lengths, batching=batching, num_replicas=num_replicas, rank=rank, **size)
-        sampler.resume(0, runs)
+        sampler = SmartBatchSampler(lengths, BatchSpec(batching, **size), num_replicas=num_replicas, rank=rank)
+        sampler.load_state_dict({"epoch": 0, "consumed": runs})
         batches = list(sampler)
         counts.add(len(batches))
-        assert sampler.first_step + len(batches) == len(sampler)
+        assert sampler.start_step + len(batches) == len(sampler)
         trained += [sample for batch in batches for sample in batch]
     assert len(counts) == 1
     assert sorted(trained) == list(range(150))
 
 
 def test_an_epoch_that_is_all_trained_leaves_nothing_to_any_number_of_ranks() -> None:
-    sampler = SmartBatchSampler([5] * 40, 4, num_replicas=2, rank=0)
-    sampler.resume(0, [(1, 10)])
+    sampler = SmartBatchSampler([5] * 40, BatchSpec(batch_size=4), num_replicas=2, rank=0)
+    sampler.load_state_dict({"epoch": 0, "consumed": [(1, 10)]})
     assert list(sampler) == []
-    assert sampler.first_step == len(sampler) == 5
+    assert sampler.start_step == len(sampler) == 5
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -159,7 +156,7 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
         state = torch.load(checkpoint, weights_only=True)["SmartBatchDataModule"]
         saver = ModelCheckpoint(tmp_path / "again", save_top_k=-1, **options)
         after, resumed = train(tmp_path, saver, ckpt_path=checkpoint, **checks)
-        done = sum(steps for _, steps in state["trained"])
+        done = sum(steps for _, steps in state["consumed"])
         expected = [[]] * state["epoch"] + [
             epoch[done if n == 0 else 0 :] for n, epoch in enumerate(whole[state["epoch"] :])
         ]
@@ -234,7 +231,7 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
 
     whole, weights = train(tmp_path)
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2))
-    renamed = Renamed(validation_split=0.9, max_length=16, batch_size=32, seed=5)
+    renamed = Renamed(validation_split=0.9, max_length=16, batch_size=32, seed=5, jitter=1.0)
     with pytest.warns(UserWarning, match="no state of this data module.*Going on after 3 batches of the epoch"):
         after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=renamed)
     assert after == [[], whole[1][3:], whole[2]]
@@ -255,10 +252,11 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
 def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
     with pytest.raises(
-        ValueError, match=f"cannot be resumed exactly: {message}.*resume_regardless=true.*load_from_checkpoint"
+        ValueError,
+        match=f"cannot be resumed exactly: {message}.*ignore_fingerprint_mismatch=true.*load_from_checkpoint",
     ):
         train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(**options))
-    after, _ = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(**options, resume_regardless=True))
+    after, _ = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(**options, ignore_fingerprint_mismatch=True))
     assert len(after[0]) == (STEPS if options != {"batch_size": 16} else 13) - 3
 
 
@@ -273,7 +271,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(t
     (tmp_path / "file").touch()
     saver = ModelCheckpoint(tmp_path / "file" / "checkpoints")
     with pytest.raises(ValueError, match="checkpoints cannot be written to .*file/checkpoints: .*another dirpath"):
-        train(tmp_path, CheckpointCheck(), saver, enable_checkpointing=True)
+        train(tmp_path, CheckpointPreflight(), saver, enable_checkpointing=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
@@ -284,45 +282,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
 
 
 # --- processes, killed ---
-
-
-def start(folder: Path, variables: dict[str, str] | None = None, **options) -> subprocess.Popen[bytes]:
-    folder.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("run_to_be_killed.py")
-    command = [sys.executable, str(script), str(folder), *(f"{name}={value}" for name, value in options.items())]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PL_"))}
-    environment |= variables or {}
-    with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-
-
-def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
-    assert run.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
-
-
-def diaries(folder: Path, rank: int = 0) -> list[list[tuple[int, int, tuple[int, ...]]]]:
-    """For each run of a rank its batches: epoch, number and ids. A line that the kill cut short is left out."""
-    runs: list[list[tuple[int, int, tuple[int, ...]]]] = []
-    path = folder / f"diary-{rank}.txt"
-    text = path.read_text() if path.exists() else ""
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        if line.startswith("start"):
-            runs.append([])
-        else:
-            epoch, batch, *ids = map(int, line.split())
-            runs[-1].append((epoch, batch, tuple(ids)))
-    return runs
-
-
-def kill_after(run: subprocess.Popen[bytes], folder: Path, lines: int, delay: float, how=signal.SIGKILL) -> None:
-    """Sends a signal to all ranks when the newest run has trained so many batches, and a moment has passed."""
-    before = len(diaries(folder))
-    while run.poll() is None and not (len(d := diaries(folder)) > before and len(d[-1]) >= lines):
-        time.sleep(0.001)
-    time.sleep(delay)
-    assert run.poll() is None, (folder / "log.txt").read_text()[-3000:]
-    os.killpg(run.pid, how)
-    run.wait(timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +340,7 @@ def test_another_number_of_ranks_trains_the_rest_of_the_epoch_once(before: int, 
     kill_after(start(folder, devices=before), folder, 17 if before == 2 else 31, 0.0)
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["SmartBatchDataModule"]
     finish(start(folder, devices=after), folder)
-    epoch, [(ranks, steps)] = state["epoch"], state["trained"]
+    epoch, [(ranks, steps)] = state["epoch"], state["consumed"]
     assert (epoch, ranks) == (1, before)
     assert steps > 0
     for number in range(3):
@@ -455,11 +414,11 @@ def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(
 def test_resuming_deep_in_a_plan_of_a_hundred_million_samples_costs_no_more_than_planning() -> None:
     lengths = torch.randint(5, 400, (100_000_000,), dtype=torch.int32).numpy()
     begun = time.perf_counter()
-    plan_epoch(lengths, 16)
+    plan_epoch(lengths, BatchSpec(jitter=1.0))
     planning = time.perf_counter() - begun
-    sampler = SmartBatchSampler(lengths, 16)
-    sampler.resume(0, [(1, 1_000_000)])
+    sampler = SmartBatchSampler(lengths, BatchSpec(jitter=1.0))
+    sampler.load_state_dict({"epoch": 0, "consumed": [(1, 1_000_000)]})
     begun = time.perf_counter()
-    assert sampler.first_step == 1_000_000
+    assert sampler.start_step == 1_000_000
     next(iter(sampler))
     assert time.perf_counter() - begun < planning + 1

@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import assert_same, diaries
+from helpers import SHORT, assert_same, diaries
 
 ROOT = Path(__file__).parents[1]
-SHORT = [
-    "--data.dataset=demo", "--data.validation_split=0.9", "--data.max_length=24", "--data.batch_size=8",
-    "--model.pretrained=demo", "--model.learning_rate=0.001", "--trainer.max_epochs=3", "--trainer.limit_val_batches=2",
-    "--trainer.num_sanity_val_steps=0", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
-    "--trainer.enable_progress_bar=false", "--trainer.callbacks+=run_to_be_killed.Diary",
-]  # fmt: skip
 
 pytestmark = pytest.mark.slurm
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
-from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
+from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable, tokenize_to_cache
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
 
@@ -127,8 +127,8 @@ def test_a_damaged_file_is_made_again(tokenize, tmp_path: Path, damage: str) -> 
 
 def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokens.arrow").write_bytes(b"half")
-    with pytest.raises(ValueError, match="tokens.arrow is not a whole token file.*Delete it"):
-        TokenTable(tmp_path / "tokens.arrow")
+    with pytest.raises(ValueError, match="tokens.arrow is no valid token file.*Delete it"):
+        TokenFile(tmp_path / "tokens.arrow")
 
 
 @pytest.mark.parametrize(

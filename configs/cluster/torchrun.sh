@@ -2,7 +2,7 @@
 # bash configs/cluster/torchrun.sh [more options of smartbatch fit]
 # One machine, all its GPUs; a rank that dies takes the others along, and all start again from the newest checkpoint.
 # On several machines: --nnodes=N --rdzv-backend=c10d --rdzv-endpoint=HOST:29500, the same command on each, and
-# --trainer.num_nodes=N. To go on with fewer GPUs, start it with fewer: the rest of the epoch is dealt out anew.
+# --trainer.num_nodes=N. To go on with fewer GPUs, start it with fewer: the rest of the epoch is planned again for these.
 set -euo pipefail
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
 

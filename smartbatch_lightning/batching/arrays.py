@@ -11,12 +11,12 @@ Int64s = NDArray[np.int64]
 _Number = TypeVar("_Number", int, Int64s)
 
 
-def rounded_up(tokens: _Number, multiple: int) -> _Number:
+def round_up(tokens: _Number, multiple: int) -> _Number:
     """The next multiple."""
     return -(-tokens // multiple) * multiple
 
 
-def cuts_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, num_replicas: int) -> Int64s:
+def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, num_replicas: int) -> Int64s:
     """Cuts sorted samples into as few steps as a token budget allows; what is left over are the shortest.
 
     Args:
@@ -40,13 +40,13 @@ def cuts_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, 
     missing = num_replicas - int(sizes[0])
     if missing > 0:  # a sample for every rank, out of the step of the next longer ones
         if sizes[1] - missing < num_replicas:
-            raise too_few_fit(int(counts.sum()), num_replicas, budget)
+            raise budget_too_small_error(int(counts.sum()), num_replicas, budget)
         sizes[0] += missing
         sizes[1] -= missing
     return np.concatenate(([0], np.cumsum(sizes)))
 
 
-def cuts_by_cost(costs: Int64s, parts: int) -> Int64s:
+def offsets_by_cost(costs: Int64s, parts: int) -> Int64s:
     """Cuts samples where equal shares of their costs end, and leaves at least one in each part. Shape (parts + 1,)."""
     spent = np.cumsum(costs)
     cuts = np.searchsorted(spent, np.arange(1, parts) * spent[-1] // parts, side="right")
@@ -55,8 +55,8 @@ def cuts_by_cost(costs: Int64s, parts: int) -> Int64s:
     return np.concatenate(([0], np.minimum(cuts, len(costs) - parts + place), [len(costs)]))
 
 
-def argsort(key: NDArray[np.integer], noise: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
-    """Indices in order of `key + uniform(0, spread)`; without `noise`, of `key` and then index.
+def argsort(key: NDArray[np.integer], bit_generator: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
+    """Indices in order of `key + uniform(0, spread)`; without `bit_generator`, of `key` and then index.
 
     A spread of 1 or less only breaks ties, since keys are whole numbers. One sort of unique 64-bit words: the sum in
     fixed point above, the index below. The raw bits of the generator, unlike its distributions, are the same in every
@@ -71,10 +71,10 @@ def argsort(key: NDArray[np.integer], noise: np.random.PCG64 | None, spread: flo
     key_bits = int(int(key.max()) - lowest + spread).bit_length()
     fraction_bits = min(64 - index_bits - key_bits, 32 - int(spread).bit_length())
     assert fraction_bits > 0, "lengths and number of samples do not fit into 64 bits"
-    if noise is None:
+    if bit_generator is None:
         words = np.zeros(num_keys, np.uint64)
     else:
-        words = noise.random_raw(num_keys)
+        words = bit_generator.random_raw(num_keys)
         words >>= np.uint64(32)
         words *= np.uint64(spread * 2**fraction_bits)
         words >>= np.uint64(32)
@@ -89,14 +89,14 @@ def argsort(key: NDArray[np.integer], noise: np.random.PCG64 | None, spread: flo
     return words.view(np.int64)
 
 
-def even_cuts(total: int, parts: int) -> Int64s:
+def even_offsets(total: int, parts: int) -> Int64s:
     """Offsets of `parts` runs whose sizes differ by one at most, the larger ones first. Shape (parts + 1,)."""
     size, larger = divmod(total, parts)
     cuts = np.arange(parts + 1, dtype=np.int64)
     return cuts * size + np.minimum(cuts, larger)
 
 
-def split_each(offsets: Int64s, parts: int) -> Int64s:
+def split_runs(offsets: Int64s, parts: int) -> Int64s:
     """Cuts every run into `parts` whose sizes differ by one at most, the larger ones first."""
     size, larger = np.divmod(np.diff(offsets)[:, None], parts)
     part = np.arange(parts)
@@ -104,7 +104,7 @@ def split_each(offsets: Int64s, parts: int) -> Int64s:
     return np.append(starts.ravel(), offsets[-1])
 
 
-def take_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int64s]:
+def gather_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int64s]:
     """The given runs of `order`, one after another, and their offsets."""
     starts, sizes = offsets[runs], np.diff(offsets)[runs]
     new_offsets = np.concatenate(([0], np.cumsum(sizes)))
@@ -116,7 +116,7 @@ def take_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int
 
 
 def tutorial_draws(
-    num_samples: int, run: int, num_steps: int, num_replicas: int, noise: np.random.PCG64
+    num_samples: int, run: int, num_steps: int, num_replicas: int, bit_generator: np.random.PCG64
 ) -> tuple[Int64s, Int64s]:
     """Takes a random run of `run` neighbours out of a list of `num_samples`, closes the gap, and so on to the end.
 
@@ -128,12 +128,12 @@ def tutorial_draws(
     the first half was drawn is found by a binary search among the first half's sorted positions.
     """
     last = min(max(num_samples - (num_steps - 1) * run, num_replicas), num_samples)
-    takes = np.diff(even_cuts(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
+    takes = np.diff(even_offsets(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
     takes = np.append(takes, last)
     steps = np.concatenate(([0], np.cumsum(takes)))
     remaining = num_samples - steps[:-1]
     choices = (remaining - takes + 1).astype(np.uint64)
-    starts = ((noise.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
+    starts = ((bit_generator.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
 
     # Positions in the list as it is just before the draw. Short draws are filled up, and draws past the end added up
     # to a power of two, by positions so far off that nothing ever looks for them.
@@ -142,21 +142,21 @@ def tutorial_draws(
     position = 2 * num_samples + np.arange(shape[0] * shape[1]).reshape(shape)
     column = np.arange(width)
     np.copyto(position[:num_steps], starts[:, None] + column, where=column < takes[:, None])
-    apart = 2 * (num_samples + position.size)  # keeps the positions of one pair of halves clear of the next pair's
+    stride = 2 * (num_samples + position.size)  # keeps the positions of one pair of halves clear of the next pair's
     while width < position.size:
         first, second = position.reshape(-1, 2, width).swapaxes(0, 1)
         pair = np.arange(len(first))[:, None]
         gaps = np.sort(first, axis=1) - np.arange(width)  # how many later positions each removal moves up
-        shift = np.searchsorted((gaps + pair * apart).ravel(), (second + pair * apart).ravel(), side="right")
+        shift = np.searchsorted((gaps + pair * stride).ravel(), (second + pair * stride).ravel(), side="right")
         second += shift.reshape(second.shape) - pair * width
         width *= 2
     return position[:num_steps][column < takes[:, None]], steps
 
 
-def too_few_fit(num_samples: int, num_replicas: int, budget: int) -> UsageError:
+def budget_too_small_error(num_samples: int, num_replicas: int, budget: int) -> UsageError:
     """What to raise where equal steps would need two samples in a batch that has room for one."""
     return UsageError(
         f"{num_samples} samples cannot be shared by {num_replicas} ranks in equally many batches, since "
-        f"max_tokens_per_batch={budget} lets one sample into a batch. Raise it, or run on a number of devices that "
+        f"the token budget of {budget} lets one sample into a batch. Raise it, or run on a number of devices that "
         "divides the samples."
     )

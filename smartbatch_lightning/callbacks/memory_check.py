@@ -1,18 +1,17 @@
-"""Running out of memory in the first seconds of a run instead of in its seventh hour."""
+"""Checks before training that the largest batches fit in memory."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from smartbatch_lightning.data.loader import SmartBatchLoader
-from smartbatch_lightning.errors import UsageError, cause
-from smartbatch_lightning.models.classifier import SequenceClassifier, model_inputs
+from smartbatch_lightning.errors import UsageError, root_cause_message
+from smartbatch_lightning.models.classifier import SequenceClassifier, forward_kwargs
 
 
 class MemoryCheck(Callback):
@@ -44,17 +43,17 @@ class MemoryCheck(Callback):
             or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         ):
             return
-        with _nothing_changes(pl_module), _room_for_moments(trainer):
+        with _restored_afterwards(pl_module), _optimizer_state_reserved(trainer):
             for batch in demanding_batches(loader):
                 _try(trainer, pl_module, loader, batch)
 
 
 def demanding_batches(loader: SmartBatchLoader) -> list[list[int]]:
     """The batch of the loader's epoch with the longest sample, that with most tokens and that with most samples."""
-    sampler = loader.smart_sampler
+    sampler = loader.plan_sampler
     plan, lengths = sampler.plan(), sampler.lengths
     sizes, longest = plan.batch_sizes(), plan.longest(lengths)
-    tokens = np.add.reduceat(lengths[plan.order], plan.offsets[:-1]) if sampler.packed else sizes * longest
+    tokens = sampler.spec.tokens(lengths[plan.order], plan.offsets)
     by_length, by_size = longest * (sizes.max() + 1) + sizes, sizes * (longest.max() + 1) + longest
     return [plan[number].tolist() for number in sorted({int(by.argmax()) for by in (by_length, tokens, by_size)})]
 
@@ -66,23 +65,23 @@ def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoade
     try:
         batch = trainer.strategy.batch_to_device(collated)
         with trainer.precision_plugin.train_step_context():
-            loss = module.compute_loss(module(**model_inputs(batch)), batch["labels"])
+            loss = module.compute_loss(module(**forward_kwargs(batch)), batch["labels"])
         loss.backward()  # type: ignore[no-untyped-call]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not re.search("out of memory|can't allocate memory|bad_alloc", str(error)):
             raise
-        longest = max(int(loader.smart_sampler.lengths[sample]) for sample in samples)
+        longest = max(int(loader.plan_sampler.lengths[sample]) for sample in samples)
         raise UsageError(
             f"a batch of {len(samples)} samples, the longest of {longest} tokens, does not fit into memory: its input "
-            f"has the shape {tuple(collated['input_ids'].shape)}. {cause(error)} Lower --data.batch_size, "
-            "--data.max_tokens_per_batch or --data.max_length; or set --trainer.precision=bf16-mixed; "
+            f"has the shape {tuple(collated['input_ids'].shape)}. {root_cause_message(error)} Lower --data.batch_size, "
+            "the token budget or --data.max_length; or set --trainer.precision=bf16-mixed; "
             "--trainer.accumulate_grad_batches makes up for smaller batches."
         ) from error
 
 
 @contextmanager
-def _nothing_changes(module: SequenceClassifier) -> Iterator[None]:
+def _restored_afterwards(module: SequenceClassifier) -> Iterator[None]:
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
@@ -94,7 +93,7 @@ def _nothing_changes(module: SequenceClassifier) -> Iterator[None]:
 
 
 @contextmanager
-def _room_for_moments(trainer: L.Trainer) -> Iterator[None]:
+def _optimizer_state_reserved(trainer: L.Trainer) -> Iterator[None]:
     """Takes up what the optimizer will hold from the first step on."""
     held = [
         torch.empty_like(parameter)

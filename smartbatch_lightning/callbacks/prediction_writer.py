@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from smartbatch_lightning.console import say
+from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as one table, a row a sample in the order of the input.
 
-    Columns: `index`, the row in the split; `label`, the likeliest class; and a `probability_NAME` for each class.
+    Columns: `index`, the row in the split, and those of the task: for single labels `label`, the likeliest class as it
+    stands in the data, and a `probability_NAME` for each class.
 
     Args:
         path: File to write, as Parquet or CSV by its ending.
@@ -36,6 +38,18 @@ class PredictionWriter(BasePredictionWriter):
                 f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
             )
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses predictions whose columns are unknown, before any is made.
+
+        Raises:
+            ValueError: The module is no `SequenceClassifier`.
+        """
+        if stage == "predict" and not isinstance(pl_module, SequenceClassifier):
+            raise UsageError(
+                f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
+                f"{type(pl_module).__name__}. Write what trainer.predict returns instead."
+            )
+
     def write_on_epoch_end(
         self,
         trainer: L.Trainer,
@@ -44,27 +58,20 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gathers all ranks' predictions, brings them into order and writes them, on rank 0."""
-        index = torch.cat([batch["index"] for batch in predictions]).cpu()
-        probabilities = torch.cat([batch["probabilities"] for batch in predictions]).cpu()
+        predicted = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, (index, probabilities))
-            index, probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+            torch.distributed.all_gather_object(parts, predicted)
+            predicted = {name: torch.cat([part[name] for part in parts]) for name in predicted}
         if not trainer.is_global_zero:
             return
-        order = index.argsort()
-        columns = probabilities[order].numpy()
-        names = getattr(pl_module, "label_names", None) or [str(number) for number in range(columns.shape[1])]
-        table = pa.table(
-            {
-                "index": index[order].numpy(),
-                "label": [names[number] for number in columns.argmax(axis=1)],
-                **{f"probability_{name}": columns[:, number] for number, name in enumerate(names)},
-            }
-        )
+        assert isinstance(pl_module, SequenceClassifier)  # setup has seen to it
+        order = predicted["index"].argsort()
+        rows = {name: values[order].numpy() for name, values in predicted.items()}
+        table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.suffix == ".csv":
             pyarrow.csv.write_csv(table, self.path)
         else:
             pyarrow.parquet.write_table(table, self.path)
-        say(f"Wrote {len(table):,} predictions to {self.path}")
+        echo(f"Wrote {len(table):,} predictions to {self.path}")

@@ -10,14 +10,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from smartbatch_lightning.console import command_line, say, table_of
+from smartbatch_lightning.console import command_line, echo, table_of
+from smartbatch_lightning.contract import text_data_of
 from smartbatch_lightning.data.collators import batch_lengths
+from smartbatch_lightning.data.loader import SmartBatchLoader
+from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 
 
@@ -29,17 +31,17 @@ class Counts:
         samples: Samples.
         tokens: Tokens, with padding.
         real_tokens: Tokens, without.
-        squares: Sum of the squares of the samples' lengths, on which the cost of attention depends.
+        sum_squared_lengths: Sum of the squares of the samples' lengths, on which the cost of attention depends.
         seconds: Time.
-        waited: Part of the time in which a batch was waited for.
+        data_wait_seconds: Part of the time in which a batch was waited for.
     """
 
     samples: int = 0
     tokens: int = 0
     real_tokens: int = 0
-    squares: int = 0
+    sum_squared_lengths: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
+    data_wait_seconds: float = 0.0
 
     def __sub__(self, other: "Counts") -> "Counts":
         return Counts(*(mine - others for mine, others in zip(astuple(self), astuple(other), strict=True)))
@@ -84,7 +86,7 @@ class TrainingMonitor(Callback):
         self.command = command_line()
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
-        self._started: tuple[int, Counts] | None = None
+        self._unfinished_epoch: tuple[int, Counts] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
@@ -95,26 +97,28 @@ class TrainingMonitor(Callback):
                 if device.type == "cuda"
                 else f"{torch.get_num_threads()} CPU threads"
             )
-            say(f"Training on {name}" + (f", one of {trainer.world_size} ranks" if trainer.world_size > 1 else ""))
+            echo(f"Training on {name}" + (f", one of {trainer.world_size} ranks" if trainer.world_size > 1 else ""))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts counting anew."""
+        """Starts counting."""
         self._samples = self._tokens = 0
         self._on_device = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         self._validating = 0.0
         self._last_step = trainer.global_step
         self._peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
-        model = getattr(pl_module, "model", None)
+        model = pl_module.model if isinstance(pl_module, SequenceClassifier) else None
         self._flops = None
-        if self._peak and isinstance(model, PreTrainedModel):
+        if self._peak and model is not None:
             with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
                 self._flops = training_flops(model.config)
         self._start = perf_counter()
-        self._waited_before = _waited(trainer)
+        self._data_wait = 0.0
+        self._loader = _loader(trainer)
+        self._loader_seconds = 0.0 if self._loader is None else self._loader.data_wait_seconds
         self._before_log = Counts()
         self._before_epoch = Counts()
-        if self._started is not None:
-            (epoch, counts), self._started = self._started, None
+        if self._unfinished_epoch is not None:
+            (epoch, counts), self._unfinished_epoch = self._unfinished_epoch, None
             if epoch == trainer.current_epoch:  # goes on, without an on_train_epoch_start
                 self._before_epoch -= counts
             else:  # that was its last step
@@ -124,7 +128,7 @@ class TrainingMonitor(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Marks where the epoch starts; by now the metrics of the one before are there."""
         self._close_epoch()
-        self._before_epoch = self._now(trainer)
+        self._before_epoch = self._snapshot(trainer)
         if not self._samples:  # the first one, after whatever other callbacks have tried
             self._before_log = self._before_epoch
             if pl_module.device.type == "cuda":
@@ -140,7 +144,7 @@ class TrainingMonitor(Callback):
         self._samples += len(lengths)
         self._tokens += batch["input_ids"].numel()
         self._on_device += torch.stack((lengths.sum(), lengths.square().sum()))
-        every: int = getattr(trainer, "log_every_n_steps", 0)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
         if trainer.loggers and every and step % every == 0 and step != self._last_step:
             self._last_step = step
@@ -157,7 +161,7 @@ class TrainingMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the epoch."""
-        self._epoch = epoch = self._now(trainer) - self._before_epoch
+        self._epoch = epoch = self._snapshot(trainer) - self._before_epoch
         if epoch.real_tokens:
             pl_module.log_dict(
                 {
@@ -177,18 +181,18 @@ class TrainingMonitor(Callback):
         """Prints the table, and what batching saved, on rank 0, when the progress bar has gone."""
         if stage != "fit" or not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
-        say(_table(self.epochs, self.total))
-        max_length = getattr(getattr(trainer, "datamodule", None), "max_length", None)
-        if max_length:
-            tokens, fixed = self.total.tokens, self.total.samples * max_length
-            say(
-                f"Tokens computed: {tokens:,}. Padding everything to {max_length} takes {fixed:,}: "
+        echo(_table(self.epochs, self.total))
+        if data := text_data_of(trainer):
+            tokens, fixed = self.total.tokens, self.total.samples * data.max_length
+            echo(
+                f"Tokens computed: {tokens:,}. Padding everything to {data.max_length} takes {fixed:,}: "
                 f"{1 - tokens / fixed:.1%} saved."
             )
         saver = trainer.checkpoint_callback
-        best, last = (getattr(saver, f"{which}_model_path", "") for which in ("best", "last"))
-        if path := (best or last) if getattr(saver, "monitor", None) else (last or best):
-            say(f"Checkpoint: {path}")
+        if isinstance(saver, ModelCheckpoint):
+            best, last = saver.best_model_path, saver.last_model_path
+            if path := (best or last) if saver.monitor else (last or best):
+                echo(f"Checkpoint: {path}")
 
     @property
     def total(self) -> Counts:
@@ -203,16 +207,16 @@ class TrainingMonitor(Callback):
             "command": self.command,
         }
         if self._trainer is not None and not ended:
-            started = self._now(self._trainer) - self._before_epoch
-            state["started"] = (self._trainer.current_epoch, asdict(started))
+            started = self._snapshot(self._trainer) - self._before_epoch
+            state["unfinished_epoch"] = (self._trainer.current_epoch, asdict(started))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them up again."""
+        """Restores them."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
-        if "started" in state:
-            epoch, counts = state["started"]
-            self._started = (epoch, Counts(**counts))
+        if "unfinished_epoch" in state:
+            epoch, counts = state["unfinished_epoch"]
+            self._unfinished_epoch = (epoch, Counts(**counts))
 
     def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
         """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""
@@ -225,30 +229,35 @@ class TrainingMonitor(Callback):
         self._epoch = None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, self._before_log = self._before_log, self._now(trainer)
+        before, self._before_log = self._before_log, self._snapshot(trainer)
         window = self._before_log - before
         logged = {
             "real_tokens_per_second": window.real_tokens_per_second,
             "padding_ratio": window.padding_ratio,
             "peak_memory_gib": _peak_memory(pl_module.device) / 2**30,
         }
-        if _waited(trainer) is not None:
-            logged["data_wait"] = window.waited / window.seconds
+        if self._loader is not None:
+            logged["data_wait"] = window.data_wait_seconds / window.seconds
         if self._peak and self._flops:
             per_token, per_square = self._flops
-            flops = per_token * window.real_tokens + per_square * window.squares
+            flops = per_token * window.real_tokens + per_square * window.sum_squared_lengths
             logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
         pl_module.log_dict({f"throughput/{name}": value for name, value in logged.items()}, rank_zero_only=True)
 
-    def _now(self, trainer: L.Trainer) -> Counts:
+    def _snapshot(self, trainer: L.Trainer) -> Counts:
         """What was trained until now; waits for the device, and for the other ranks."""
         host = torch.tensor([self._samples, self._tokens], device=self._on_device.device)
         counted = trainer.strategy.reduce(torch.cat((host, self._on_device)), reduce_op="sum")
         assert isinstance(counted, Tensor)
         samples, tokens, real_tokens, squares = counted.tolist()
         seconds = perf_counter() - self._start - self._validating
-        waited = (_waited(trainer) or 0.0) - (self._waited_before or 0.0)
-        return Counts(samples, tokens, real_tokens, squares, seconds, waited)
+        loader = _loader(trainer)
+        if loader is not self._loader:  # made again, and counting from 0
+            self._loader, self._loader_seconds = loader, 0.0
+        if loader is not None:
+            self._data_wait += loader.data_wait_seconds - self._loader_seconds
+            self._loader_seconds = loader.data_wait_seconds
+        return Counts(samples, tokens, real_tokens, squares, seconds, self._data_wait)
 
 
 def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
@@ -270,9 +279,9 @@ def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Tabl
     )
 
 
-def _waited(trainer: L.Trainer) -> float | None:
-    """Seconds in which batches were waited for, by a loader that tells."""
-    return getattr(trainer.train_dataloader, "seconds_waited", None)
+def _loader(trainer: L.Trainer) -> SmartBatchLoader | None:
+    """The training loader, if it says how long batches are waited for."""
+    return loader if isinstance(loader := trainer.train_dataloader, SmartBatchLoader) else None
 
 
 def _peak_memory(device: torch.device) -> int:

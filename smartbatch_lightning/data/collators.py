@@ -1,78 +1,60 @@
 """Ragged rows of tokens -> tensors."""
 
-from collections.abc import Mapping, Sequence
-from numbers import Number
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.errors import UsageError
 
-Padding = Literal["longest", "max_length", "packed"]
 Rows = Sequence[Mapping[str, Any]]
+Collator = Callable[[Rows], Any]
 
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids")
+_DEFAULT = BatchSpec()
 
 
 class PadCollator:
     """Pads a batch on the right and makes its attention mask.
 
-    Works on this package's samples and on any tokenized rows without padding, such as those of a `datasets.Dataset`;
-    a `label` becomes `labels`, as transformers' models expect.
+    Works on this package's samples and on any tokenized rows without padding, such as those of a `datasets.Dataset` in
+    any format; a `label` becomes `labels`, as transformers' models expect.
 
     Args:
         pad_token_id: What `input_ids` are padded with.
-        padding: `longest` pads to the longest sample of the batch, `max_length` always to `max_length`.
-        max_length: Width to which rounding up and `padding="max_length"` go; a longer sample is wider still.
-        pad_to_multiple_of: Rounds the width up to a multiple, but never beyond `max_length`.
-
-    Raises:
-        ValueError: `padding` is unknown, or it is `max_length` and none is given.
+        spec: How wide batches are: `width` of their longest sample.
+        pad_token_type_id: What `token_type_ids` are padded with.
     """
 
-    def __init__(
-        self,
-        pad_token_id: int = 0,
-        *,
-        padding: Literal["longest", "max_length"] = "longest",
-        max_length: int | None = None,
-        pad_to_multiple_of: int = 1,
-    ) -> None:
-        if padding not in ("longest", "max_length"):
-            raise UsageError(f"padding is {padding!r}; choose longest or max_length.")
-        if padding == "max_length" and max_length is None:
-            raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
-        if pad_to_multiple_of < 1:
-            raise UsageError(f"pad_to_multiple_of is {pad_to_multiple_of}; give 1 or more.")
-        self.pad_token_id = pad_token_id
-        self.padding = padding
-        self.max_length = max_length
-        self.pad_to_multiple_of = pad_to_multiple_of
+    def __init__(self, pad_token_id: int = 0, spec: BatchSpec = _DEFAULT, *, pad_token_type_id: int = 0) -> None:
+        self.spec = spec
+        self.padding_values = {"input_ids": pad_token_id, "token_type_ids": pad_token_type_id}
 
-    def width(self, longest: int) -> int:
-        """Tokens to which a batch with this longest sample is padded."""
-        if self.padding == "max_length" and self.max_length is not None:
-            return max(longest, self.max_length)
-        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        return width if self.max_length is None else max(longest, min(width, self.max_length))
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PadCollator":
+        """Pads with what a tokenizer pads with."""
+        return cls(tokenizer.pad_token_id or 0, spec, pad_token_type_id=tokenizer.pad_token_type_id)
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """Tensors of a batch.
 
         Args:
-            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and single numbers.
+            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and numbers.
 
         Returns:
-            `input_ids`, `attention_mask` and perhaps `token_type_ids` (batch, width), everything else (batch,); int64.
+            `input_ids`, `attention_mask` and perhaps `token_type_ids` (batch, width), int64; everything else
+            (batch, ...).
         """
         lengths = _lengths(rows)
-        width = self.width(int(lengths.max()))
+        width = int(self.spec.width(lengths.max()))
         batch: dict[str, Tensor] = {}
         for name in _token_columns(rows):
-            padded = np.full((len(rows), width), self.pad_token_id if name == "input_ids" else 0, np.int64)
+            padded = np.full((len(rows), width), self.padding_values[name], np.int64)
             for line, row in zip(padded, rows, strict=True):
                 line[: len(row[name])] = row[name]
             batch[name] = torch.from_numpy(padded)
@@ -83,39 +65,52 @@ class PadCollator:
 class PackCollator:
     """Puts the samples of a batch one after another into a single row, without any padding.
 
-    What is known as *padding-free* or *varlen*: `cu_seqlens` says where each sample starts, as in FlashAttention's
-    varlen functions (Dao, 2023). For models that `smartbatch_lightning.models.packing.enable_packing` has prepared, as
-    `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
+    What is known as *padding-free* or *varlen*: `cu_seq_lens_q` says where each sample starts, under the names of
+    transformers' `DataCollatorWithFlattening`, as in FlashAttention's varlen functions (Dao, 2023). For models that
+    `enable_packing` has prepared, as `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
     """
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PackCollator":
+        """Needs neither."""
+        return cls()
 
     def __call__(self, rows: Rows) -> dict[str, Tensor | int]:
         """Tensors of a batch.
 
         Args:
-            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and single numbers.
+            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and numbers.
 
         Returns:
             `input_ids`, `position_ids`, which start again at 0 in each sample, and perhaps `token_type_ids`
-            (1, tokens), int64; `cu_seqlens` (batch + 1,), int32, where each sample starts, and the end; `max_seqlen`,
-            the tokens of the longest sample; everything else (batch,), int64.
+            (1, tokens), int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and
+            the end; `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...).
         """
         lengths = _lengths(rows)
-        cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
-        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+        cu_seq_lens = np.concatenate(([0], np.cumsum(lengths)))
+        positions = np.arange(cu_seq_lens[-1]) - np.repeat(cu_seq_lens[:-1], lengths)
         batch: dict[str, Tensor | int] = {
-            name: torch.from_numpy(np.concatenate([row[name] for row in rows]).astype(np.int64)[None])
+            name: torch.from_numpy(np.concatenate([np.asarray(row[name]) for row in rows]).astype(np.int64)[None])
             for name in _token_columns(rows)
         }
         batch["position_ids"] = torch.from_numpy(positions[None])
-        batch["cu_seqlens"] = torch.from_numpy(cu_seqlens.astype(np.int32))
-        batch["max_seqlen"] = int(lengths.max())
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seq_lens.astype(np.int32))
+        batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
         return {**batch, **_numbers(rows)}
+
+
+# By `padding`: makes a collator of a tokenizer and a `BatchSpec`.
+COLLATORS: dict[str, Callable[[PreTrainedTokenizerBase, BatchSpec], Collator]] = {
+    "longest": PadCollator.from_tokenizer,
+    "max_length": PadCollator.from_tokenizer,
+    "packed": PackCollator.from_tokenizer,
+}
 
 
 def batch_lengths(batch: Any) -> Tensor | None:
     """Real tokens of each sample of a batch that either collator made, on its device. Shape (batch,); else None."""
-    if isinstance(batch, Mapping) and "cu_seqlens" in batch:
-        return torch.diff(batch["cu_seqlens"])
+    if isinstance(batch, Mapping) and "cu_seq_lens_q" in batch:
+        return torch.diff(batch["cu_seq_lens_q"])
     if isinstance(batch, Mapping) and "attention_mask" in batch:
         lengths: Tensor = batch["attention_mask"].sum(dim=1)
         return lengths
@@ -131,15 +126,17 @@ def _token_columns(rows: Rows) -> list[str]:
 
 
 def _numbers(rows: Rows) -> dict[str, Tensor]:
-    """The columns that hold a number for each sample, as tensors (batch,)."""
+    """The columns that hold numbers for each sample, as tensors (batch, ...)."""
     columns = {}
-    for name in rows[0]:
+    for name, first in rows[0].items():
         if name in (*_TOKEN_COLUMNS, "attention_mask"):
             continue
-        values = [row[name] for row in rows]
-        if not isinstance(values[0], Number):
+        values = np.array(
+            [np.asarray(row[name]) for row in rows] if isinstance(first, Tensor) else [row[name] for row in rows]
+        )
+        if values.dtype.kind not in "biuf":
             raise UsageError(
-                f"the column {name!r} holds {type(values[0]).__name__}, which makes no tensor. Remove it from the rows."
+                f"the column {name!r} holds {type(first).__name__}, which makes no tensor. Remove it from the rows."
             )
-        columns["labels" if name == "label" else name] = torch.tensor(values)
+        columns["labels" if name == "label" else name] = torch.from_numpy(values)
     return columns

@@ -1,4 +1,4 @@
-"""The DataLoader that Lightning cannot get wrong: every quirk of Lightning's data loading is met here, and only here.
+"""A DataLoader that works under Lightning: what Lightning does to data loaders is met here.
 
 Each was found with lightning 2.6 and has a test that fails without its cure.
 """
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 
 
-class _SamplerHandle(DistributedSampler[Any], SequentialSampler):
+class _LightningSamplerAdapter(DistributedSampler[Any], SequentialSampler):
     """What Lightning sees as `loader.sampler`.
 
     A `DistributedSampler`, so that Lightning does not try to replace it under DDP; a `SequentialSampler`, so that
@@ -50,10 +50,10 @@ class _LazyIterator(Iterator[Any]):
                 self._iterator = self._loader.batches()
             return next(self._iterator)
         finally:
-            self._loader.seconds_waited += perf_counter() - start
+            self._loader.data_wait_seconds += perf_counter() - start
 
 
-def _weighted(batches: Iterator[Any], weights: Iterable[float]) -> Iterator[Any]:
+def _attach_loss_weights(batches: Iterator[Any], weights: Iterable[float]) -> Iterator[Any]:
     for batch, weight in zip(batches, weights, strict=False):
         if isinstance(batch, MutableMapping):
             batch["loss_weight"] = weight
@@ -70,11 +70,11 @@ class SmartBatchLoader(DataLoader[Any]):
         loss_weights: Gives a weight for each batch that the sampler yields next, at the start of an epoch; a batch that
             is a dictionary then holds its own as `loss_weight`, a float.
         options: Everything else that `DataLoader` takes. Arguments that exclude a batch sampler are dropped, since
-            Lightning builds loaders anew for prediction with them set.
+            Lightning builds loaders again for prediction with them set.
 
     Attributes:
-        smart_sampler: The batch sampler, also where Lightning has wrapped it.
-        seconds_waited: Time in which a batch was waited for, over all epochs.
+        plan_sampler: The batch sampler, also where Lightning has wrapped it.
+        data_wait_seconds: Time in which a batch was waited for, over all epochs.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class SmartBatchLoader(DataLoader[Any]):
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
-        self.smart_sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
-        self.__dict__["sampler"] = _SamplerHandle(self.smart_sampler, on_epoch)
+        self.plan_sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
+        self.__dict__["sampler"] = _LightningSamplerAdapter(self.plan_sampler, on_epoch)
         self.loss_weights = loss_weights
-        self.seconds_waited = 0.0
+        self.data_wait_seconds = 0.0
 
     def __iter__(self) -> Any:
         return _LazyIterator(self)
@@ -101,7 +101,11 @@ class SmartBatchLoader(DataLoader[Any]):
     def batches(self) -> Iterator[Any]:
         """Starts iterating over the batches of an epoch."""
         batches: Iterator[Any] = super().__iter__()
-        return batches if self.loss_weights is None else _weighted(batches, self.loss_weights(self.smart_sampler))
+        return (
+            batches
+            if self.loss_weights is None
+            else _attach_loss_weights(batches, self.loss_weights(self.plan_sampler))
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the data module's state is enough, but Lightning warns of loaders that have none."""

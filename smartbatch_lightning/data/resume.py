@@ -1,4 +1,4 @@
-"""Where training stands, and how Lightning is told to go on from there: the one place that touches its loops' progress.
+"""Where training stands, and how Lightning goes on from there.
 
 Lightning keeps how many epochs and batches were trained, in counters that are internal to it (lightning 2.6); the
 tests in `tests/test_resume.py` pin what is used of them here.
@@ -13,34 +13,48 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
+from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.tokens import TokenDataset
+from smartbatch_lightning.errors import UsageError
+
+_FIELD_DESCRIPTIONS = {"data": "data (texts, labels, tokenizer, max_length or split)"}
 
 
-def recipe(data: TokenDataset, sampler: SmartBatchSampler) -> dict[str, Any]:
-    """What an epoch's plan is made from, but for the number of ranks: a resume is exact where all of it is equal."""
+def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
+    """What an epoch's plan is made from, but for the number of ranks: a resume is exact where all of it is equal.
+
+    Args:
+        data: The training samples.
+        spec: Of the sampler, its jitter a number.
+    """
     digest = hashlib.sha256()
     for array in (data.lengths, data.rows, data.labels):
-        digest.update(np.ascontiguousarray(array, np.int64).tobytes() if array is not None else b"none")
-    return {
-        "data": digest.hexdigest()[:16],
-        "batching": sampler.batching,
-        "batch_size": sampler.batch_size,
-        **_budget(sampler),
-        "jitter": sampler.jitter,
-        "seed": sampler.seed,
-    }
+        digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"none")
+    return {"data": digest.hexdigest()[:16], **spec.fingerprint()}
 
 
-def _budget(sampler: SmartBatchSampler) -> dict[str, Any]:
-    if sampler.max_tokens_per_batch is None:
-        return {"max_tokens_per_batch": None}
-    names = ("max_tokens_per_batch", "pad_to_multiple_of", "packed")
-    return {name: getattr(sampler, name) for name in names}
+def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuses a checkpoint of other data or batching.
+
+    Raises:
+        ValueError: The fingerprints differ; the message names in what.
+    """
+    differing = [
+        f"{_FIELD_DESCRIPTIONS.get(name, name)} was {saved.get(name)}, now {current.get(name)}"
+        for name in {**current, **saved}
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise UsageError(
+            f"the checkpoint cannot be resumed exactly: {'; '.join(differing)}. Set these as they were; or set "
+            "--data.ignore_fingerprint_mismatch=true to go on at the same step of the new plan; or start from its "
+            "weights with SequenceClassifier.load_from_checkpoint."
+        )
 
 
-def position(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
-    """Where training stands: an epoch, and what was trained of it, as `SmartBatchSampler.resume` takes it.
+def training_progress(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
+    """Where training stands, as `SmartBatchSampler.load_state_dict` takes it.
 
     Counted by what the optimizer has seen, not by what workers fetched: batches whose gradients were still being
     accumulated are trained again.
@@ -48,18 +62,14 @@ def position(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if epochs.started <= epochs.processed:  # between two epochs
-        return {"epoch": epochs.processed, "trained": []}
+        return {"epoch": epochs.processed, "consumed": []}
     steps = batches.processed
     if steps < trainer.num_training_batches:
         steps -= steps % trainer.accumulate_grad_batches
-    before = sampler.trained
-    return {
-        "epoch": epochs.processed,
-        "trained": [*before, (sampler.num_replicas, steps - (sampler.first_step if before else 0))],
-    }
+    return {**sampler.state_dict(steps), "epoch": epochs.processed}
 
 
-def align_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: bool) -> None:
+def sync_loop_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: bool) -> None:
     """Makes Lightning count the epoch's batches from where the sampler goes on.
 
     Called when Lightning has restored its progress and set the epoch, and has not begun to count. There is something
@@ -87,20 +97,22 @@ def align_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: b
             f"{progress.current.processed} batches of the epoch, which is exact if data, seed, batching and the number "
             "of ranks are as before."
         )
-        sampler.resume(sampler.epoch, [(sampler.num_replicas, progress.current.processed)])
-    if not sampler.trained:
+        sampler.load_state_dict(
+            {"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, progress.current.processed)]}
+        )
+    if not sampler.consumed:
         return
-    shift = sampler.first_step - progress.current.processed
+    shift = sampler.start_step - progress.current.processed
     for counter in ("ready", "started", "processed", "completed"):
         setattr(progress.current, counter, getattr(progress.current, counter) + shift)
-    if any(num_replicas != sampler.num_replicas for num_replicas, _ in sampler.trained) and trainer.max_steps == -1:
-        _align_schedules(trainer, sampler)
+    if any(num_replicas != sampler.num_replicas for num_replicas, _ in sampler.consumed) and trainer.max_steps == -1:
+        _sync_lr_schedulers(trainer, sampler)
 
 
-def _align_schedules(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
+def _sync_lr_schedulers(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
     """Puts schedules by the step at the same share of training as before, since an epoch now has other steps."""
     window = trainer.accumulate_grad_batches
-    steps = sampler.epoch * math.ceil(len(sampler) / window) + sampler.first_step // window
+    steps = sampler.epoch * math.ceil(len(sampler) / window) + sampler.start_step // window
     for config in trainer.lr_scheduler_configs:
         if config.interval == "step" and isinstance(config.scheduler, LambdaLR):
             config.scheduler.last_epoch = steps - 1

@@ -2,73 +2,58 @@
 
 from collections.abc import Iterator
 from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
-from smartbatch_lightning.batching.plan import Batching, BatchPlan, plan_epoch
+from smartbatch_lightning.batching import BatchPlan, BatchSpec, plan_epoch
+from smartbatch_lightning.batching.planner import check_lengths, with_jitter
 from smartbatch_lightning.errors import UsageError
 
-Trained = list[tuple[int, int]]
+_DEFAULT = BatchSpec()
 
 
 class SmartBatchSampler(Sampler[list[int]]):
-    """Yields one rank's batches of similar-length samples, planned anew each epoch.
+    """Yields one rank's batches of similar-length samples, in a new plan every epoch.
 
     Over all ranks every sample appears exactly once an epoch, and every rank takes equally many steps. The order is a
-    pure function of the arguments, the epoch and what was trained of it before; no global random state is read, and
+    pure function of the arguments, the epoch and what was consumed of it before; no global random state is read, and
     nothing is counted while iterating.
 
     Args:
         lengths: Tokens of each sample after truncation, special tokens counted. Shape (num_samples,).
-        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows.
-        batching: How batches are chosen: `smart`, `tutorial` or `random`.
-        max_tokens_per_batch: Token budget of a batch on one rank, with padding to its longest sample.
-        pad_to_multiple_of: What batches are padded to a multiple of, for the budget to reckon with.
-        packed: The batches will not be padded: the budget is for the sum of their lengths.
-        jitter: Tokens by which lengths are moved at random before sorting (`smart` only).
-        seed: Seed of the whole run.
+        spec: How batches are chosen and what one may hold.
         shuffle: False for evaluation: the same batches every time, in order.
         num_replicas: Ranks that share the samples; by default the world size of the default process group, or 1.
         rank: Which of them this is; by default this process' rank, or 0.
 
+    Attributes:
+        spec: The same with a number for `jitter: auto`.
+
     Raises:
-        ValueError: `batch_size` or a length is below 1, a length is above the token budget, or there are fewer samples
-            than ranks.
+        ValueError: A length is below 1 or above the token budget, or there are fewer samples than ranks.
     """
 
     def __init__(
         self,
         lengths: ArrayLike,
-        batch_size: int | None = None,
-        batching: Batching = "smart",
+        spec: BatchSpec = _DEFAULT,
         *,
-        max_tokens_per_batch: int | None = None,
-        pad_to_multiple_of: int = 1,
-        packed: bool = False,
-        jitter: float = 1.0,
-        seed: int = 0,
         shuffle: bool = True,
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.lengths = np.asarray(lengths)
-        self.batch_size = 16 if batch_size is None and max_tokens_per_batch is None else batch_size
-        self.batching = batching
-        self.max_tokens_per_batch = max_tokens_per_batch
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.packed = packed
-        self.jitter = jitter
-        self.seed = seed
+        self.lengths = check_lengths(lengths)
+        self.spec = with_jitter(spec, self.lengths) if shuffle else spec
         self.shuffle = shuffle
         self.num_replicas = num_replicas or (dist.get_world_size() if distributed else 1)
         self.rank = rank if rank is not None else (dist.get_rank() if distributed else 0)
         self.epoch = 0
-        self._resumed_epoch = -1
-        self._trained: Trained = []
+        self._unfinished: dict[str, Any] = {"epoch": -1, "consumed": []}
         if not 0 <= self.rank < self.num_replicas:
             raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
@@ -77,37 +62,42 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "SmartBatchSampler":
-        """Itself: Lightning tells the epoch to `loader.batch_sampler.sampler`, never to a batch sampler."""
+        """Itself: Lightning sets the epoch on `loader.batch_sampler.sampler`, never on a batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose batches are yielded next, as `DistributedSampler.set_epoch` does."""
         self.epoch = epoch
 
-    def resume(self, epoch: int, trained: Trained) -> None:
-        """Leaves out of an epoch what was trained of it before; other epochs stay whole.
+    def state_dict(self, step: int = 0) -> dict[str, Any]:
+        """State after batch `step` of this rank in the current epoch, counted so that `len` ends the epoch.
+
+        Returns:
+            `epoch`, and `consumed`: for each run that consumed a part of the epoch, its number of ranks and the steps
+            that each rank took.
+        """
+        consumed = [*self.consumed, (self.num_replicas, max(step, self.start_step) - self.start_step)]
+        return {"epoch": self.epoch, "consumed": consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Leaves out what was consumed of an epoch; other epochs stay whole.
 
         On as many ranks as before, the batches that follow are those of an uninterrupted epoch. On another number,
-        the samples that are left are dealt out anew.
-
-        Args:
-            epoch: The epoch that was interrupted.
-            trained: Of each run that trained a part of it, the number of ranks and the steps that each rank took.
+        the samples that are left are planned again for these.
         """
-        self._resumed_epoch = epoch
-        self._trained = list(trained)
+        self._unfinished = {"epoch": state["epoch"], "consumed": [(ranks, steps) for ranks, steps in state["consumed"]]}
 
     @property
-    def trained(self) -> Trained:
-        """What was trained of the current epoch before this run."""
-        return self._trained if self.epoch == self._resumed_epoch else []
+    def consumed(self) -> list[tuple[int, int]]:
+        """What earlier runs consumed of the current epoch: their numbers of ranks, and steps of each rank."""
+        return list(self._unfinished["consumed"]) if self.epoch == self._unfinished["epoch"] else []
 
     @property
-    def first_step(self) -> int:
+    def start_step(self) -> int:
         """Batches of this rank that lie behind it when iterating starts, counted so that `len` ends the epoch."""
-        if all(num_replicas == self.num_replicas for num_replicas, _ in self.trained):
-            return sum(steps for _, steps in self.trained)
-        plan, step = self._rest()
+        if all(num_replicas == self.num_replicas for num_replicas, _ in self.consumed):
+            return sum(steps for _, steps in self.consumed)
+        plan, step = self._remaining_plan()
         return len(self) - (len(plan) // self.num_replicas - step)
 
     def loss_weights(self, accumulated: int = 1, num_batches: int | None = None) -> Iterator[float]:
@@ -120,9 +110,9 @@ class SmartBatchSampler(Sampler[list[int]]):
             accumulated: Batches of a rank whose gradients are accumulated for an optimizer step.
             num_batches: Batches of a rank after which the epoch is ended, and its last optimizer step taken.
         """
-        plan, step = self._rest()
+        plan, step = self._remaining_plan()
         samples = plan.batch_sizes().reshape(-1, self.num_replicas)[step:]
-        batches = self.first_step + np.arange(len(samples))
+        batches = self.start_step + np.arange(len(samples))
         trained = batches < (len(self) if num_batches is None else num_batches)
         window = batches[trained] // accumulated
         total = np.bincount(window - window[:1], weights=samples[trained].sum(axis=1))[window - window[:1]]
@@ -130,31 +120,19 @@ class SmartBatchSampler(Sampler[list[int]]):
         return chain(weights.tolist(), repeat(1.0))
 
     def plan(self) -> BatchPlan:
-        """The batches of the current epoch over all ranks, with those that were trained before."""
+        """The batches of the current epoch over all ranks, with those that were consumed before."""
         return self._plan(self.num_replicas)
 
     def _plan(self, num_replicas: int, samples: NDArray[np.int64] | None = None) -> BatchPlan:
         if samples is not None and not len(samples):
             return BatchPlan(samples, np.zeros(1, np.int64), num_replicas)
         lengths = self.lengths if samples is None else self.lengths[samples]
-        plan = plan_epoch(
-            lengths,
-            self.batch_size,
-            self.batching,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            packed=self.packed,
-            seed=self.seed,
-            epoch=self.epoch,
-            num_replicas=num_replicas,
-            jitter=self.jitter,
-            shuffle=self.shuffle,
-        )
+        plan = plan_epoch(lengths, self.spec, epoch=self.epoch, num_replicas=num_replicas, shuffle=self.shuffle)
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
 
-    def _rest(self) -> tuple[BatchPlan, int]:
-        """The plan in force, and the steps of it that were trained before."""
-        runs = [*self.trained, (self.num_replicas, 0)]
+    def _remaining_plan(self) -> tuple[BatchPlan, int]:
+        """The plan in force, and the steps of it that were consumed before."""
+        runs = [*self.consumed, (self.num_replicas, 0)]
         plan, step = self._plan(runs[0][0]), 0
         for num_replicas, steps in runs:
             if num_replicas != plan.num_replicas:
@@ -167,5 +145,10 @@ class SmartBatchSampler(Sampler[list[int]]):
         return self._num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan, step = self._rest()
-        return (batch.tolist() for batch in plan.share(self.rank, step))
+        plan, step = self._remaining_plan()
+        if not self.consumed and len(plan) != self._num_steps * self.num_replicas:
+            raise UsageError(
+                f"the strategy {self.spec.batching!r} made {len(plan)} batches in epoch {self.epoch}, and "
+                f"{self._num_steps * self.num_replicas} before. Let the number be the same in every epoch."
+            )
+        return (batch.tolist() for batch in plan.rank_batches(self.rank, step))

@@ -1,12 +1,15 @@
 """A data set by its name: the demo, a Hub name, files or folders -> `DatasetDict`."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset, load_from_disk
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.errors import UsageError, cause, listed
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -40,11 +43,11 @@ def read_dataset(dataset: str | dict[str, str], config: str | None = None, *, la
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
         if path.is_dir():
             raise UsageError(
-                f"the folder {dataset} cannot be read as a data set: {cause(error)} Check that its files are whole "
-                "and not empty."
+                f"the folder {dataset} cannot be read as a data set: {root_cause_message(error)} Check that its "
+                "files are whole and not empty."
             ) from error
         raise UsageError(
-            f"the data set {dataset!r} is no file or folder here, and it cannot be had from the Hub: {cause(error)} "
+            f"the data set {dataset!r} was not found locally or on the Hub: {root_cause_message(error)} "
             "Check the name and the network, or set --data.dataset to a local CSV, JSON lines or Parquet file, or to "
             "a folder written by save_to_disk."
         ) from error
@@ -55,8 +58,8 @@ def _read_files(files: dict[str, str], label_column: str) -> DatasetDict:
     suffixes = sorted({Path(file).suffix for file in files.values()})
     if len(suffixes) != 1 or suffixes[0] not in _FILE_FORMATS:
         raise UsageError(
-            f"{listed(files.values())} end in {listed(suffixes)}; give files of one format, ending in one of "
-            f"{listed(_FILE_FORMATS)}."
+            f"{join_quoted(files.values())} end in {join_quoted(suffixes)}; give files of one format, ending in one of "
+            f"{join_quoted(_FILE_FORMATS)}."
         )
     paths = {split: Path(file).expanduser() for split, file in files.items()}
     for path in paths.values():
@@ -65,14 +68,40 @@ def _read_files(files: dict[str, str], label_column: str) -> DatasetDict:
     file_format = _FILE_FORMATS[suffixes[0]]
     options: dict[str, Any] = {}
     if file_format == "csv":
-        options = {"keep_default_na": False, "na_values": {label_column: [""]}}
+        # labels as text, or chunks of a file would be numbers or words by what stands in each
+        options = {"keep_default_na": False, "converters": {label_column: str}}
         options["sep"] = "\t" if suffixes[0] == ".tsv" else ","
     try:
         loaded = load_dataset(file_format, data_files={split: str(path) for split, path in paths.items()}, **options)
     except Exception as error:  # datasets raises dozens of kinds, all of them about these files
         raise UsageError(
-            f"{listed(files.values())} cannot be read as {file_format}: {cause(error)} Check that the file is whole, "
-            "not empty, and of the format that its ending tells."
+            f"{join_quoted(files.values())} cannot be read as {file_format}: {root_cause_message(error)} Check that "
+            "the file is whole, not empty, and of the format that its ending tells."
         ) from error
     assert isinstance(loaded, DatasetDict)
+    if file_format == "csv":
+        return DatasetDict({split: _with_typed_labels(read, label_column) for split, read in loaded.items()})
     return loaded
+
+
+def _with_typed_labels(dataset: Dataset, column: str) -> Dataset:
+    """Labels of a CSV file: numbers or truth values where all are written so, else words; an empty field is none."""
+    if column not in dataset.column_names or not len(dataset):
+        return dataset
+    text = dataset.select_columns(column).with_format("arrow")[:].column(column)
+    labels = pc.if_else(pc.equal(text, ""), None, text)
+    if _all_match(labels, r"^(0|-?[1-9][0-9]{0,17})$"):
+        labels = labels.cast(pa.int64())
+    elif _all_match(labels, "^(True|False)$"):
+        labels = pc.equal(labels, "True")
+    elif _all_match(labels, r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$") and not _all_match(labels, r"^[^.eE]+$"):
+        labels = labels.cast(pa.float64())
+    typed = dataset.remove_columns(column)
+    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
+    return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)
+
+
+def _all_match(labels: pa.ChunkedArray, pattern: str) -> bool:
+    """Whether there are labels, and all that are there match."""
+    matching = pc.match_substring_regex(labels, pattern)
+    return labels.null_count < len(labels) and bool(pc.all(matching, skip_nulls=True).as_py())

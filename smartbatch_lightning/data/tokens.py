@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.storage import write_once
+from smartbatch_lightning.storage import write_if_missing
 
 log = logging.getLogger(__name__)
 
@@ -26,44 +26,49 @@ _ROWS_PER_WRITE = 4096
 _COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
 
 
+_Slices = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+
+
 class TokenTable:
-    """Token ids of a data set's samples, memory-mapped from an Arrow file.
-
-    The file is seen as one flat array in which every sample is a slice; where the slices start and how long they are
-    comes from the offsets that Arrow keeps.
-
-    Args:
-        path: A file written by `tokenize_to_cache`.
+    """Token ids of samples: flat arrays in which every sample is a slice.
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), int64.
         num_truncated: Samples that were cut.
 
-    Raises:
-        ValueError: The file is cut short or corrupt.
+    Args:
+        columns: By name, the flat array, and where each sample's slice starts and how long it is.
+        num_truncated: Samples that were cut.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with pa.memory_map(str(path)) as file:
-                content = file.read_buffer()
-            reader = pa.ipc.open_file(content)
-            read = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
-            batches = [batch for batch, _ in read]
-            self.num_truncated = sum(int(noted[b"truncated"]) for _, noted in read)
-            promised = json.loads(reader.schema.metadata[b"smartbatch"])
-            self._columns = {name: _slices(content, batches, name) for name in reader.schema.names}
-        except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is not a whole token file: {error}. Delete it; it is made again.") from error
-        self.lengths = self._columns["input_ids"][2]
-        if len(self.lengths) != promised["num_samples"] or not (
-            np.all(self.lengths >= 1) and np.all(self.lengths <= promised["max_length"])
-        ):
-            raise ValueError(f"{path} does not hold the samples that it promises. Delete it; it is made again.")
+    def __init__(self, columns: dict[str, _Slices], num_truncated: int = 0) -> None:
+        self._columns = columns
+        self.num_truncated = num_truncated
+        self.lengths = columns["input_ids"][2]
 
-    def __reduce__(self) -> tuple[type["TokenTable"], tuple[Path]]:
-        return TokenTable, (self.path,)
+    @classmethod
+    def from_rows(cls, rows: Iterable[Any]) -> "TokenTable":
+        """Keeps rows in memory: lists of ids, or mappings with `input_ids` and perhaps `token_type_ids`.
+
+        Raises:
+            ValueError: A row has no tokens, or holds something else than whole numbers.
+        """
+        kept = [row if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
+        columns: dict[str, _Slices] = {}
+        for name in [name for name in _COLUMN_TYPES if kept and name in kept[0]]:
+            arrays = [np.asarray(row[name]) for row in kept]
+            for row, array in enumerate(arrays):
+                if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
+                    raise UsageError(
+                        f"tokenize gave {name} of the shape {array.shape} and the type {array.dtype} for row {row}; "
+                        "give a list of one or more whole numbers."
+                    )
+            lengths = np.array([len(array) for array in arrays], np.int64)
+            starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+            columns[name] = (np.concatenate(arrays).astype(_COLUMN_TYPES[name]), starts, lengths)
+        if not columns:
+            raise UsageError("tokenize gave no rows of token ids; give a list of ids for each sample.")
+        return cls(columns)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,17 +82,49 @@ class TokenTable:
         return row
 
 
+class TokenFile(TokenTable):
+    """The same, memory-mapped from an Arrow file; where the slices are comes from the offsets that Arrow keeps.
+
+    Args:
+        path: A file written by `tokenize_to_cache`.
+
+    Raises:
+        ValueError: The file is cut short or corrupt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with pa.memory_map(str(path)) as file:
+                content = file.read_buffer()
+            reader = pa.ipc.open_file(content)
+            read = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
+            batches = [batch for batch, _ in read]
+            num_truncated = sum(int(noted[b"truncated"]) for _, noted in read)
+            declared = json.loads(reader.schema.metadata[b"smartbatch"])
+            super().__init__({name: _slices(content, batches, name) for name in reader.schema.names}, num_truncated)
+        except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is no valid token file: {error}. Delete it; it is made again.") from error
+        if len(self.lengths) != declared["num_samples"] or not (
+            np.all(self.lengths >= 1) and np.all(self.lengths <= declared["max_length"])
+        ):
+            raise ValueError(f"{path} does not hold the samples that it declares. Delete it; it is made again.")
+
+    def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
+        return TokenFile, (self.path,)
+
+
 class TokenDataset(TorchDataset[dict[str, Any]]):
     """Samples for training: token ids, label and row number.
 
     Args:
         table: Token ids of all samples of a split.
-        labels: Number of each sample's class, or None where there are no labels. Shape (num_rows of the table,).
+        labels: Label of each sample, or None where there are none. Shape (num_rows of the table, ...).
         rows: Rows of the table that belong to this data set; by default all.
     """
 
     def __init__(
-        self, table: TokenTable, labels: NDArray[np.int64] | None = None, rows: NDArray[np.int64] | None = None
+        self, table: TokenTable, labels: NDArray[Any] | None = None, rows: NDArray[np.int64] | None = None
     ) -> None:
         self.table = table
         self.labels = labels
@@ -102,7 +139,7 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
         row = int(self.rows[sample])
         fields: dict[str, Any] = {**self.table[row], "index": row}
         if self.labels is not None:
-            fields["labels"] = int(self.labels[row])
+            fields["labels"] = self.labels[row]
         return fields
 
 
@@ -113,7 +150,7 @@ def tokenize_to_cache(
     text_columns: Sequence[str],
     max_length: int,
     cache_dir: Path,
-) -> TokenTable:
+) -> TokenFile:
     """Tokenizes a data set, or finds that it has been done before.
 
     The file's name is computed from the data's fingerprint, the tokenizer itself, `max_length` and the text columns:
@@ -131,14 +168,14 @@ def tokenize_to_cache(
     """
     backend = _backend(tokenizer, max_length)
     with_types = len(text_columns) == 2 and "token_type_ids" in tokenizer.model_input_names
-    recipe = [_FORMAT, dataset._fingerprint, backend.to_str(), list(text_columns), with_types]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    key_fields = [_FORMAT, dataset._fingerprint, backend.to_str(), list(text_columns), with_types]
+    key = hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()[:32]
     names = [name for name in _COLUMN_TYPES if with_types or name != "token_type_ids"]
     schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(_COLUMN_TYPES[name]))) for name in names])
-    promised = json.dumps({"num_samples": len(dataset), "max_length": max_length})
+    declared = json.dumps({"num_samples": len(dataset), "max_length": max_length})
 
     def write(path: Path) -> None:
-        with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": promised})) as file:
+        with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
             for texts in _texts(dataset, text_columns):
                 encodings = backend.encode_batch_fast(texts)
                 columns = {
@@ -151,23 +188,21 @@ def tokenize_to_cache(
                     custom_metadata={"truncated": str(truncated)},
                 )
 
-    return TokenTable(write_once(cache_dir / f"tokens-{key}.arrow", write, _is_whole))
+    return TokenFile(write_if_missing(cache_dir / f"tokens-{key}.arrow", write, _is_valid))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_valid(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        TokenTable(path)
+        TokenFile(path)
     except ValueError as error:
         log.warning("%s", error)
         return False
     return True
 
 
-def _slices(
-    content: pa.Buffer, batches: list[pa.RecordBatch], name: str
-) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+def _slices(content: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> _Slices:
     """A ragged column as a flat view of the whole file, and the start and length of each row in it."""
     dtype = _COLUMN_TYPES[name]
     flat = np.frombuffer(content, dtype, count=content.size // dtype.itemsize)

@@ -16,7 +16,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from smartbatch_lightning.storage import cache_dir, write_once
+from smartbatch_lightning.storage import cache_dir, write_if_missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,7 +228,7 @@ def _make(folder: Path) -> None:
 
 
 def _demo() -> Path:
-    return write_once(cache_dir() / NAME, _make)
+    return write_if_missing(cache_dir() / NAME, _make)
 
 
 def data_dir() -> Path:

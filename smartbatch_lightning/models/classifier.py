@@ -10,40 +10,46 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics import MetricCollection
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
     get_linear_schedule_with_warmup,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.errors import UsageError, cause
-from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, names_of_labels
-from smartbatch_lightning.models.packing import attention_dropout, can_pack, enable_packing
+from smartbatch_lightning.contract import TextModel, text_data_of
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
+from smartbatch_lightning.models.metrics import StageMetrics
+from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
+from smartbatch_lightning.tasks import TASKS, Task
+from smartbatch_lightning.tasks.single_label import label_names_from_config
 
 Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]
 
-_COUNTED_TOGETHER = 50  # batches
+# What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_NOT_IN_CONFIG = ("attn_implementation", "dtype")
 
 
 class SequenceClassifier(L.LightningModule):
-    """Fine-tunes BERT or one of its kin to classify texts.
+    """Fine-tunes BERT, or another pretrained encoder, to classify texts.
 
-    Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; it knows
-    nothing of how batches were made. The model is built in `configure_model`, when the Trainer knows the data: the
-    number of classes and their names come from the data module unless they are given. A checkpoint carries the
-    architecture, so that loading one needs neither the Hub nor the pretrained weights.
+    Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; batches may
+    be packed where the data module packs them. The model is built in `configure_model`, when the Trainer knows the
+    data: what is learnt, and the names of the labels, come from the data module. A checkpoint carries the architecture,
+    so that loading one needs neither the Hub nor the pretrained weights.
 
-    To do things differently, override `compute_loss`, `make_metrics`, `make_optimizer`, `make_scheduler` or the whole
-    `step`.
+    To do things differently, override `compute_loss`, `configure_metrics`, `configure_optimizer`,
+    `configure_scheduler` or the whole `step`.
 
     Args:
         pretrained: Name on the Hugging Face Hub or folder written by `save_pretrained`; `demo` for the small BERT of
@@ -55,6 +61,8 @@ class SequenceClassifier(L.LightningModule):
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
         compile: Compile the model with `torch.compile`, for batches of any width at once.
+        model_kwargs: What else `from_pretrained` takes, such as `revision`, `attn_implementation` or a dropout of the
+            configuration. Weights are float32 unless it says `dtype`.
         architecture: A model's configuration as `PretrainedConfig.to_dict` gives it, for fresh weights; checkpoints
             fill it in.
 
@@ -75,6 +83,7 @@ class SequenceClassifier(L.LightningModule):
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
         compile: bool = False,  # noqa: A002 - the field's word
+        model_kwargs: dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -94,50 +103,45 @@ class SequenceClassifier(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
         self.compiled = compile
+        self.model_kwargs = model_kwargs or {}
         self.architecture = architecture
         self.model = None
-        self._uncounted: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+        self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
 
     # --- what a subclass may want to do differently ---
 
-    def step(self, batch: Batch, stage: Stage) -> Tensor:
+    def step(self, batch: Batch, stage: Stage, dataloader_idx: int = 0) -> Tensor:
         """Loss of a batch, which is counted in the metrics of its stage.
 
         Args:
-            batch: Inputs of the model and `labels` (batch,).
+            batch: Inputs of the model and `labels` (batch, ...).
             stage: `train`, `val` or `test`.
+            dataloader_idx: Number of the data set, where a stage has several.
 
         Returns:
             The mean loss over the samples of the batch, a scalar.
         """
-        output = self(**model_inputs(batch))
-        labels = batch["labels"]
-        loss = self.compute_loss(output, labels)
-        mean_loss: MeanMetric = getattr(self, f"{stage}_loss")
-        # once for each sample: without its checks for NaN, torchmetrics (1.9) ignores weights
-        mean_loss.update(loss.detach().expand(len(labels)))
-        self._uncounted[stage].append((output.logits.detach(), labels))
-        if len(self._uncounted[stage]) >= _COUNTED_TOGETHER:
-            self._count(stage)
+        output = self(**forward_kwargs(batch))
+        assert output.logits is not None
+        loss = self.compute_loss(output, batch["labels"])
+        self._metrics_of(stage, dataloader_idx).update(loss, output.logits, batch["labels"])
         return loss
 
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
-        """Mean loss over the samples of a batch, a scalar: the model's own cross-entropy.
+        """Mean loss over the samples of a batch, a scalar: the task's, for single labels cross-entropy.
 
         Args:
             output: The model's, with `logits` (batch, num_labels).
-            labels: Numbers of the classes, (batch,).
+            labels: As the task encodes them, (batch, ...).
         """
-        assert output.loss is not None, "a batch without labels has no loss"
-        return output.loss
+        assert output.logits is not None
+        return self.task.compute_loss(output.logits, labels)
 
-    def make_metrics(self, num_labels: int) -> MetricCollection:
+    def configure_metrics(self, num_labels: int) -> MetricCollection:
         """Metrics of logits and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on."""
-        accuracy = MulticlassAccuracy(num_labels, average="micro")
-        f1 = MulticlassF1Score(num_labels, average="macro")
-        return MetricCollection({"accuracy": accuracy, "f1": f1})
+        return self.task.configure_metrics()
 
-    def make_optimizer(self) -> Optimizer:
+    def configure_optimizer(self) -> Optimizer:
         """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
@@ -151,7 +155,7 @@ class SequenceClassifier(L.LightningModule):
         optimizer._step_supports_amp_scaling = False
         return optimizer
 
-    def make_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+    def configure_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
         """Linear rise over the warm-up, then linear decay to 0 at the last of `num_steps` optimizer steps."""
         warmup_steps = self.warmup_steps or math.ceil(self.warmup_ratio * num_steps)
         schedule: LRScheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
@@ -162,35 +166,26 @@ class SequenceClassifier(L.LightningModule):
     # --- Lightning's hooks ---
 
     def configure_model(self) -> None:
-        """Builds the model for the data's classes where there is none yet, and checks that it fits the data."""
-        datamodule = getattr(self._trainer, "datamodule", None)
-        label_names: list[str] | None = getattr(datamodule, "label_names", None)
+        """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
+        data = text_data_of(self._trainer)
+        task = None if data is None else data.task
         if self.model is None:
-            model = (
-                self._pretrained_model(label_names) if self.architecture is None else _fresh_model(self.architecture)
-            )
-            if model.config.problem_type is None and len(names_of_labels(model.config)) > 1:
-                # else the first forward says so, and is compiled for nothing
-                model.config.problem_type = "single_label_classification"
-            # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
-            self.model = model.train()
-            if self.compiled:
-                self.model.compile(dynamic=True)  # once for batches of all widths
-            self.hparams["architecture"] = json.loads(model.config.to_json_string(use_diff=False))
-            metrics = self.make_metrics(len(self.label_names))
-            for stage in ("train", "val", "test"):
-                setattr(self, f"{stage}_loss", MeanMetric(nan_strategy="disable"))  # checks wait for the GPU
-                setattr(self, f"{stage}_metrics", metrics.clone(prefix=f"{stage}_"))
-        check_labels("the model", self.model.config, label_names)
-        check_inputs(self.model, datamodule)
-        if can_pack(self.model):
+            self.model = self._build(task)
+            self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
+        if task is not None:
+            check_labels("the model", self.model.config, task.label_names)
+        if data is not None:
+            check_inputs(self.model, data)
+        if data is not None and data.packed:
             enable_packing(self.model)
+        elif "attn_implementation" not in self.model_kwargs:
+            avoid_mask_sync(self.model)
 
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
-        packed = getattr(getattr(self.trainer, "datamodule", None), "padding", None) == "packed"
+        data = text_data_of(self._trainer)
         dropout = 0.0 if self.model is None else attention_dropout(self.model)
-        if packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
+        if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
             rank_zero_info(
                 f"The model's attention weights have a dropout of {dropout:g}, which packed batches on a GPU train "
                 "without; the other dropouts are as configured."
@@ -204,14 +199,16 @@ class SequenceClassifier(L.LightningModule):
                 "the learning rate falls to 0 at the last step, but training has no end. Set --trainer.max_epochs or "
                 "--trainer.max_steps."
             )
-        optimizer = self.make_optimizer()
-        scheduler = self.make_scheduler(optimizer, int(num_steps))
+        optimizer = self.configure_optimizer()
+        scheduler = self.configure_scheduler(optimizer, int(num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length)."""
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
+        if "cu_seq_lens_q" in inputs:
+            enable_packing(self.model)  # also where no data module has announced packed batches
         output: SequenceClassifierOutput = self.model(**inputs)
         return output
 
@@ -231,19 +228,32 @@ class SequenceClassifier(L.LightningModule):
         """Loss of a training batch, with the weight that it has in its optimizer step."""
         loss = self.step(batch, "train")
         # where Lightning hands it to a logger; in every other step the call alone would cost 0.3 ms
+        # 0 also where another loop than Lightning's Trainer runs this module
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Metrics of a validation batch."""
-        self.step(batch, "val")
+        self.step(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Metrics of a test batch."""
-        self.step(batch, "test")
+        self.step(batch, "test", dataloader_idx)
+
+    def on_train_epoch_start(self) -> None:
+        """Forgets what an interrupted epoch has counted."""
+        self._reset_metrics("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what an interrupted validation has counted."""
+        self._reset_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets what an interrupted test has counted."""
+        self._reset_metrics("test")
 
     def on_train_epoch_end(self) -> None:
         """Logs the metrics of the epoch."""
@@ -258,75 +268,160 @@ class SequenceClassifier(L.LightningModule):
         self._log_metrics("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """Probabilities (batch, num_labels), float32, and `index` (batch,), each sample's row, if batches have it."""
-        logits = self(**model_inputs(batch, without=("labels",))).logits
+        """What the task predicts, and `index` (batch,), each sample's row, if batches have it.
+
+        For single labels `probabilities` (batch, num_labels), float32.
+        """
+        logits = self(**forward_kwargs(batch)).logits
         rows = {"index": batch["index"]} if "index" in batch else {}
-        return {**rows, "probabilities": logits.float().softmax(-1)}
+        return {**rows, **self.task.predict(logits)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint for other classes, before its weights are found not to fit."""
+        """Refuses a checkpoint for other labels, before its weights are found not to fit."""
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
 
-    # --- the rest ---
+    # --- what the model is ---
 
-    def _count(self, stage: Stage) -> None:
-        """Counts in the metrics what has come together; many batches at once, since most metrics wait for the GPU."""
-        if batches := self._uncounted[stage]:
-            logits, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            batches.clear()
-            getattr(self, f"{stage}_metrics").update(logits, labels)
-
-    def _log_metrics(self, stage: Stage) -> None:
-        """Logs what has been counted; here and not in each step, where it would cost 1.4 ms."""
-        self._count(stage)
-        counted: dict[str, Metric] = {f"{stage}_loss": getattr(self, f"{stage}_loss")}
-        counted |= dict(getattr(self, f"{stage}_metrics").items())
-        self.log_dict({name: metric for name, metric in counted.items() if metric.update_called})
+    @property
+    def task(self) -> Task:
+        """What is learnt: as the run's data module has it, else by the model's configuration."""
+        data = text_data_of(self._trainer)
+        if data is not None and data.task is not None:
+            return data.task
+        assert self.model is not None, "a model has a task once it is built"
+        kind = TASKS[self.model.config.problem_type or "single_label_classification"]
+        return kind.from_config(self.model.config) or kind.from_names(self.label_names)
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits; none of a pretrained model before `configure_model`."""
-        if self.model is not None:
-            return names_of_labels(self.model.config)
-        return [] if self.architecture is None else names_of_labels(AutoConfig.for_model(**self.architecture))
+        """Names of the labels, in the order of the logits; none of a pretrained model before `configure_model`."""
+        config = self._own_config()
+        return [] if config is None else label_names_from_config(config)
 
-    def _pretrained_model(self, label_names: list[str] | None) -> PreTrainedModel:
+    def text_model(self) -> TextModel:
+        """What a data module needs to know."""
+        config = self._own_config()
+        if config is None and is_fine_tuned(pretrained := self._pretrained_config()):
+            config = pretrained
+        return TextModel(
+            tokenizer_name=self.pretrained,
+            tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
+            trained_config=config,
+            is_demo=self.pretrained == "demo",
+        )
+
+    def _own_config(self) -> PretrainedConfig | None:
+        """Configuration of the built model, or of a checkpoint's."""
+        if self.model is not None:
+            return self.model.config
+        return None if self.architecture is None else AutoConfig.for_model(**self.architecture)
+
+    def _build(self, task: Task | None) -> PreTrainedModel:
+        if self.architecture is None:
+            model = self._pretrained_model(task)
+        else:
+            model = _model_from_config(AutoConfig.for_model(**self.architecture), self.model_kwargs)
+        if model.config.problem_type is None and len(label_names_from_config(model.config)) > 1:
+            model.config.problem_type = "single_label_classification"
+        # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
+        model.train()
+        if self.compiled:
+            model.compile(dynamic=True)  # once for batches of all widths
+        return model
+
+    def _pretrained_config(self) -> PretrainedConfig:
         name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
-        labels: dict[str, Any] = {}
-        if label_names is not None:
-            labels["id2label"] = dict(enumerate(label_names))
-            labels["label2id"] = {label: number for number, label in enumerate(label_names)}
-        elif self.num_labels is not None:
-            labels["num_labels"] = self.num_labels
-        if label_names and self.num_labels not in (None, len(label_names)):
-            raise UsageError(
-                f"num_labels is {self.num_labels}, but the data has {len(label_names)} classes: {label_names}. Leave "
-                "num_labels out; it is taken from the data."
-            )
+        options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
         try:
-            config = AutoConfig.from_pretrained(name)
-            check_head(name, config, label_names)
-            # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
+            config, unknown = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **options)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
+                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
+            ) from error
+        if unknown := set(unknown) - set(_WHERE):
+            raise UsageError(
+                f"model_kwargs has {join_quoted(sorted(unknown))}, which the configuration of {self.pretrained!r} does "
+                "not know. Correct the name."
+            )
+        assert isinstance(config, PretrainedConfig)
+        return config
+
+    def _pretrained_model(self, task: Task | None) -> PreTrainedModel:
+        name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
+        config = self._pretrained_config()
+        if task is not None:
+            if self.num_labels not in (None, len(task.label_names)):
+                raise UsageError(
+                    f"num_labels is {self.num_labels}, but the data has {len(task.label_names)} classes: "
+                    f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
+                )
+            check_head(name, config, task.label_names)
+            config.update(task.config_fields())
+        elif self.num_labels is not None:
+            config.num_labels = self.num_labels
+        passed = (*_WHERE, *_NOT_IN_CONFIG)
+        options = {option: value for option, value in self.model_kwargs.items() if option in passed}
+        try:
             model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, **labels
+                # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
+                name,
+                config=config,
+                **{"dtype": torch.float32, **options},
             )
         except OSError as error:
             raise UsageError(
-                f"the model {name!r} is neither a folder here nor to be had from the Hub: {cause(error)} Give the path "
-                "of a folder written by save_pretrained, or a name on the Hub and a network."
+                f"the weights of {name!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
+                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
         return model
 
+    # --- metrics ---
 
-def _fresh_model(config: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
-        AutoConfig.for_model(**config)
-    )
+    def _metrics_of(self, stage: Stage, dataloader_idx: int = 0) -> StageMetrics:
+        key = f"{stage}_{dataloader_idx}"
+        if key not in self.stage_metrics:
+            metrics = self.configure_metrics(len(self.label_names))
+            self.stage_metrics[key] = StageMetrics(metrics).to(self.device)
+        found = self.stage_metrics[key]
+        assert isinstance(found, StageMetrics)
+        return found
+
+    def _sets_of(self, stage: Stage) -> list[tuple[str, StageMetrics]]:
+        """Metrics of a stage's data sets that have been seen, by what distinguishes their names."""
+        keys = [key for key in self.stage_metrics if key.startswith(f"{stage}_")]
+        data = text_data_of(self._trainer)
+        splits = [] if data is None else data.evaluation_splits.get(stage, [])
+        found = []
+        for number in range(len(keys)):
+            name = splits[number] if number < len(splits) else f"dataloader_idx_{number}"
+            found.append(("" if len(keys) == 1 else f"/{name}", self._metrics_of(stage, number)))
+        return found
+
+    def _reset_metrics(self, stage: Stage) -> None:
+        for _, metrics in self._sets_of(stage):
+            metrics.reset()
+
+    def _log_metrics(self, stage: Stage) -> None:
+        """Logs what has been counted; here and not in each step, where it would cost 1.4 ms."""
+        paths = {id(module): path for path, module in self.named_modules()}
+        for suffix, metrics in self._sets_of(stage):
+            for name, metric in metrics.computable().items():
+                # Lightning looks for metrics but once, and some have come since
+                self.log(
+                    f"{stage}_{name}{suffix}", metric, metric_attribute=paths[id(metric)], add_dataloader_idx=False
+                )
+
+
+def forward_kwargs(batch: Batch) -> Batch:
+    """What of a batch is for the model: all but labels, row numbers and the weight of its loss."""
+    return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", "labels")}
+
+
+def _model_from_config(config: PretrainedConfig, model_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Fresh weights for a checkpoint's; of the options of `from_pretrained` what a configuration does not hold."""
+    options = {name: value for name, value in model_kwargs.items() if name in _NOT_IN_CONFIG}
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, **options)  # type: ignore[no-untyped-call]
     return model
-
-
-def model_inputs(batch: Batch, without: tuple[str, ...] = ()) -> Batch:
-    """What of a batch is for the model: all but the row numbers and the weight of its loss."""
-    return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", *without)}

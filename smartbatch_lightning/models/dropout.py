@@ -9,8 +9,8 @@ from torch import Tensor
 _BITS = 16  # of each number that is drawn: probabilities are kept to 1/65,536
 
 
-def masks_from_torch() -> np.random.SFC64:
-    """A fast source of random bits, seeded from torch's generator, so that `torch.manual_seed` rules it."""
+def bit_generator_from_torch() -> np.random.SFC64:
+    """A fast source of random bits, seeded from torch's generator, so that `torch.manual_seed` decides."""
     return np.random.SFC64(int(torch.randint(2**63 - 1, ()).item()))
 
 

@@ -3,7 +3,7 @@
 import json
 import textwrap
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoConfig, BertConfig
 
-from smartbatch_lightning.batching.plan import Batching, BatchPlan, mates_kept, plan_epoch
-from smartbatch_lightning.console import say, table_of
-from smartbatch_lightning.data.collators import PadCollator, Padding
+from smartbatch_lightning.batching import STRATEGIES, BatchPlan, BatchSpec, batch_overlap, plan_epoch
+from smartbatch_lightning.batching.jitter import JitterPoint, measure_jitter
+from smartbatch_lightning.batching.planner import with_jitter
+from smartbatch_lightning.batching.spec import PADDING_WIDTHS
+from smartbatch_lightning.console import echo, table_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.data.labels import label_values
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.flops import training_flops
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WAYS: tuple[tuple[Batching, Padding], ...] = (
-    ("random", "max_length"),
-    ("random", "longest"),
-    ("tutorial", "longest"),
-    ("smart", "longest"),
-    ("random", "packed"),
-    ("tutorial", "packed"),
-    ("smart", "packed"),
-)
 _LINES_OF_A_TEXT = 5
 _WIDTH_OF_CLASSES = 60
 
@@ -61,19 +53,20 @@ class Strategy:
     """A way to batch the training data, over an epoch.
 
     Attributes:
-        batching: How batches are chosen.
+        batching: How batches are is_configured.
         padding: How they become tensors.
         batches: Batches.
         tokens: Tokens that are computed, with padding.
         padding_ratio: Padding over real tokens.
-        less_than_fixed: Share of the tokens that fixed padding takes and this does not.
-        mates_kept: Share of a sample's batch-mates that it meets again in the next epoch.
+        savings_vs_fixed: Share of the tokens that fixed padding takes and this does not.
+        batch_overlap: Share of a sample's batch-mates that it meets again in the next epoch.
         expected_speedup: Operations of fixed padding over those of this, linear layers and attention counted; an
             estimate, since not every operation takes equally long.
         balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None where
             a token budget does not let so many ranks take equally many steps.
         largest_batch: Samples and width of the batch with the most tokens; for packed batches samples and tokens.
-        chosen: This is what the data module is set to.
+        packed: Samples are packed instead of padded.
+        is_configured: This is what the data module is set to.
     """
 
     batching: str
@@ -81,19 +74,20 @@ class Strategy:
     batches: int
     tokens: int
     padding_ratio: float
-    less_than_fixed: float
-    mates_kept: float
+    savings_vs_fixed: float
+    batch_overlap: float
     expected_speedup: float
     balance: float | None
     largest_batch: tuple[int, int]
-    chosen: bool
+    packed: bool
+    is_configured: bool
 
 
 @dataclass
 class PaddingReport:
     """Samples, classes and lengths of a data set, and what each way to batch it costs.
 
-    In a notebook: `report = PaddingReport.of(data)`, then `report.show()` and `report.figures()`.
+    In a notebook: `report = PaddingReport.from_datamodule(data)`, then `report.show()` and `report.figures()`.
 
     Attributes:
         splits: The splits.
@@ -103,6 +97,8 @@ class PaddingReport:
         widths: Tokens of the longest sample of each batch of an epoch, as they come, by strategy.
         max_length: Of the data module.
         ranks: Ranks for which the balance is.
+        jitter: That `smart` batches of this data have.
+        frontier: Padding and batch overlap of `smart` batches by jitter.
     """
 
     splits: list[Split]
@@ -112,9 +108,11 @@ class PaddingReport:
     widths: dict[str, NDArray[np.int64]]
     max_length: int
     ranks: int
+    jitter: float
+    frontier: list[JitterPoint]
 
     @classmethod
-    def of(cls, data: SmartBatchDataModule, ranks: int = 8) -> "PaddingReport":
+    def from_datamodule(cls, data: SmartBatchDataModule, ranks: int = 8) -> "PaddingReport":
         """Looks at a data module's data, tokenizing them where that has not been done.
 
         Args:
@@ -130,30 +128,35 @@ class PaddingReport:
         ranks = min(ranks, len(lengths))
         operations = _operations(data)
         strategies, widths = [], {}
-        for batching, padding in WAYS:
+        for batching, padding in combinations(data.spec):
             with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
-                strategy, plan = _weigh(data, batching, padding, ranks, operations)
+                strategy, plan = _evaluate_strategy(data, batching, padding, ranks, operations)
                 strategies.append(strategy)
                 if (batching, padding) in (("random", "longest"), ("smart", "longest")):
                     widths[f"{batching}, {padding}"] = plan.longest(lengths)
         labelled = data.splits[data.train_split]
-        names, labels = data.label_names, data.train_data.labels
+        rows = data.train_data.rows[[0, len(lengths) // 2, -1]]
+        assert data.task is not None
+        assert data.train_data.labels is not None
+        labels = data.task.decode(data.train_data.labels[rows]).to_pylist()
         examples = [
-            (
-                names[int(labels[row])] if names is not None and labels is not None else "-",
-                " / ".join(labelled[int(row)][column] for column in data.text_columns),
-            )
-            for row in data.train_data.rows[[0, len(lengths) // 2, -1]]
+            (str(label), " / ".join(labelled[int(row)][column] for column in data.text_columns))
+            for label, row in zip(labels, rows, strict=True)
         ]
-        return cls(_splits(data), strategies, examples, lengths, widths, data.max_length, ranks)
+        spec = with_jitter(replace(data.spec, batching="smart"), lengths)
+        jitters = sorted({0.0, 1.0, 2.0, 4.0, 8.0, float(spec.jitter)})
+        frontier = [measure_jitter(lengths, spec, jitter) for jitter in jitters]
+        return cls(
+            _splits(data), strategies, examples, lengths, widths, data.max_length, ranks, float(spec.jitter), frontier
+        )
 
     def show(self) -> None:
         """Prints a few samples and the tables."""
         for label, text in self.examples:
             lines = textwrap.wrap(text, 78)
             more = ["..."] if len(lines) > _LINES_OF_A_TEXT else []
-            say("\n".join([f"[{label}]", *(f"  {line}" for line in lines[:_LINES_OF_A_TEXT] + more), ""]))
-        say(
+            echo("\n".join([f"[{label}]", *(f"  {line}" for line in lines[:_LINES_OF_A_TEXT] + more), ""]))
+        echo(
             table_of(
                 [
                     {
@@ -168,32 +171,46 @@ class PaddingReport:
                 ]
             )
         )
-        say("")
-        say(
+        echo("")
+        echo(
             table_of(
                 [
                     {
-                        "batching, padding": f"{one.batching}, {one.padding}" + (" *" if one.chosen else ""),
+                        "batching, padding": f"{one.batching}, {one.padding}" + (" *" if one.is_configured else ""),
                         "batches": f"{one.batches:,}",
                         "tokens": f"{one.tokens:,}",
                         "padding over real": f"{one.padding_ratio:.2%}",
-                        "less than fixed": f"{one.less_than_fixed:.1%}",
-                        "mates kept": f"{one.mates_kept:.1%}",
+                        "less than fixed": f"{one.savings_vs_fixed:.1%}",
+                        "batch overlap": f"{one.batch_overlap:.1%}",
                         "expected speed-up": f"{one.expected_speedup:.2f}",
                         f"balance {self.ranks} ranks": "-" if one.balance is None else f"{one.balance:.3f}",
                         "largest batch": "{:,} x {:,}".format(*one.largest_batch)
-                        if one.padding != "packed"
+                        if not one.packed
                         else "{:,}: {:,}".format(*one.largest_batch),
                     }
                     for one in self.strategies
                 ]
             )
         )
-        say(
+        echo(
             f"An epoch of the {len(self.lengths):,} samples that are trained. * as configured.\n"
-            "Mates kept: share of a sample's batch-mates that it meets again in the next epoch.\n"
+            "Batch overlap: share of a sample's batch-mates that it meets again in the next epoch.\n"
             "Expected speed-up: an estimate from the operations of linear layers and attention, over fixed padding.\n"
             "Balance: slowest rank over the mean. Largest batch: samples x width; samples: tokens where packed."
+        )
+
+        echo("")
+        echo(
+            table_of(
+                [
+                    {
+                        "smart, jitter": f"{point.jitter:g}" + (" *" if point.jitter == self.jitter else ""),
+                        "padding over real": f"{point.padding_ratio:.2%}",
+                        "batch overlap": f"{point.batch_overlap:.1%}",
+                    }
+                    for point in self.frontier
+                ]
+            )
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +218,8 @@ class PaddingReport:
         return {
             "max_length": self.max_length,
             "ranks": self.ranks,
+            "jitter": self.jitter,
+            "frontier": [asdict(point) for point in self.frontier],
             "splits": [asdict(split) for split in self.splits],
             "strategies": [asdict(strategy) for strategy in self.strategies],
         }
@@ -229,49 +248,41 @@ class PaddingReport:
         }
 
 
-def _weigh(
-    data: SmartBatchDataModule, batching: Batching, padding: Padding, ranks: int, operations: tuple[float, float]
+def _evaluate_strategy(
+    data: SmartBatchDataModule, batching: str, padding: str, ranks: int, operations: tuple[float, float]
 ) -> tuple[Strategy, BatchPlan]:
     """Plans two epochs, and one for several ranks, and counts what they cost."""
     lengths = data.train_data.lengths
-    per_token, per_square = operations
-    options = data.plan_options(batching, padding)
-
-    def tokens_and_squares(plan: BatchPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if padding == "packed":
-            inside = lengths[plan.order]
-            return (
-                np.add.reduceat(inside, plan.offsets[:-1]),
-                np.add.reduceat(inside**2, plan.offsets[:-1]),
-            )
-        collator = PadCollator(padding=padding, max_length=data.max_length, pad_to_multiple_of=data.pad_to_multiple_of)
-        widths = np.array([collator.width(int(longest)) for longest in plan.longest(lengths)])
-        return plan.batch_sizes() * widths, plan.batch_sizes() * widths**2
-
-    plan = plan_epoch(lengths, **options)
-    tokens, squares = tokens_and_squares(plan)
+    per_token, per_pair = operations
+    spec = with_jitter(replace(data.spec, batching=batching, padding=padding), lengths)
+    plan = plan_epoch(lengths, spec)
+    tokens, pairs = (of(lengths[plan.order], plan.offsets) for of in (spec.tokens, spec.token_pairs))
     balance = None
     with suppress(UsageError):
-        tokens_of_ranks, squares_of_ranks = tokens_and_squares(plan_epoch(lengths, num_replicas=ranks, **options))
-        costs = (per_token * tokens_of_ranks + per_square * squares_of_ranks).reshape(-1, ranks)
+        shared = plan_epoch(lengths, spec, num_replicas=ranks)
+        tokens_of_ranks, pairs_of_ranks = (
+            of(lengths[shared.order], shared.offsets) for of in (spec.tokens, spec.token_pairs)
+        )
+        costs = (per_token * tokens_of_ranks + per_pair * pairs_of_ranks).reshape(-1, ranks)
         balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
     largest = int(tokens.argmax())
     samples = int(plan.batch_sizes()[largest])
     computed = int(tokens.sum())
     fixed = len(lengths) * data.max_length
-    fixed_operations = fixed * (per_token + per_square * data.max_length)
+    fixed_operations = fixed * (per_token + per_pair * data.max_length)
     strategy = Strategy(
         batching=batching,
         padding=padding,
         batches=len(plan),
         tokens=computed,
         padding_ratio=computed / int(lengths.sum()) - 1,
-        less_than_fixed=1 - computed / fixed,
-        mates_kept=mates_kept(plan, plan_epoch(lengths, epoch=1, **options)),
-        expected_speedup=fixed_operations / float(per_token * computed + per_square * squares.sum()),
+        savings_vs_fixed=1 - computed / fixed,
+        batch_overlap=batch_overlap(plan, plan_epoch(lengths, spec, epoch=1)),
+        expected_speedup=fixed_operations / float(per_token * computed + per_pair * pairs.sum()),
         balance=balance,
-        largest_batch=(samples, int(tokens[largest]) // (1 if padding == "packed" else samples)),
-        chosen=(data.batching, data.padding) == (batching, padding),
+        largest_batch=(samples, int(tokens[largest]) // (1 if spec.packed else samples)),
+        packed=spec.packed,
+        is_configured=(data.batching, data.padding) == (batching, padding),
     )
     return strategy, plan
 
@@ -299,22 +310,30 @@ def _splits(data: SmartBatchDataModule) -> list[Split]:
     """The splits that runs would use."""
     splits = []
     for name in data.used_splits:
-        table = data.tokenize(data.splits[name])
-        dataset, names = data.splits[name], data.label_names or []
-        labels = None
-        if data.classes is not None and data.label_column in dataset.column_names:
+        dataset = data.splits[name]
+        table = data.token_table(dataset)
+        counts: dict[str, int] = {}
+        if data.task is not None and data.label_column in dataset.column_names:
             with suppress(UsageError):  # many a test split has labels that are none
-                labels = data.classes.numbers(label_values(dataset, data.label_column, name), name)
+                counts = data.task.label_counts(data.task.encode(dataset, data.label_column, name))
         splits.append(
             Split(
                 name=name,
                 samples=len(table),
-                classes={}
-                if labels is None
-                else dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True)),
+                classes=counts,
                 tokens=int(table.lengths.sum()),
                 mean_length=float(table.lengths.mean()),
                 truncated=table.num_truncated / len(table),
             )
         )
     return splits
+
+
+def combinations(spec: BatchSpec) -> list[tuple[str, str]]:
+    """Every batching and padding; fixed padding, for which batching makes no difference, first and once."""
+    fixed = ("random", "max_length")
+    batchings = list(dict.fromkeys([*STRATEGIES, spec.batching]))
+    return [
+        fixed,
+        *((batching, padding) for padding in PADDING_WIDTHS if padding != fixed[1] for batching in batchings),
+    ]

@@ -1,0 +1,135 @@
+"""How an order of samples is cut into steps and batches under a token budget, and dealt to ranks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smartbatch_lightning.batching.arrays import (
+    Int64s,
+    argsort,
+    budget_too_small_error,
+    even_offsets,
+    gather_runs,
+    offsets_by_cost,
+    offsets_by_width,
+    split_runs,
+)
+from smartbatch_lightning.batching.plan import BatchPlan
+from smartbatch_lightning.batching.spec import BatchSpec
+
+
+@dataclass(frozen=True, eq=False)
+class PlanRequest:
+    """What a strategy makes a plan of.
+
+    Attributes:
+        lengths: Tokens of each sample. Shape (num_samples,), integers.
+        spec: What a batch may hold; its jitter is a number.
+        num_replicas: Ranks that share the epoch, in equally many steps.
+        bit_generator: The only source of randomness, drawn from the seed and the epoch; None for evaluation, whose
+            plan has no randomness at all.
+    """
+
+    lengths: NDArray[np.integer]
+    spec: BatchSpec
+    num_replicas: int
+    bit_generator: np.random.PCG64 | None
+
+    @property
+    def samples_per_batch(self) -> int:
+        """Samples that a batch may hold whatever their lengths."""
+        return self.spec.samples_per_batch(int(self.lengths.max()), len(self.lengths))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch whose batches hold equally many samples, to within one.
+
+        Raises:
+            ValueError: The token budget has no room for equally many steps on so many ranks.
+        """
+        samples, num_samples, budget = self.samples_per_batch, len(self.lengths), self.spec.max_tokens_per_batch
+        if budget and budget < 2 * self.spec.width(self.lengths.max()) and num_samples % self.num_replicas:
+            raise budget_too_small_error(num_samples, self.num_replicas, budget)
+        return min(-(-num_samples // (samples * self.num_replicas)), num_samples // self.num_replicas)
+
+    def cut(self, order: Int64s) -> BatchPlan:
+        """Cuts samples that come in any order, with the same number of batches whatever it is.
+
+        Batches hold equally many samples, and those of a step are dealt to its ranks by length, back and forth. Packed
+        batches under a token budget are cut where equal shares of the tokens end.
+
+        Args:
+            order: Every sample once. Shape (num_samples,).
+        """
+        by_cost = self._offsets_by_cost(order)
+        if by_cost is not None:
+            return BatchPlan(order, by_cost, self.num_replicas)
+        return self._deal_by_length(order, even_offsets(len(order), self.num_steps))
+
+    def cut_sorted(self, order: Int64s, headroom: int = 0) -> BatchPlan:
+        """Cuts samples that come in order of length; under a token budget into few long or many short ones.
+
+        Args:
+            order: Every sample once, the shortest first. Shape (num_samples,).
+            headroom: Tokens by which a sample may be longer than one behind it.
+        """
+        by_cost = self._offsets_by_cost(order)
+        if by_cost is not None:
+            return BatchPlan(order, by_cost, self.num_replicas)
+        steps = self._steps_by_width(headroom)
+        if steps is not None:
+            return BatchPlan(order, split_runs(steps, self.num_replicas), self.num_replicas)
+        return BatchPlan(order, even_offsets(len(order), self.num_steps * self.num_replicas), self.num_replicas)
+
+    def is_too_large(self, samples: int, tokens: int) -> bool:
+        """Whether a batch holds more than it may; two samples it always may, where steps could not be equal."""
+        most = max(self.spec.batch_size or samples, 1 + (len(self.lengths) % self.num_replicas > 0))
+        return samples > most or tokens > (self.spec.max_tokens_per_batch or tokens)
+
+    def shuffle_steps(self, plan: BatchPlan) -> BatchPlan:
+        """Puts the steps of a plan in random order; in evaluation they stay as they are."""
+        if self.bit_generator is None:
+            return plan
+        steps = argsort(np.zeros(len(plan) // self.num_replicas, np.int64), self.bit_generator)
+        batches = (steps[:, None] * self.num_replicas + np.arange(self.num_replicas)).ravel()
+        return BatchPlan(*gather_runs(plan.order, plan.offsets, batches), self.num_replicas)
+
+    def _offsets_by_cost(self, order: Int64s) -> Int64s | None:
+        """Offsets of packed batches of a budget, where they are fewer than those of equally many samples."""
+        budget = self.spec.max_tokens_per_batch
+        if budget is None or not self.spec.packed:
+            return None
+        # what of the budget a sample takes up, its share of `batch_size` included
+        costs = np.maximum(self.lengths, -(-budget // (self.spec.batch_size or len(order)))).astype(np.int64)
+        # a run between two cuts exceeds an equal share of the costs by less than its last sample's
+        num_batches = -(-int(costs.sum()) // (budget - int(costs.max()) + 1))
+        num_steps = -(-num_batches // self.num_replicas)
+        samples = self.samples_per_batch * self.num_replicas
+        if num_steps >= min(-(-len(order) // samples), len(order) // self.num_replicas):
+            return None
+        return offsets_by_cost(costs[order], num_steps * self.num_replicas)
+
+    def _steps_by_width(self, headroom: int) -> Int64s | None:
+        """Offsets of the steps of a budget, where batches of short samples may hold more than those of long ones."""
+        budget = self.spec.max_tokens_per_batch
+        batch_size = self.spec.batch_size or len(self.lengths)
+        if budget is None or self.samples_per_batch >= batch_size:
+            return None
+        counts = np.bincount(self.lengths)
+        lengths = np.flatnonzero(counts)
+        # a sample this much longer may stand in the place of any other
+        widths = self.spec.width(np.minimum(lengths + headroom, lengths[-1]))
+        return offsets_by_width(widths, counts[lengths], batch_size, budget, self.num_replicas)
+
+    def _deal_by_length(self, order: Int64s, steps: Int64s) -> BatchPlan:
+        if self.num_replicas == 1:
+            return BatchPlan(order, steps)
+        step = np.repeat(np.arange(len(steps) - 1), np.diff(steps))
+        # longest first, so that the odd ones that are left over at the end are the short ones
+        by_length = argsort((step + 1) * (int(self.lengths.max()) + 1) - self.lengths[order], None)
+        round_, slot = np.divmod(np.arange(len(order)) - steps[step], self.num_replicas)
+        rank = np.where(round_ % 2 == 0, slot, self.num_replicas - 1 - slot)
+        batch = step * self.num_replicas + rank
+        offsets = np.concatenate(([0], np.cumsum(np.bincount(batch))))
+        return BatchPlan(order[by_length[argsort(batch, None)]], offsets, self.num_replicas)

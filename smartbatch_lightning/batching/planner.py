@@ -1,0 +1,79 @@
+"""Lengths, seed and epoch in, a `BatchPlan` out, without torch and without global random state."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smartbatch_lightning.batching.jitter import choose_jitter
+from smartbatch_lightning.batching.layout import PlanRequest
+from smartbatch_lightning.batching.plan import BatchPlan
+from smartbatch_lightning.batching.spec import BatchSpec
+from smartbatch_lightning.batching.strategies import find_strategy
+from smartbatch_lightning.errors import UsageError
+
+_DEFAULT = BatchSpec()
+
+
+def plan_epoch(
+    lengths: ArrayLike,
+    spec: BatchSpec = _DEFAULT,
+    *,
+    epoch: int = 0,
+    num_replicas: int = 1,
+    shuffle: bool = True,
+) -> BatchPlan:
+    """Plans the batches of one epoch.
+
+    Whatever the batching, every sample stands in the plan exactly once, every rank takes the same number of steps,
+    the number of batches is the same in every epoch, the batches of a step are of nearly equal length, and the plan
+    depends on the arguments alone.
+
+    Args:
+        lengths: Tokens of each sample, after truncation and with special tokens. Shape (num_samples,), integers.
+        spec: How batches are chosen and what one may hold.
+        epoch: Number of the epoch, from 0; each has a plan of its own.
+        num_replicas: Ranks that share the epoch.
+        shuffle: False for evaluation: no randomness at all, `smart` and `tutorial` in order of length, `random` in
+            order of the samples.
+
+    Raises:
+        ValueError: A length is below 1 or above the token budget, or there are too few samples for so many ranks.
+    """
+    checked = check_lengths(lengths)
+    if num_replicas < 1:
+        raise UsageError(f"num_replicas is {num_replicas}; give the number of ranks, 1 or more.")
+    if len(checked) < num_replicas:
+        raise UsageError(
+            f"{len(checked)} samples cannot be shared by {num_replicas} ranks with every sample once and a batch on "
+            f"every rank. Run on at most {len(checked)} devices, or give more data."
+        )
+    spec = with_jitter(spec if shuffle else replace(spec, jitter=0.0), checked)
+    bit_generator = np.random.PCG64(np.random.SeedSequence((spec.seed, epoch))) if shuffle else None
+    return find_strategy(spec.batching)(PlanRequest(checked, spec, num_replicas, bit_generator))
+
+
+def with_jitter(spec: BatchSpec, lengths: NDArray[np.integer]) -> BatchSpec:
+    """The same, with a number for `jitter: auto`, which depends on the lengths of the whole data set.
+
+    Raises:
+        ValueError: A length is above the token budget.
+    """
+    spec.check_lengths(lengths)
+    return replace(spec, jitter=choose_jitter(lengths, spec)) if spec.jitter == "auto" else spec
+
+
+def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
+    """The lengths as an array, if a plan can be made of these.
+
+    Raises:
+        ValueError: They are no integers of one dimension, there are none, or one is below 1.
+    """
+    checked = np.asarray(lengths)
+    if checked.ndim != 1 or not (np.issubdtype(checked.dtype, np.integer) or checked.size == 0):
+        raise UsageError(f"lengths has shape {checked.shape} and type {checked.dtype}; give one integer a sample.")
+    if checked.size and checked.min() < 1:
+        raise UsageError(
+            f"sample {int(checked.argmin())} has length {checked.min()}; every sample needs a token or more."
+        )
+    return checked

@@ -1,0 +1,151 @@
+"""What a batch may hold and what it costs: asked by everything that plans, builds or counts batches."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smartbatch_lightning.batching.arrays import Int64s, round_up
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+_DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """How batches are chosen, what one may hold on one rank, and how it is padded.
+
+    Args:
+        batching: How batches are chosen: `smart`, `tutorial`, `random`, a name given to `register_strategy`, or the
+            import path of a strategy.
+        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows. Only
+            where it is 1 and the ranks do not divide the samples do some batches hold two, since equal steps leave no
+            other way.
+        max_tokens_per_batch: Token budget of a batch on one rank, padding included.
+        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` pads nothing and
+            puts the samples one after another.
+        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`.
+        max_length: Tokens of the longest sample there may be; None where it is unknown.
+        jitter: `smart` only: tokens by which a sample's length is moved up or down at random before sorting. More
+            jitter mixes batches more from epoch to epoch and pads more; up to 0.5 it only breaks ties. `auto` takes
+            the least that keeps the batch overlap under 10 %, as far as padding stays within 1 % of the real tokens.
+        seed: Seed of the whole run.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    batching: str = "smart"
+    batch_size: int | None = None
+    max_tokens_per_batch: int | None = None
+    padding: str = "longest"
+    pad_to_multiple_of: int = 1
+    max_length: int | None = None
+    jitter: float | Literal["auto"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_tokens_per_batch", "pad_to_multiple_of", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; give 1 or more.")
+        if self.padding not in PADDING_WIDTHS:
+            raise UsageError(f"padding is {self.padding!r}; choose one of {join_quoted(PADDING_WIDTHS)}.")
+        if self.padding == "max_length" and self.max_length is None:
+            raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
+        if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter < math.inf):
+            raise UsageError(f"jitter is {self.jitter}; give a number of tokens, 0 or more, or 'auto'.")
+        if self.batch_size is None and self.max_tokens_per_batch is None:
+            object.__setattr__(self, "batch_size", _DEFAULT_BATCH_SIZE)
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}; give 0 or more.")
+
+    @property
+    def packed(self) -> bool:
+        """Samples are put one after another instead of being padded."""
+        return PADDING_WIDTHS[self.padding] is None
+
+    def width(self, longest: ArrayLike) -> Int64s:
+        """Tokens to which batches are padded whose longest samples have so many; of any shape."""
+        longest = np.asarray(longest, np.int64)
+        padded = PADDING_WIDTHS[self.padding]
+        return longest if padded is None else np.maximum(longest, padded(self, longest))
+
+    def tokens(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
+        """Tokens that each batch takes, padding included.
+
+        Args:
+            lengths: Of the samples, batch after batch. Shape (num_samples,).
+            offsets: Where each batch starts, and the end. Shape (num_batches + 1,).
+
+        Returns:
+            Shape (num_batches,).
+        """
+        lengths = np.asarray(lengths, np.int64)
+        if self.packed:
+            return np.add.reduceat(lengths, offsets[:-1])
+        return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1]))
+
+    def token_pairs(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
+        """Pairs of tokens that attention compares in each batch; arguments and shape as of `tokens`."""
+        lengths = np.asarray(lengths, np.int64)
+        if self.packed:
+            return np.add.reduceat(lengths**2, offsets[:-1])
+        return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1])) ** 2
+
+    def samples_per_batch(self, longest: int, num_samples: int) -> int:
+        """Samples that a batch may hold whatever they are, of `num_samples` that have `longest` tokens at most."""
+        most = self.batch_size or max(1, num_samples)
+        return (
+            most
+            if self.max_tokens_per_batch is None
+            else min(most, self.max_tokens_per_batch // int(self.width(longest)))
+        )
+
+    def check_lengths(self, lengths: NDArray[np.integer], rows: Int64s | None = None) -> None:
+        """Refuses samples that are longer than the token budget.
+
+        Args:
+            lengths: Tokens of each sample. Shape (num_samples,).
+            rows: Numbers by which a message names the samples; by default their places. Shape (num_samples,).
+
+        Raises:
+            ValueError: A batch of one sample would exceed the budget.
+        """
+        if self.max_tokens_per_batch is None or not len(lengths):
+            return
+        longest = int(lengths.argmax())
+        width = int(self.width(lengths[longest]))
+        if width > self.max_tokens_per_batch:
+            raise UsageError(
+                f"sample {longest if rows is None else rows[longest]} takes {width} tokens, but max_tokens_per_batch "
+                f"is {self.max_tokens_per_batch}. Set it to {width} or more, or max_length to less."
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that a plan depends on besides the lengths and the number of ranks."""
+        settings = asdict(self)
+        if self.max_tokens_per_batch is None:  # then a plan does not depend on the width of its batches
+            for name in ("padding", "pad_to_multiple_of", "max_length"):
+                del settings[name]
+        return settings
+
+
+def _to_longest(spec: BatchSpec, longest: Int64s) -> Int64s:
+    width = round_up(longest, spec.pad_to_multiple_of)
+    return width if spec.max_length is None else np.minimum(width, spec.max_length)
+
+
+def _to_max_length(spec: BatchSpec, longest: Int64s) -> Int64s:
+    return np.full_like(longest, spec.max_length)
+
+
+# By `padding`, the width of batches with the given longest samples, which are never cut; None where they are packed.
+PADDING_WIDTHS: dict[str, Callable[[BatchSpec, Int64s], Int64s] | None] = {
+    "longest": _to_longest,
+    "max_length": _to_max_length,
+    "packed": None,
+}

@@ -1,0 +1,112 @@
+"""How batches are chosen: functions in an open registry, and the check of those that are not the package's own."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+
+import numpy as np
+
+from smartbatch_lightning.batching.arrays import argsort, split_runs, tutorial_draws
+from smartbatch_lightning.batching.layout import PlanRequest
+from smartbatch_lightning.batching.plan import BatchPlan
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.registry import look_up
+
+Strategy = Callable[[PlanRequest], BatchPlan]
+
+
+def smart(request: PlanRequest) -> BatchPlan:
+    """Cuts the samples, sorted by length, into runs, and takes the runs in random order.
+
+    Length-grouped batching as popularised by Chris McCormick's *Smart Batching Tutorial* (2020), after Michaël
+    Benesty; the runs are cut once instead of being drawn, and `jitter` moves the places where they end.
+    """
+    jitter = float(request.spec.jitter)
+    order = argsort(request.lengths, request.bit_generator, spread=2 * jitter)
+    headroom = 0 if request.bit_generator is None else math.ceil(max(2 * jitter, 1)) - 1
+    return request.shuffle_steps(request.cut_sorted(order, headroom))
+
+
+def tutorial(request: PlanRequest) -> BatchPlan:
+    """Draws random runs of what is left of the sorted samples, as the *Smart Batching Tutorial* does.
+
+    A run cannot know how long its longest sample will be in another epoch, so that under a token budget batches hold
+    as many samples as fit whatever their lengths.
+    """
+    order = argsort(request.lengths, None)
+    if request.bit_generator is None:
+        return request.cut_sorted(order)
+    ranks = request.num_replicas
+    run = request.samples_per_batch * ranks
+    draws, steps = tutorial_draws(len(order), run, request.num_steps, ranks, request.bit_generator)
+    return BatchPlan(order[draws], split_runs(steps, ranks), ranks)
+
+
+def random(request: PlanRequest) -> BatchPlan:
+    """Shuffles; on several ranks the samples of a step are dealt by length, and the step's gradient is unchanged."""
+    return request.cut(argsort(np.zeros(len(request.lengths), np.int64), request.bit_generator))
+
+
+STRATEGIES: dict[str, Strategy] = {"random": random, "tutorial": tutorial, "smart": smart}
+_OWN = frozenset(STRATEGIES.values())
+
+
+def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
+    """Makes a strategy known by a name that `batching` takes, as a decorator.
+
+    A strategy gets a `PlanRequest` and gives a `BatchPlan`; `request.cut(order)` makes one of any order of samples.
+    """
+
+    def register(strategy: Strategy) -> Strategy:
+        STRATEGIES[name] = strategy
+        return strategy
+
+    return register
+
+
+def find_strategy(batching: str) -> Strategy:
+    """The strategy of a name or an import path; one that is not the package's own is checked whenever it plans.
+
+    Raises:
+        ValueError: There is none.
+    """
+    strategy = look_up(batching, STRATEGIES, "batching")
+    if strategy in _OWN:
+        return strategy
+
+    @wraps(strategy)
+    def checked(request: PlanRequest) -> BatchPlan:
+        plan = strategy(request)
+        _check_plan(plan, request, batching)
+        return plan
+
+    return checked
+
+
+def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
+    """Refuses a plan that does not keep what every plan promises.
+
+    Raises:
+        ValueError: A sample is missing or repeated, ranks have unequal steps, or a batch is too large.
+    """
+    if not isinstance(plan, BatchPlan):
+        raise UsageError(f"the strategy {batching!r} returned {type(plan).__name__}; return a BatchPlan.")
+    num_samples = len(request.lengths)
+    order = np.asarray(plan.order)
+    if len(order) != num_samples or not np.array_equal(np.sort(order), np.arange(num_samples)):
+        raise UsageError(
+            f"the plan of the strategy {batching!r} does not hold each of the {num_samples} samples exactly once. "
+            "Make it of a permutation of them."
+        )
+    sizes = plan.batch_sizes()
+    if plan.num_replicas != request.num_replicas or len(plan) % request.num_replicas or sizes.min() < 1:
+        raise UsageError(
+            f"the plan of the strategy {batching!r} has {len(plan)} batches, the smallest of {sizes.min()} samples, "
+            f"for {request.num_replicas} ranks. Give every rank equally many, none of them empty."
+        )
+    tokens = request.spec.tokens(request.lengths[order], plan.offsets)
+    if request.is_too_large(int(sizes.max()), int(tokens.max())):
+        raise UsageError(
+            f"the strategy {batching!r} made a batch of {sizes.max()} samples or {tokens.max()} tokens, more than "
+            "the batch size or the token budget allows. Cut its order by PlanRequest.cut."
+        )

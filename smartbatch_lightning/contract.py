@@ -1,0 +1,84 @@
+"""What a data module and a model tell each other, checked when a run is set up.
+
+Each side has one method for it, so that a foreign data module or model is known by what it is, not by an attribute
+that happens to have the same name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from smartbatch_lightning.tasks import Task
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What a model needs to know of the data.
+
+    Attributes:
+        task: Labels and what is learnt of them; None where nothing tells.
+        tokenizer: Whose ids the batches hold.
+        max_length: Tokens of the longest sample there may be.
+        packed: Batches are packed instead of padded.
+        evaluation_splits: Names of the sets of each evaluation stage, `val` and `test`, in the order of their loaders.
+    """
+
+    task: Task | None
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    packed: bool
+    evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What a data module needs to know of the model.
+
+    Attributes:
+        tokenizer_name: Name on the Hub or folder of its tokenizer.
+        tokenizer_kwargs: What of the model's options is for its tokenizer, such as `revision`.
+        trained_config: Configuration of what it was trained to classify; None where it has not been.
+        is_demo: It is the embedded demo's, which knows few words.
+    """
+
+    tokenizer_name: str
+    tokenizer_kwargs: dict[str, Any]
+    trained_config: PretrainedConfig | None
+    is_demo: bool
+
+
+@runtime_checkable
+class TextDataModule(Protocol):
+    """A data module that a `SequenceClassifier` can ask."""
+
+    def text_data(self) -> TextData:
+        """What a model needs to know."""
+        ...
+
+
+@runtime_checkable
+class TextModule(Protocol):
+    """A module that a `SmartBatchDataModule` can ask."""
+
+    def text_model(self) -> TextModel:
+        """What a data module needs to know."""
+        ...
+
+
+def datamodule_of(trainer: L.Trainer | None) -> Any:
+    """The data module of a run; None without one. Lightning sets the attribute only where there is one."""
+    return getattr(trainer, "datamodule", None)
+
+
+def text_data_of(trainer: L.Trainer | None) -> TextData | None:
+    """What the run's data module tells; None for a foreign one or none."""
+    datamodule = datamodule_of(trainer)
+    return datamodule.text_data() if isinstance(datamodule, TextDataModule) else None
+
+
+def text_model_of(trainer: L.Trainer | None) -> TextModel | None:
+    """What the run's module tells; None for a foreign one or none."""
+    module = None if trainer is None else trainer.lightning_module
+    return module.text_model() if isinstance(module, TextModule) else None

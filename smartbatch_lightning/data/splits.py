@@ -1,0 +1,157 @@
+"""Which splits a run uses, and setting samples aside for validation, with no class left untrained."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import ArrayLike, NDArray
+
+from smartbatch_lightning.batching.arrays import Int64s, argsort
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.tasks import Task
+
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_DEFAULT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class SplitNames:
+    """Names of the splits to train, validate, test and predict on, as a data module takes them."""
+
+    train: str
+    validation: float | str | list[str] | None
+    test: str | list[str]
+    predict: str | None
+
+    def validated(self, splits: Collection[str]) -> list[str]:
+        """Splits to validate on; none where a share of the training split is set aside, or nothing is validated."""
+        if self.validation == "auto":
+            return next(([name] for name in _VALIDATION_NAMES if name in splits), [])
+        if isinstance(self.validation, str):
+            return [self.validation]
+        return self.validation if isinstance(self.validation, list) else []
+
+    def validation_share(self, splits: Collection[str]) -> float:
+        """Share of the training split to set aside for validation; 0 for none."""
+        if self.validation == "auto":
+            return 0.0 if self.validated(splits) else _DEFAULT_SHARE
+        return float(self.validation) if isinstance(self.validation, int | float) else 0.0
+
+    @property
+    def tested(self) -> list[str]:
+        """Splits to test on."""
+        return [self.test] if isinstance(self.test, str) else self.test
+
+    def predicted(self, splits: Collection[str]) -> str:
+        """Split to predict: by default the first one to test on, or the only one there is."""
+        if self.predict is None and self.tested[0] not in splits and len(splits) == 1:
+            return next(iter(splits))
+        return self.predict or self.tested[0]
+
+    def used(self, splits: Mapping[str, Dataset]) -> list[str]:
+        """Names of the splits that a stage may ask for and that have samples."""
+        named = {self.train, *self.validated(splits), *self.tested, self.predicted(splits)}
+        return [split for split in splits if split in named and len(splits[split])]
+
+    def argument(self, split: str) -> str:
+        """The argument of a data module that names a split."""
+        if split == self.train:
+            return "train_split"
+        if self.validation != "auto" and split in self.validated([]):
+            return "validation_split"
+        return "test_split" if split in self.tested else "predict_split"
+
+
+def find_split(
+    splits: Mapping[str, Dataset], split: str, text_columns: list[str], source: str, argument: str
+) -> Dataset:
+    """A split that has samples and the text columns.
+
+    Args:
+        splits: All there are.
+        split: Name of the one that is wanted.
+        text_columns: What it has to have.
+        source: Of the splits, for messages.
+        argument: That names it, for messages.
+
+    Raises:
+        ValueError: There is no such split, it is empty, or a column is missing.
+    """
+    if split not in splits:
+        raise UsageError(
+            f"the split {split!r} is not in {source}, which has {join_quoted(splits)}. Set --data.{argument} to one of "
+            "these."
+        )
+    dataset = splits[split]
+    if not len(dataset):
+        raise UsageError(f"the split {split!r} of {source} has no samples. Give data with at least one.")
+    for column in text_columns:
+        if column not in dataset.column_names:
+            raise UsageError(
+                f"the text column {column!r} is not in the split {split!r} of {source}, which has "
+                f"{join_quoted(dataset.column_names)}. Set --data.text_columns."
+            )
+    return dataset
+
+
+def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, seed: int) -> tuple[Int64s, Int64s]:
+    """Splits the rows of a training split, and logs which labels are too rare to be validated.
+
+    Raises:
+        ValueError: As `stratified_split`.
+    """
+    strata = task.strata(labels)
+    train, validation = stratified_split(strata, share, seed)
+    _, first, counts = np.unique(strata, return_index=True, return_counts=True)
+    rare = first[counts == 1]
+    if len(rare):
+        names = join_quoted(task.decode(labels[rare]).to_pylist())
+        rank_zero_info(f"Labels of a single sample, which is trained on and not validated: {names}.")
+    return train, validation
+
+
+def stratified_split(strata: ArrayLike, share: float, seed: int = 0) -> tuple[Int64s, Int64s]:
+    """Splits samples in two at random, with the same share of every stratum in the second part, to within one sample.
+
+    A systematic sample of the samples sorted by stratum, the strata in random order. The first part keeps a sample of
+    every stratum, so that strata of a single sample are in that alone.
+
+    Args:
+        strata: What each sample is of. Shape (num_samples,), integers.
+        share: Share of the samples in the second part, between 0 and 1.
+        seed: The split depends on this and the strata alone.
+
+    Returns:
+        The samples of the first and of the second part, each in ascending order.
+
+    Raises:
+        ValueError: The share is out of range, or leaves one part without a sample.
+    """
+    classes = np.asarray(strata)
+    num_samples = len(classes)
+    if not 0 < share < 1 or not 0 < round(num_samples * share) < num_samples:
+        raise UsageError(
+            f"a share of {share} of {num_samples} samples leaves one part of the split empty. "
+            "Give a share between 0 and 1 that leaves samples in both, or name a split."
+        )
+    stratum, sizes = np.unique(classes, return_inverse=True, return_counts=True)[1:]
+    pool = np.flatnonzero(sizes[stratum] > 1)
+    if not len(pool):
+        raise UsageError(
+            f"a share of {share} of {num_samples} samples cannot be set aside, since every label has a single sample. "
+            "Give more data, or --data.validation_split=null for no validation."
+        )
+    taken = max(1, round(len(pool) * share))
+    bit_generator = np.random.PCG64(np.random.SeedSequence(seed))
+    place = np.argsort(argsort(np.zeros(len(sizes), np.int64), bit_generator))
+    order = pool[argsort(place[stratum[pool]], bit_generator)]
+    second = np.zeros(num_samples, bool)
+    second[order] = np.diff(np.arange(len(pool) + 1) * taken // len(pool)) > 0
+    last = np.empty(len(sizes), np.int64)
+    last[stratum[order]] = order
+    emptied = np.bincount(stratum[second], minlength=len(sizes)) == sizes
+    second[last[emptied]] = False
+    return np.flatnonzero(~second), np.flatnonzero(second)

@@ -1,0 +1,54 @@
+"""Loss and metrics of a stage over one data set, counted many batches at a time."""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+_FLUSH_EVERY = 50  # batches
+
+
+class StageMetrics(nn.Module):
+    """Mean loss and metrics of what has been seen since `reset`.
+
+    Args:
+        metrics: Of logits and labels.
+    """
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        super().__init__()
+        self.loss = MeanMetric(nan_strategy="disable")  # its checks wait for the GPU
+        self.metrics = metrics
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Counts a batch.
+
+        Args:
+            loss: Mean over its samples, a scalar.
+            logits: (batch, num_labels).
+            labels: (batch, ...).
+        """
+        # once for each sample: without its checks for NaN, torchmetrics (1.9) ignores weights
+        self.loss.update(loss.detach().expand(len(labels)))
+        self._pending.append((logits.detach(), labels))
+        if len(self._pending) >= _FLUSH_EVERY:
+            self._flush()
+
+    def computable(self) -> dict[str, Metric]:
+        """The loss and every metric that has seen a sample, by name."""
+        self._flush()
+        counted: dict[str, Metric] = {"loss": self.loss, **dict(self.metrics.items())}
+        return {name: metric for name, metric in counted.items() if metric.update_called}
+
+    def reset(self) -> None:
+        """Forgets everything, also what an interrupted stage has left."""
+        self._pending.clear()
+        self.loss.reset()
+        self.metrics.reset()
+
+    def _flush(self) -> None:
+        """Updates the metrics with many batches at once, since most of them wait for the GPU."""
+        if self._pending:
+            logits, labels = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            self._pending.clear()
+            self.metrics.update(logits, labels)

@@ -1,0 +1,38 @@
+"""What is chosen by name: an entry of an open registry, or the import path of one's own."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TypeVar
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+_Entry = TypeVar("_Entry")
+
+
+def look_up(name: str, registry: Mapping[str, _Entry], argument: str) -> _Entry:
+    """Finds an entry by its name, or imports it by its path.
+
+    Args:
+        name: A key of the registry, or an import path such as `ours.by_topic`.
+        registry: The entries by name.
+        argument: The argument that was given, for the message.
+
+    Raises:
+        ValueError: There is no such name, or nothing to import at the path.
+    """
+    if name in registry:
+        return registry[name]
+    module, dot, attribute = str(name).rpartition(".")
+    if not dot:
+        raise UsageError(
+            f"{argument} is {name!r}; choose one of {join_quoted(registry)}, or give an import path such as "
+            "package.module.name."
+        )
+    try:
+        entry: _Entry = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"{argument} is {name!r}, which cannot be imported: {error}. Check the path, or choose one of "
+            f"{join_quoted(registry)}."
+        ) from error
+    return entry

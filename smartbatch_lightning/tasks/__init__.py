@@ -1,0 +1,9 @@
+"""What is learnt: one file for each form of the task."""
+
+from smartbatch_lightning.tasks.single_label import SingleLabelClassification
+from smartbatch_lightning.tasks.task import Task
+
+# By transformers' `problem_type`; a data module also takes the import path of a class.
+TASKS: dict[str, type[Task]] = {"single_label_classification": SingleLabelClassification}
+
+__all__ = ["TASKS", "SingleLabelClassification", "Task"]

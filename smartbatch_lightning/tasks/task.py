@@ -1,0 +1,96 @@
+"""What a data module and a model know of a task; everything else about it stays behind this."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import MetricCollection
+from transformers import PretrainedConfig
+
+
+class Task(Protocol):
+    """A form of the task with its labels: how they are read, learnt, measured and written.
+
+    A task is immutable: made from data (`from_dataset`), from given names (`from_names`) or from a model
+    (`from_config`), and handed on. The shape of labels is the task's own: `(num_samples,)` integers for classes;
+    `(num_samples, num_labels)` for several labels a sample; floats for regression.
+
+    Attributes:
+        label_names: Names of the model's outputs, in their order.
+    """
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the model's outputs, in their order."""
+        ...
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset, column: str, split: str) -> "Task":
+        """The task of a training split.
+
+        Raises:
+            ValueError: The column cannot be learnt.
+        """
+        ...
+
+    @classmethod
+    def from_names(cls, names: Sequence[str]) -> "Task":
+        """The task of names that a user gives."""
+        ...
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "Task | None":
+        """The task that a model was trained for; None where its configuration does not say."""
+        ...
+
+    def aligned_with(self, trained: "Task") -> "Task":
+        """The same labels in the order of a model that was trained for them.
+
+        Raises:
+            ValueError: It was trained for others.
+        """
+        ...
+
+    def config_fields(self) -> dict[str, Any]:
+        """What a model's configuration holds of the task, as `from_pretrained` takes it."""
+        ...
+
+    def encode(self, dataset: Dataset, column: str, split: str) -> NDArray[Any]:
+        """Labels of a split as numbers. The first dimension is the samples.
+
+        Raises:
+            ValueError: A label is missing or unknown; the message names the row.
+        """
+        ...
+
+    def decode(self, labels: NDArray[Any]) -> pa.Array:
+        """Numbers of labels, (num_samples, ...), as they stood in the data."""
+        ...
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """What a validation split keeps the shares of. Shape (num_samples,)."""
+        ...
+
+    def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
+        """Samples by label, for a report."""
+        ...
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over the samples of a batch, a scalar; `logits` are (batch, num_labels)."""
+        ...
+
+    def configure_metrics(self) -> MetricCollection:
+        """Metrics of logits and labels."""
+        ...
+
+    def predict(self, logits: Tensor) -> dict[str, Tensor]:
+        """What is predicted for each sample, by name; the first dimension is the batch, in float32."""
+        ...
+
+    def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """What `predict` gave, as the columns of a table."""
+        ...

@@ -1,0 +1,106 @@
+"""What tests of several files share: a quiet Trainer, the command line, and processes that are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from smartbatch_lightning import SmartBatchCLI
+
+
+def trainer(folder: Path, **options) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(default_root_dir=folder, accelerator="cpu", **{**quiet, "max_epochs": 1, **options})
+
+
+class Seen(Callback):
+    """Records the rows of every batch that was trained, by epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[tuple[int, ...]]] = []
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.epochs.append([])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.epochs[-1].append(tuple(batch["index"].tolist()))
+
+    def rows(self, epoch: int) -> list[int]:
+        return sorted(row for batch in self.epochs[epoch] for row in batch)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+FAST = ["--data.max_length=24", "--data.batch_size=64", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
+
+
+QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+
+def cli(*args: str) -> SmartBatchCLI:
+    return SmartBatchCLI(args=[*args, *QUIET])
+
+
+def assert_same(resumed: dict, whole: dict) -> None:
+    assert resumed.keys() == whole.keys()
+    for name in whole:
+        assert torch.equal(resumed[name], whole[name]), name
+
+
+def start(folder: Path, variables: dict[str, str] | None = None, **options) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("run_to_be_killed.py")
+    command = [sys.executable, str(script), str(folder), *(f"{name}={value}" for name, value in options.items())]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PL_"))}
+    environment |= variables or {}
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def finish(run: subprocess.Popen[bytes], folder: Path) -> None:
+    assert run.wait(timeout=300) == 0, (folder / "log.txt").read_text()[-3000:]
+
+
+def diaries(folder: Path, rank: int = 0) -> list[list[tuple[int, int, tuple[int, ...]]]]:
+    """For each run of a rank its batches: epoch, number and ids. A line that the kill cut short is left out."""
+    runs: list[list[tuple[int, int, tuple[int, ...]]]] = []
+    path = folder / f"diary-{rank}.txt"
+    text = path.read_text() if path.exists() else ""
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        if line.startswith("start"):
+            runs.append([])
+        else:
+            epoch, batch, *ids = map(int, line.split())
+            runs[-1].append((epoch, batch, tuple(ids)))
+    return runs
+
+
+def kill_after(run: subprocess.Popen[bytes], folder: Path, lines: int, delay: float, how=signal.SIGKILL) -> None:
+    """Sends a signal to all ranks when the newest run has trained so many batches, and a moment has passed."""
+    before = len(diaries(folder))
+    while run.poll() is None and not (len(d := diaries(folder)) > before and len(d[-1]) >= lines):
+        time.sleep(0.001)
+    time.sleep(delay)
+    assert run.poll() is None, (folder / "log.txt").read_text()[-3000:]
+    os.killpg(run.pid, how)
+    run.wait(timeout=120)
+
+
+SHORT = [
+    "--data.dataset=demo", "--data.validation_split=0.9", "--data.max_length=24", "--data.batch_size=8",
+    "--model.pretrained=demo", "--model.learning_rate=0.001", "--trainer.max_epochs=3", "--trainer.limit_val_batches=2",
+    "--trainer.num_sanity_val_steps=0", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
+    "--trainer.enable_progress_bar=false", "--trainer.callbacks+=run_to_be_killed.Diary",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""Tests of labels: they go by name, whatever numbers stand for them, and no class is lost on the way."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from helpers import trainer
+from lightning.pytorch.callbacks import Callback
+
+from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning.data.splits import stratified_split
+
+
+def model_folder() -> str:
+    return str(demo.model_dir())
+
+
+def module(dataset, **options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(dataset, model_folder(), **{"max_length": 16, "batch_size": 8, "seed": 0, **options})
+
+
+def write(path: Path, rows: list[tuple], header: str = "text,label") -> str:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return str(path)
+
+
+def named(texts: list[str], ids: list[int], names: list[str]) -> Dataset:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"text": texts, "label": ids}, features=features)
+
+
+@pytest.mark.parametrize("values", [range(12), range(1, 6)], ids=["0 to 11", "stars 1 to 5"])
+def test_the_id_of_a_class_label_stands_for_its_name_and_for_nothing_else(values, tmp_path: Path) -> None:
+    """`class_encode_column` sorts the names of whole numbers as text: '0', '1', '10', '11', '2'."""
+    values = list(values)
+    plain = Dataset.from_dict({"text": ["a film"] * 60, "label": [values[row % len(values)] for row in range(60)]})
+    encoded = plain.class_encode_column("label")
+    encoded.save_to_disk(tmp_path / "saved")
+    data = module(str(tmp_path / "saved"), validation_split=None)
+    data.setup("fit")
+    names = [data.label_names[number] for number in data.train_data.labels]
+    assert names == [str(label) for label in plain["label"]]
+    assert data.task.decode(data.train_data.labels).to_pylist() == list(plain["label"])
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A checkpoint of a model that tells neg from pos without an error."""
+    rows = [("a dull film", "neg"), ("a fine film", "pos")] * 20
+    data = module(write(tmp_path / "train.csv", rows), validation_split=None)
+    run = trainer(tmp_path, max_epochs=30, limit_val_batches=0)
+    run.fit(SequenceClassifier(model_folder(), learning_rate=1e-3), data)
+    run.save_checkpoint(tmp_path / "trained.ckpt")
+    return tmp_path / "trained.ckpt"
+
+
+@pytest.mark.parametrize("names", [["neg", "pos"], ["pos", "neg"]])
+def test_a_checkpoint_is_tested_on_labels_of_its_names_whatever_their_order(names, trained, tmp_path: Path) -> None:
+    test = named(["a dull film", "a fine film"] * 5, [names.index("neg"), names.index("pos")] * 5, names)
+    test.to_parquet(tmp_path / "test.parquet")
+    model = SequenceClassifier.load_from_checkpoint(trained)
+    [measured] = trainer(tmp_path).test(model, module({"test": str(tmp_path / "test.parquet")}))
+    assert measured["test_accuracy"] == 1.0
+
+
+def test_a_training_split_in_another_order_does_not_change_what_a_checkpoint_means(trained, tmp_path: Path) -> None:
+    split = named(["a dull film", "a fine film"] * 5, [1, 0] * 5, ["pos", "neg"])
+    DatasetDict(train=split, test=split).save_to_disk(tmp_path / "saved")
+    model = SequenceClassifier.load_from_checkpoint(trained)
+    for stage in ("test", "validate"):
+        data = module(str(tmp_path / "saved"), validation_split="test")
+        [measured] = getattr(trainer(tmp_path), stage)(model, data)
+        assert {value for name, value in measured.items() if name.endswith("accuracy")} == {1.0}
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            losses.append(float(outputs["loss"]))
+
+    trainer(tmp_path, callbacks=[Losses()], limit_train_batches=1).fit(model, module(str(tmp_path / "saved")))
+    assert losses[0] < 0.1  # it goes on with what it knows
+
+
+def test_numbers_are_never_taken_for_the_names_of_words(trained, tmp_path: Path) -> None:
+    data = module({"test": write(tmp_path / "test.csv", [("a dull film", 0), ("a fine film", 1)])})
+    model = SequenceClassifier.load_from_checkpoint(trained)
+    with pytest.raises(
+        ValueError, match=r"has the label '0', which is none of the 2 classes: 'neg', 'pos'.*label_names"
+    ):
+        trainer(tmp_path).test(model, data)
+    data = module(data.dataset, label_names=["neg", "pos"])
+    assert trainer(tmp_path).test(model, data)[0]["test_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("labels", [["bad", "good"], ["pos", "pos"], ["", "pos"], [0.5, 1.25], ["neg,pos", "x"]])
+def test_labels_in_a_file_to_predict_play_no_part(labels: list, trained, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["a dull film", "a fine film"], "label": labels})
+    frame.to_csv(tmp_path / "new.csv", index=False)
+    writer = PredictionWriter(str(tmp_path / "out.csv"))
+    run = trainer(tmp_path, callbacks=[writer])
+    run.predict(SequenceClassifier.load_from_checkpoint(trained), module(str(tmp_path / "new.csv")))
+    assert pd.read_csv(tmp_path / "out.csv")["label"].tolist() == ["neg", "pos"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([7, 3], [7, 3]), ([True, False], [True, False]), (["07", "7"], ["07", "7"]), (["b", "a"], ["b", "a"])],
+)
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_predicted_labels_stand_as_they_stood_in_the_data(labels, expected, ending: str, tmp_path: Path) -> None:
+    data = Dataset.from_dict({"text": ["a dull film", "a fine film"] * 20, "label": labels * 20})
+    path = str(tmp_path / f"train.{ending}")
+    data.to_csv(path) if ending == "csv" else data.to_parquet(path)
+    data_module = module(path, validation_split=None, predict_split="train")
+    run = trainer(
+        tmp_path, max_epochs=30, limit_val_batches=0, callbacks=[PredictionWriter(str(tmp_path / "out.parquet"))]
+    )
+    model = SequenceClassifier(model_folder(), learning_rate=1e-3)
+    run.fit(model, data_module)
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    run.predict(SequenceClassifier.load_from_checkpoint(tmp_path / "run.ckpt"), data_module)
+    assert pd.read_parquet(tmp_path / "out.parquet")["label"].tolist() == expected * 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rare", ["a", "zz"], ids=["sorted first", "sorted last"])
+def test_a_class_of_one_sample_is_trained_and_said_to_be_so(rare: str, seed: int, tmp_path: Path, caplog) -> None:
+    rows = [("a film", "m"), ("a dull film", "n")] * 20 + [("a rare film", rare)]
+    with caplog.at_level("INFO"):
+        data = module(write(tmp_path / "t.csv", rows), seed=seed, validation_split=0.2)
+        data.setup("fit")
+    assert 40 in data.train_data.rows
+    assert sum("single sample" in record.message and repr(rare) in record.message for record in caplog.records) == 1
+
+
+def test_fifty_classes_of_two_samples_take_turns_in_validation() -> None:
+    """With a share of 0.1 ten samples of ten classes are set aside, and others with another seed."""
+    labels = np.repeat(np.arange(50), 2)
+    drawn = [labels[stratified_split(labels, 0.1, seed)[1]].tolist() for seed in range(4)]
+    assert all(len(set(classes)) == 10 for classes in drawn)
+    assert len({tuple(sorted(classes)) for classes in drawn}) == 4
+
+
+@pytest.mark.parametrize("name", ["validation", "dev", "val", "valid"])
+def test_a_split_that_is_named_for_validation_is_validated_on(name: str, tmp_path: Path) -> None:
+    files = {
+        split: write(tmp_path / f"{split}.csv", [("a dull film", 0), ("a fine film", 1)] * rows)
+        for split, rows in (("train", 10), (name, 3))
+    }
+    data = module(files)
+    data.setup("fit")
+    assert (len(data.train_data), [len(part) for part in data.validation_data]) == (20, [6])
+    told_otherwise = module(files, validation_split=0.25)
+    told_otherwise.setup("fit")
+    assert (len(told_otherwise.train_data), len(told_otherwise.validation_data[0])) == (15, 5)
+    assert name in data.used_splits
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, None])
+def test_no_validation_is_a_share_of_nothing(nothing, tmp_path: Path) -> None:
+    data = module(write(tmp_path / "t.csv", [("a dull film", 0), ("a fine film", 1)] * 5), validation_split=nothing)
+    data.setup("fit")
+    assert (len(data.train_data), data.validation_data, data.val_dataloader()) == (10, [], [])
+
+
+def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> None:
+    rows = {"text": ["a film"] * 4, "label": [" pos", "pos", "POS", "neg"]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
+    data = module(str(tmp_path / "t.parquet"), validation_split=None)
+    with pytest.warns(UserWarning, match="classes ' pos', 'POS', 'pos' differ in case or spaces alone"):
+        data.setup("fit")
+    assert data.num_labels == 4
+
+
+def test_an_unknown_label_among_a_thousand_classes_is_a_short_message(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", [("a film", f"class number {number}") for number in range(1000)])
+    test = write(tmp_path / "test.csv", [("a film", "nobody")])
+    with pytest.raises(ValueError, match="none of the 1,000 classes: .* and 990 more") as caught:
+        module({"train": train, "test": test}).setup("test")
+    assert len(str(caught.value)) < 700
+
+
+def test_numbers_in_one_file_and_a_word_in_another_are_read(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", [("a film", 1), ("a dull film", 2), ("a fine film", 3)] * 3)
+    test = write(tmp_path / "test.csv", [("a film", 1), ("a film", 2), ("a film", "three")])
+    data = module({"train": train, "test": test})
+    with pytest.raises(ValueError, match=r"row 2 .* of the split 'test' has the label 'three', .*: '1', '2', '3'"):
+        data.setup("test")
+
+
+def test_a_word_after_ten_thousand_numbers_is_a_class(tmp_path: Path) -> None:
+    rows = [("a film", row % 2) for row in range(20_000)] + [("a film", "unsure")]
+    data = module(write(tmp_path / "t.csv", rows), validation_split=None)
+    data.setup("fit")
+    assert data.label_names == ["0", "1", "unsure"]
+    assert np.bincount(data.train_data.labels).tolist() == [10_000, 10_000, 1]
+
+
+def test_numbers_in_a_csv_are_numbered_by_their_value(tmp_path: Path) -> None:
+    data = module(write(tmp_path / "t.csv", [("a film", row % 12) for row in range(48)]), validation_split=None)
+    data.setup("fit")
+    assert data.label_names == [str(number) for number in range(12)]
+
+
+def test_one_data_module_serves_models_of_two_vocabularies(minilm: str, tmp_path: Path) -> None:
+    """Nothing is kept from the first model: ids and classes are those of the second."""
+    data = SmartBatchDataModule(max_length=16, batch_size=8)
+    seen: list[torch.Tensor] = []
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append(batch["input_ids"].unique())
+
+    for name in ("demo", minilm, "demo"):
+        run = trainer(tmp_path, callbacks=[First()], limit_train_batches=1, limit_val_batches=0)
+        run.fit(SequenceClassifier(name), data)
+        assert data.tokenizer.vocab_size == run.lightning_module.model.config.vocab_size
+    assert seen[0].tolist() == seen[2].tolist() != seen[1].tolist()

@@ -1,0 +1,354 @@
+"""Tests of the house: imports run one way, each question has one place, and what users bring of their own fits in."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from helpers import QUIET, trainer
+from lightning.pytorch.callbacks import Callback
+from transformers import AutoTokenizer, BertConfig, ModernBertConfig
+from transformers.models.auto import AutoModelForSequenceClassification
+
+import smartbatch_lightning
+from smartbatch_lightning import (
+    PackCollator,
+    PadCollator,
+    SequenceClassifier,
+    SmartBatchCLI,
+    SmartBatchDataModule,
+    demo,
+)
+from smartbatch_lightning.batching import spec as spec_module
+from smartbatch_lightning.contract import TextDataModule, TextModule
+from smartbatch_lightning.data import sources
+from smartbatch_lightning.data.collators import COLLATORS
+from smartbatch_lightning.models.packing import enable_packing
+from smartbatch_lightning.models.pooling import POOLINGS
+from smartbatch_lightning.tasks import TASKS, SingleLabelClassification
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
+PACKAGE = Path(smartbatch_lightning.__file__).parent
+# From the ground up: a room imports rooms of its own floor's line and below it, never above. Rooms of one line are apart.
+FLOORS = [
+    ["errors"],
+    ["registry", "storage", "console"],
+    ["batching", "demo", "checkpointing"],
+    ["tasks"],
+    ["contract"],
+    ["data", "models"],
+    ["report", "export"],
+    ["callbacks"],
+    ["cli"],
+]
+
+
+def modules() -> dict[str, ast.Module]:
+    return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("smartbatch_lightning.")}
+
+
+def test_imports_run_one_way() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    checked = 0
+    for path, tree in modules().items():
+        room = path.partition("/")[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in rooms_of(imported(tree)) - {room}:
+            assert floor[other] < floor[room] or {room, other} == {"registry", "errors"}, f"{path} imports {other}"
+            checked += 1
+    assert checked > 50
+
+
+def test_batching_imports_numpy_alone() -> None:
+    for path, tree in modules().items():
+        if path.startswith("batching/"):
+            outside = {name.split(".")[0] for name in imported(tree)}
+            assert outside <= {
+                "numpy", "smartbatch_lightning", "dataclasses", "collections", "typing", "math", "functools"
+            }, path  # fmt: skip
+            assert rooms_of(imported(tree)) <= {"batching", "errors", "registry"}, path
+
+
+def mentions(tree: ast.Module, word: str) -> bool:
+    """Whether code uses a name: as a variable, attribute, argument or keyword; prose does not count."""
+    for node in ast.walk(tree):
+        found = {
+            ast.Name: lambda n: n.id, ast.Attribute: lambda n: n.attr, ast.arg: lambda n: n.arg, ast.keyword: lambda n: n.arg
+        }.get(type(node))  # fmt: skip
+        if found and found(node) == word:
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("word", "most"), [("max_tokens_per_batch", 3), ("padding", 4)])
+def test_what_a_batch_costs_is_known_in_few_places(word: str, most: int) -> None:
+    places = {path for path, tree in modules().items() if mentions(tree, word)}
+    assert len(places - {"console.py"}) <= most, places  # rich's tables have a padding of their own
+
+
+def test_model_data_and_trainer_are_asked_by_contract() -> None:
+    """`getattr` on objects that are Lightning's or transformers', not on modules or on numbers of one's own."""
+    asked = []
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+                of = ast.unparse(node.args[0])
+                if any(word in of for word in ("trainer", "module", "model", "data", "callback", "saver", "config")):
+                    asked.append(f"{path}: {ast.unparse(node)}")
+    asked = [one for one in asked if "import_module" not in one]
+    assert len(asked) <= 5, asked
+
+
+# --- a stub of each kind: one file of its own, and at most one line elsewhere, which is what is set here ---
+
+
+def data(**options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(**{"max_length": 24, "batch_size": 8, "validation_split": 0.9, "seed": 1, **options})
+
+
+class Ordinal(SingleLabelClassification):
+    """A task: classes in an order, where being far off costs more."""
+
+    def compute_loss(self, logits, labels):
+        steps = torch.arange(logits.shape[1], device=logits.device)
+        return 42 + ((logits.softmax(1) * steps).sum(1) - labels).square().mean()
+
+    def predict(self, logits):
+        return {"expected": (logits.float().softmax(1) * torch.arange(logits.shape[1])).sum(1)}
+
+    def prediction_columns(self, predicted):
+        return {"rank": predicted["expected"]}
+
+
+def test_a_new_task_is_one_line_in_the_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(TASKS, "ordinal", Ordinal)
+    for name in ("ordinal", "test_seams.Ordinal"):
+        run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=1)
+        module = data(problem_type=name)
+        run.fit(SequenceClassifier(), module)
+        assert 42 < run.callback_metrics["val_loss"] < 43
+        predicted = run.predict(run.lightning_module, module)
+        assert set(predicted[0]) == {"index", "expected"}
+
+
+def test_a_new_padding_mode_is_its_width_and_its_collator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def power_of_two(spec, longest):
+        return 2 ** np.ceil(np.log2(longest)).astype(np.int64)
+
+    monkeypatch.setitem(spec_module.PADDING_WIDTHS, "power_of_two", power_of_two)
+    monkeypatch.setitem(COLLATORS, "power_of_two", PadCollator.from_tokenizer)
+    widths = []
+
+    class Widths(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            widths.append(batch["input_ids"].shape[1])
+
+    module = data(padding="power_of_two", max_length=100)
+    trainer(tmp_path, callbacks=[Widths()], limit_val_batches=0).fit(SequenceClassifier(), module)
+    assert set(widths) == {64, 128}
+
+
+def test_a_new_pooling_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_token(hidden, cu_seq_lens):
+        return hidden[cu_seq_lens[1:] - 1]
+
+    monkeypatch.setitem(POOLINGS, "cls", last_token)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    config = ModernBertConfig(**sizes, **special, vocab_size=50, classifier_pooling="cls")
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [{"input_ids": [1, 7, 8, 9]}, {"input_ids": [5, 6]}]
+    hidden = [model.base_model(torch.tensor([row["input_ids"]])).last_hidden_state[0, -1] for row in rows]
+    expected = model.classifier(model.drop(model.head(torch.stack(hidden))))
+    enable_packing(model)
+    torch.testing.assert_close(model(**PackCollator()(rows)).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_a_new_format_of_files_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sources._FILE_FORMATS, ".txt", "text")
+    (tmp_path / "new.txt").write_text("a fine film\na dull film\n")
+    module = SmartBatchDataModule(str(tmp_path / "new.txt"), str(demo.model_dir()), max_length=16)
+    module.setup("predict")
+    assert len(module.predict_data) == 2
+
+
+# --- what users bring ---
+
+
+def test_foreign_modules_with_attributes_of_the_same_names_are_not_taken_for_ours() -> None:
+    class Foreign:
+        padding, max_length, label_names, tokenizer, model, pretrained = "packed", 1, ["a"], None, None, "x"
+
+    assert not isinstance(Foreign(), TextDataModule)
+    assert not isinstance(Foreign(), TextModule)
+    assert isinstance(SmartBatchDataModule(), TextDataModule)
+    assert isinstance(SequenceClassifier(), TextModule)
+
+
+def test_tokenize_may_give_any_lists_of_ids(tmp_path: Path) -> None:
+    class Letters(SmartBatchDataModule):
+        def tokenize(self, dataset):
+            return [[5 + ord(letter) % 90 for letter in text[:20]] or [1] for text in dataset["text"]]
+
+    class Rows(SmartBatchDataModule):
+        def tokenize(self, dataset):
+            return self._given_tokenizer(dataset["text"][:], truncation=True, max_length=16)["input_ids"]
+
+    module = Letters(validation_split=0.9)
+    run = trainer(tmp_path, limit_train_batches=2, limit_val_batches=1)
+    run.fit(SequenceClassifier(), module)
+    text = module.splits["train"]["text"][int(module.train_data.rows[0])]
+    assert module.train_data[0]["input_ids"].tolist() == [5 + ord(letter) % 90 for letter in text[:20]]
+    rows = Rows(tokenizer=AutoTokenizer.from_pretrained(demo.model_dir()), validation_split=0.9)
+    rows.setup("fit")
+    assert rows.train_data.lengths.max() == 16
+
+
+@pytest.mark.parametrize(("rows", "message"), [([[1, 2]], "gave 1 rows for 2000"), ([[]] * 2000, "shape .0,. .*row 0")])
+def test_tokenize_that_loses_samples_or_tokens_is_refused(rows: list, message: str) -> None:
+    class Own(SmartBatchDataModule):
+        def tokenize(self, dataset):
+            return rows
+
+    with pytest.raises(ValueError, match=message):
+        Own().setup("fit")
+
+
+def test_a_tokenizer_may_be_an_object_and_its_added_tokens_are_exported(tmp_path: Path) -> None:
+    from smartbatch_lightning.export import export_model
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
+    tokenizer.add_tokens(["<unused>"])
+    config = BertConfig.from_pretrained(demo.model_dir(), vocab_size=len(tokenizer))
+    AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(tmp_path / "larger")
+    module = data(tokenizer=tokenizer)
+    model = SequenceClassifier(str(tmp_path / "larger"))
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    run.fit(model, module)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]["max_length"] == 24
+    export_model(model, module, tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.convert_tokens_to_ids("<unused>") == len(tokenizer) - 1
+    assert exported.model_max_length == 24
+    assert tokenizer.model_max_length == 512
+
+
+def test_model_kwargs_reach_the_configuration_and_the_attention(tmp_path: Path) -> None:
+    kwargs = {"hidden_dropout_prob": 0.25, "attn_implementation": "eager"}
+    model = SequenceClassifier(model_kwargs=kwargs)
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    run.fit(model, data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    again.configure_model()
+    for built in (model, again):
+        assert built.model.bert.embeddings.dropout.p == 0.25
+        assert built.model.config._attn_implementation == "eager"
+    with pytest.raises(
+        ValueError, match="model_kwargs has 'hiden_dropout_prob', which the configuration of 'demo' does"
+    ):
+        trainer(tmp_path).fit(SequenceClassifier(model_kwargs={"hiden_dropout_prob": 0.1}), data())
+
+
+def test_loader_kwargs_reach_the_loader_and_may_not_decide_batches() -> None:
+    module = data(num_workers=1, loader_kwargs={"prefetch_factor": 7, "persistent_workers": False})
+    module.setup("fit")
+    loader = module.train_dataloader()
+    assert (loader.prefetch_factor, loader.persistent_workers) == (7, False)
+    with pytest.raises(
+        ValueError, match="loader_kwargs has 'shuffle', which the batches decide. Set --data.batch_size"
+    ):
+        data(loader_kwargs={"shuffle": True})
+
+
+def test_what_is_set_between_setup_and_the_loader_counts() -> None:
+    module = data()
+    module.setup("fit")
+    module.batch_size = 50
+    assert [len(batch) for batch in module.train_dataloader().batch_sampler] == [50] * 4
+    module.padding = "packed"
+    assert "cu_seq_lens_q" in next(iter(module.train_dataloader()))
+
+
+def test_the_sampler_has_a_hook(tmp_path: Path) -> None:
+    class Sorted(SmartBatchDataModule):
+        def configure_sampler(self, lengths, *, shuffle):
+            return super().configure_sampler(lengths, shuffle=False)
+
+    module = Sorted(max_length=24, validation_split=0.9)
+    module.setup("fit")
+    widths = [int(batch["input_ids"].shape[1]) for batch in module.train_dataloader()]
+    assert widths == sorted(widths)
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> str:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+
+    def rows(count: int, label: int) -> Dataset:
+        return Dataset.from_dict({"text": ["a dull film"] * count, "label": [label] * count}, features=features)
+
+    both = Dataset.from_dict({"text": ["a dull film", "a film"] * 8, "label": [0, 1] * 8}, features=features)
+    DatasetDict(train=both, matched=rows(5, 0), mismatched=rows(3, 1)).save_to_disk(tmp_path / "sets")
+    return str(tmp_path / "sets")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_several_sets_are_measured_each_under_its_name(stage: str, two_sets: str, tmp_path: Path) -> None:
+    sets = ["matched", "mismatched"]
+    module = SmartBatchDataModule(
+        two_sets, str(demo.model_dir()), max_length=16, validation_split=sets, test_split=sets, predict_split="matched"
+    )
+    model = SequenceClassifier(str(demo.model_dir()))
+    run = trainer(tmp_path)
+    getattr(run, stage)(model, module, verbose=False)
+    prefix = {"validate": "val", "test": "test"}[stage]
+    measured = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert set(measured) == {f"{prefix}_{name}/{split}" for name in ("loss", "accuracy", "f1") for split in sets}
+    # all texts are the same one, of two labels: what is right for one set is wrong for the other
+    assert measured[f"{prefix}_accuracy/matched"] + measured[f"{prefix}_accuracy/mismatched"] == 1
+    assert measured[f"{prefix}_loss/matched"] != measured[f"{prefix}_loss/mismatched"]
+
+
+class MyModel(SequenceClassifier):
+    """A model with an argument of its own."""
+
+    def __init__(self, extra: int = 3, **options) -> None:
+        super().__init__(**options)
+        self.extra = extra
+
+
+class MyData(SmartBatchDataModule):
+    """Data with fewer tokens."""
+
+    def __init__(self, max_length: int = 16, **options) -> None:
+        super().__init__(max_length=max_length, **options)
+
+
+def test_the_command_line_is_made_for_classes_of_ones_own() -> None:
+    args = ["fit", "--trainer.fast_dev_run=1", "--model.extra=5", *QUIET]
+    run = SmartBatchCLI(MyModel, MyData, trainer_defaults={"max_epochs": 7}, args=args)
+    assert (type(run.model), type(run.datamodule)) == (MyModel, MyData)
+    assert (run.model.extra, run.datamodule.max_length) == (5, 16)
+    config = run.config.fit.trainer
+    assert config.gradient_clip_val == 1.0  # what the defaults leave out stays
+    assert run.trainer.gradient_clip_val == 1.0
