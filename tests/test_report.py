@@ -121,6 +121,15 @@ def test_of_very_many_classes_the_table_names_the_first(tmp_path: Path, minilm: 
     assert max(map(len, printed.splitlines())) <= 110
 
 
+def test_data_of_other_labels_than_a_fine_tuned_model_has_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "fine indeed,yes\nbad,no\n" * 20)
+    cli("report", f"--data.dataset={tmp_path / 'train.csv'}", f"--model.pretrained={demo.model_dir()}", "--ranks=1")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["splits"][0]["classes"] == {
+        "no": 20,
+        "yes": 20,
+    }
+
+
 @pytest.mark.slow
 def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, minilm: str, tmp_path: Path) -> None:
     command = [

@@ -34,6 +34,8 @@ from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import TASKS, Task
 
+_EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
+
 
 @dataclass(frozen=True)
 class _Loaded:
@@ -357,7 +359,7 @@ class SmartBatchDataModule(L.LightningDataModule):
                 self.train_split,
                 self.label_column,
                 None if model is None else model.trained_config,
-                training=self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING,
+                training=self.trainer is None or self.trainer.state.fn not in _EVALUATIONS,
             )
             self._loaded = _Loaded(splits, tokenizer, task)
         return self._loaded
