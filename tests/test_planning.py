@@ -14,6 +14,7 @@ from smartbatch_lightning.batching import plan_epoch as plan_with_spec
 from smartbatch_lightning.data.splits import stratified_split
 
 BATCHINGS = ["smart", "tutorial", "random"]
+OWN = "test_strategies.shortest_first"  # a strategy from outside of the package, which keeps the same promises
 
 
 def spec_of(**fields) -> BatchSpec:
@@ -40,16 +41,18 @@ def cases(draw) -> dict:
     case = {
         "lengths": lengths,
         "batch_size": draw(st.integers(1, 40)),
-        "batching": draw(st.sampled_from(BATCHINGS)),
+        "batching": draw(st.sampled_from([*BATCHINGS, OWN])),
         "seed": draw(st.integers(0, 2**32)),
         "epoch": draw(st.integers(0, 50)),
         "num_replicas": num_replicas,
-        "jitter": draw(st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0])),
+        "jitter": draw(st.sampled_from([0.0, 0.3, 1.0, 2.5, 40.0, "auto"])),
         "shuffle": draw(st.booleans()),
-        "padding": draw(st.sampled_from(["longest", "packed"])),
+        "padding": draw(st.sampled_from(["longest", "max_length", "packed"])),
         "pad_to_multiple_of": draw(st.sampled_from([1, 8, 100])),
         "max_length": draw(st.sampled_from([None, int(lengths.max()), 1000])),
     }
+    if case["padding"] == "max_length" and case["max_length"] is None:
+        case["max_length"] = 700
     if draw(st.booleans()):
         rooms = 1 if len(lengths) % num_replicas == 0 else 2
         least = rooms * width(int(lengths.max()), case)
@@ -59,6 +62,8 @@ def cases(draw) -> dict:
 
 
 def width(longest: int, case: dict) -> int:
+    if case["padding"] == "max_length":
+        return case["max_length"]
     multiple = 1 if case["padding"] == "packed" else case["pad_to_multiple_of"]
     return min(-(-longest // multiple) * multiple, case["max_length"] or 10**9)
 
