@@ -1,1 +1,1 @@
-"""Side by side with peers, in one run: `python -m benchmarks.planning`, `.input` and `.accuracy`, from the root."""
+"""Side by side with peers, in one run: `python -m benchmarks.planning`, `.input` and so on, from the root."""

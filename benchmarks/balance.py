@@ -36,8 +36,7 @@ def planned(lengths: NDArray[np.int64], batching: str, ranks: int) -> Callable[[
 
 def shuffled(lengths: NDArray[np.int64]) -> Callable[[int], Batches]:
     """An ordinary shuffle, as it comes."""
-    plan = planned(lengths, "random", 1)
-    return lambda epoch: plan(epoch)
+    return planned(lengths, "random", 1)
 
 
 def grouped(lengths: NDArray[np.int64]) -> Callable[[int], Batches]:
@@ -79,8 +78,8 @@ def main() -> None:
         ways = {
             "smart, padded": (planned(lengths, "smart", ranks), True),
             "tutorial, padded": (planned(lengths, "tutorial", ranks), True),
-            "random dealt by length, packed": (planned(lengths, "random", ranks), False),
-            "random as it comes, packed": (shuffled(lengths), False),
+            "random, distributed by length, packed": (planned(lengths, "random", ranks), False),
+            "random, as it comes, packed": (shuffled(lengths), False),
             "transformers group_by_length, padded": (grouped(lengths), True),
             "transformers batch_rebalance, padded": (rebalanced(lengths, ranks), True),
         }

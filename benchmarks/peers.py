@@ -293,7 +293,7 @@ def rebalanced(lengths: Int64s) -> list[Int64s]:
     return [np.array(batch) for batch in sampler]
 
 
-class _Told(TrainerCallback):
+class _TrainerClock(TrainerCallback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
@@ -341,7 +341,7 @@ def transformers_trainer(
             torch_compile=compiled,
             seed=SEED,
         )
-        trainer = OnBatches(setting.model(), arguments, train_dataset=setting.reviews, callbacks=[_Told(clock)])
+        trainer = OnBatches(setting.model(), arguments, train_dataset=setting.reviews, callbacks=[_TrainerClock(clock)])
         trainer.train()
     assert isinstance(trainer.model, PreTrainedModel)
     return trainer.model

@@ -51,10 +51,10 @@ def test_jitter_pads_no_more_than_one_percent_or_what_is_padded_without_it(lengt
 
 @given(length_sets())
 @settings(max_examples=25, deadline=None)
-def test_smart_pads_less_than_the_tutorial_and_mixes_less_only_where_padding_leaves_no_room(lengths) -> None:
+def test_smart_pads_more_than_the_tutorial_only_within_its_percent_and_mixes_less_only_at_its_end(lengths) -> None:
     padding, overlap = padding_and_overlap(lengths, BatchSpec())
     tutorial_padding, tutorial_overlap = padding_and_overlap(lengths, BatchSpec("tutorial"))
-    assert padding <= tutorial_padding
+    assert padding <= max(tutorial_padding, 0.01 + NOISE)
     assert overlap < tutorial_overlap or padding > 0.009
 
 
