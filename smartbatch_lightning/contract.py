@@ -50,7 +50,7 @@ class TextModel:
 
 
 @runtime_checkable
-class TextDataModule(Protocol):
+class SupportsTextData(Protocol):
     """A data module that a `SequenceClassifier` can ask."""
 
     def text_data(self) -> TextData:
@@ -59,7 +59,7 @@ class TextDataModule(Protocol):
 
 
 @runtime_checkable
-class TextModule(Protocol):
+class SupportsTextModel(Protocol):
     """A module that a `SmartBatchDataModule` can ask."""
 
     def text_model(self) -> TextModel:
@@ -75,10 +75,10 @@ def datamodule_of(trainer: L.Trainer | None) -> Any:
 def text_data_of(trainer: L.Trainer | None) -> TextData | None:
     """What the run's data module tells; None for a foreign one or none."""
     datamodule = datamodule_of(trainer)
-    return datamodule.text_data() if isinstance(datamodule, TextDataModule) else None
+    return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
 
 
 def text_model_of(trainer: L.Trainer | None) -> TextModel | None:
     """What the run's module tells; None for a foreign one or none."""
     module = None if trainer is None else trainer.lightning_module
-    return module.text_model() if isinstance(module, TextModule) else None
+    return module.text_model() if isinstance(module, SupportsTextModel) else None

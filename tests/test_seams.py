@@ -22,7 +22,7 @@ from smartbatch_lightning import (
     demo,
 )
 from smartbatch_lightning.batching import spec as spec_module
-from smartbatch_lightning.contract import TextDataModule, TextModule
+from smartbatch_lightning.contract import SupportsTextData, SupportsTextModel
 from smartbatch_lightning.data import sources
 from smartbatch_lightning.data.collators import COLLATORS
 from smartbatch_lightning.models.packing import enable_packing
@@ -197,10 +197,10 @@ def test_foreign_modules_with_attributes_of_the_same_names_are_not_taken_for_our
     class Foreign:
         padding, max_length, label_names, tokenizer, model, pretrained = "packed", 1, ["a"], None, None, "x"
 
-    assert not isinstance(Foreign(), TextDataModule)
-    assert not isinstance(Foreign(), TextModule)
-    assert isinstance(SmartBatchDataModule(), TextDataModule)
-    assert isinstance(SequenceClassifier(), TextModule)
+    assert not isinstance(Foreign(), SupportsTextData)
+    assert not isinstance(Foreign(), SupportsTextModel)
+    assert isinstance(SmartBatchDataModule(), SupportsTextData)
+    assert isinstance(SequenceClassifier(), SupportsTextModel)
 
 
 def test_tokenize_may_give_any_lists_of_ids(tmp_path: Path) -> None:

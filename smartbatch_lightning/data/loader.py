@@ -10,6 +10,9 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from smartbatch_lightning.data.sampler import SmartBatchSampler
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+_DECIDED_BY_BATCHES = {"batch_sampler", "batch_size", "sampler", "shuffle", "drop_last"}
 
 
 class _LightningSamplerAdapter(DistributedSampler[Any], SequentialSampler):
@@ -86,7 +89,7 @@ class SmartBatchLoader(DataLoader[Any]):
         loss_weights: Callable[[SmartBatchSampler], Iterable[float]] | None = None,
         **options: Any,
     ) -> None:
-        for excluded in ("sampler", "shuffle", "batch_size", "drop_last"):
+        for excluded in _DECIDED_BY_BATCHES:
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
@@ -113,3 +116,17 @@ class SmartBatchLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing, as `state_dict`."""
+
+
+def check_loader_kwargs(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuses options of a `DataLoader` that batches decide; else returns them.
+
+    Raises:
+        ValueError: One of them is there.
+    """
+    if fixed := _DECIDED_BY_BATCHES & set(options):
+        raise UsageError(
+            f"loader_kwargs has {join_quoted(sorted(fixed))}, which the batches decide. Set --data.batch_size and "
+            "--data.batching, or override configure_sampler."
+        )
+    return options

@@ -74,17 +74,18 @@ class LabelEncoder:
             ValueError: As `read_labels`, or a label is of none of the classes.
         """
         labels, label_type = read_labels(dataset, column, split)
-        names = (
-            [str(number) for number in range(len(self.names))] if self._counts(label_type, dataset, column) else None
-        )
-        numbers = pc.index_in(labels, value_set=pa.array(names or list(self.names), pa.string()))
+        are_ids = self._are_ids(label_type, dataset, column)
+        known = [str(number) for number in range(len(self.names))] if are_ids else list(self.names)
+        numbers = pc.index_in(labels, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
             row = _first(numbers.is_null())
-            hint = (
-                " If whole numbers count the classes, set --data.label_names to the names in that order."
-                if label_type == "integer" and not any(map(_is_whole_number, self.names))
-                else ""
-            )
+            hint = ""
+            if are_ids:
+                hint = (
+                    f" Whole numbers count the classes here, from 0 to {len(known) - 1}; give a name for each number."
+                )
+            elif label_type == "integer" and not any(map(_is_whole_number, self.names)):
+                hint = " If whole numbers count the classes, set --data.label_names to the names in that order."
             raise UsageError(
                 f"row {row} (counted from 0) of the split {split!r} has the label "
                 f"{join_quoted([labels[row].as_py()])}, which is none of the {len(self.names):,} classes: "
@@ -106,7 +107,7 @@ class LabelEncoder:
         assert sorted(names) == sorted(self.names)
         return LabelEncoder(tuple(names), self.label_type, self.numbers_are_ids and tuple(names) == self.names)
 
-    def _counts(self, label_type: LabelType, dataset: Dataset, column: str) -> bool:
+    def _are_ids(self, label_type: LabelType, dataset: Dataset, column: str) -> bool:
         return (
             self.numbers_are_ids
             and label_type == "integer"

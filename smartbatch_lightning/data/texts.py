@@ -1,0 +1,262 @@
+"""TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from datasets import Dataset, DatasetDict
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from smartbatch_lightning.contract import text_model_of
+from smartbatch_lightning.data.labels import find_task
+from smartbatch_lightning.data.sources import read_dataset
+from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
+from smartbatch_lightning.data.tokenizers import find_tokenizer
+from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.storage import cache_dir
+from smartbatch_lightning.tasks import TASKS, Task
+
+_EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What one set-up has loaded; the next one loads again, since model and settings may be others."""
+
+    splits: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    task: Task | None
+
+
+class TextDataModule(L.LightningDataModule):
+    """Texts and labels of a data set, tokenized: a `TokenDataset` for each split. `SmartBatchDataModule` batches them.
+
+    Args:
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, JSON lines or Parquet file; a folder of such files or
+            one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
+        tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
+        dataset_config: Configuration of a data set on the Hub that has several, such as `sst2` of `nyu-mll/glue`.
+        problem_type: What is learnt: a name in `smartbatch_lightning.tasks.TASKS`, or the import path of a class.
+        text_columns: Column of text, or two columns for pairs of sentences.
+        label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans. They are matched by name.
+        label_names: Names of the classes in the order of their numbers; by default those of the `ClassLabel`, or what
+            the training split holds, sorted. Where none of them is a number, whole numbers in the data count them.
+        train_split: Split to train on.
+        validation_split: Split to validate on, or several; or the share of the training split to set aside for it,
+            drawn from `seed` with the same share of every label; 0 or None for no validation. `auto` takes a split
+            named validation, valid, val or dev, else a share of 0.1.
+        test_split: Split to test on, or several.
+        predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split
+            there is.
+        max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else 0.
+        cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
+
+    Raises:
+        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+    """
+
+    train_data: TokenDataset
+    validation_data: list[TokenDataset]
+    test_data: list[TokenDataset]
+    predict_data: TokenDataset
+
+    def __init__(
+        self,
+        dataset: str | dict[str, str] = "demo",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        *,
+        dataset_config: str | None = None,
+        problem_type: str = "single_label_classification",
+        text_columns: str | list[str] = "text",
+        label_column: str = "label",
+        label_names: list[str] | None = None,
+        train_split: str = "train",
+        validation_split: float | str | list[str] | None = "auto",
+        test_split: str | list[str] = "test",
+        predict_split: str | None = None,
+        max_length: int = 400,
+        seed: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str | None) else ["tokenizer"])
+        if max_length < 3:
+            raise UsageError(
+                f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
+            )
+        if isinstance(text_columns, list) and len(text_columns) not in (1, 2):
+            raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.problem_type = problem_type
+        self.text_columns = [text_columns] if isinstance(text_columns, str) else text_columns
+        self.label_column = label_column
+        self.train_split = train_split
+        self.validation_split = validation_split
+        self.test_split = test_split
+        self.predict_split = predict_split
+        self.max_length = max_length
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.cache_dir = cache_dir
+        self._task_class = look_up(problem_type, TASKS, "problem_type")
+        self._given_task = None if label_names is None else self._task_class.from_names(label_names)
+        self._given_tokenizer = tokenizer
+        self._loaded: _Loaded | None = None
+
+    # --- what a subclass may want to do differently ---
+
+    def load_dataset(self) -> DatasetDict:
+        """The splits, as `datasets` knows them. Override for data of other kinds."""
+        return read_dataset(self.dataset, self.dataset_config, label_column=self.label_column)
+
+    def tokenize(self, dataset: Dataset) -> Any:
+        """Token ids of one split.
+
+        Returns:
+            For each sample a list of ids, or a mapping with `input_ids` and perhaps `token_type_ids`; or a
+            `TokenTable`, as from the cache in which this method keeps them.
+        """
+        return tokenize_to_cache(
+            dataset,
+            self.tokenizer,
+            text_columns=self.text_columns,
+            max_length=self.max_length,
+            cache_dir=Path(self.cache_dir) if self.cache_dir else cache_dir(),
+        )
+
+    # --- what the data turns out to be ---
+
+    @property
+    def is_demo(self) -> bool:
+        """The data are the embedded demo's."""
+        return self.dataset == "demo" and not self._loads_by_itself
+
+    @property
+    def splits(self) -> DatasetDict:
+        """All splits of the data set."""
+        return self._load().splits
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer: the given one, else the model's."""
+        return self._load().tokenizer
+
+    @property
+    def task(self) -> Task | None:
+        """Labels and what is learnt of them: those of the data, else of a trained model; None where nothing tells."""
+        return self._load().task
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes in the order of their numbers; None where nothing tells."""
+        return None if self.task is None else self.task.label_names
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes; None where nothing tells."""
+        return None if self.task is None else len(self.task.label_names)
+
+    @property
+    def used_splits(self) -> list[str]:
+        """Names of the splits that a stage may ask for and that have samples."""
+        return self._names.used(self.splits)
+
+    @property
+    def source(self) -> str:
+        """The data set, as messages name it."""
+        if self._loads_by_itself:
+            return f"{type(self).__name__}.load_dataset()"
+        return self.dataset if isinstance(self.dataset, str) else ", ".join(self.dataset.values())
+
+    def token_table(self, dataset: Dataset) -> TokenTable:
+        """Token ids of one split, as `tokenize` gives them.
+
+        Raises:
+            ValueError: There are not as many as samples, or a sample has none.
+        """
+        tokenized = self.tokenize(dataset)
+        table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
+        if len(table) != len(dataset):
+            raise UsageError(
+                f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
+            )
+        return table
+
+    # --- Lightning's hooks ---
+
+    def prepare_data(self) -> None:
+        """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it."""
+        self._loaded = None
+        for split in self.used_splits:
+            self.token_table(self._split(split))
+
+    def setup(self, stage: str) -> None:
+        """Makes the data sets of a stage out of what `prepare_data` left."""
+        self._loaded = None
+        if stage == "fit":
+            self.train_data, self.validation_data = self._train_and_validation()
+        elif stage == "validate":
+            self.validation_data = self._train_and_validation()[1]
+        elif stage == "test":
+            self.test_data = [self._labelled(split) for split in self._names.tested]
+        elif stage == "predict":
+            self.predict_data = TokenDataset(self.token_table(self._split(self._names.predicted(self.splits))))
+
+    # --- the rest ---
+
+    def _load(self) -> _Loaded:
+        if self._loaded is None:
+            splits, model = self.load_dataset(), text_model_of(self.trainer)
+            tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
+            task = find_task(
+                self._task_class,
+                self._given_task,
+                splits,
+                self.train_split,
+                self.label_column,
+                None if model is None else model.trained_config,
+                training=self.trainer is None or self.trainer.state.fn not in _EVALUATIONS,
+            )
+            self._loaded = _Loaded(splits, tokenizer, task)
+        return self._loaded
+
+    @property
+    def _loads_by_itself(self) -> bool:
+        return type(self).load_dataset is not TextDataModule.load_dataset
+
+    @property
+    def _names(self) -> SplitNames:
+        return SplitNames(self.train_split, self.validation_split, self.test_split, self.predict_split)
+
+    def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
+        train = self._labelled(self.train_split)
+        share = self._names.validation_share(self.splits)
+        if not share:
+            return train, [self._labelled(split) for split in self._names.validated(self.splits)]
+        assert self.task is not None
+        assert train.labels is not None
+        parts = train_and_validation_rows(self.task, train.labels, share, self.seed)
+        train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
+        return train, [validation]
+
+    def _labelled(self, split: str) -> TokenDataset:
+        dataset = self._split(split)
+        if self.task is None and self.train_split in self.splits:
+            self._task_class.from_dataset(self._split(self.train_split), self.label_column, self.train_split)
+        if self.task is None:
+            raise UsageError(
+                f"the label classes are unknown: {self.source} has no training split {self.train_split!r} with labels, "
+                "and the model is of no checkpoint. Give --ckpt_path, or --data.label_names, in the order of their "
+                "numbers."
+            )
+        labels = self.task.encode(dataset, self.label_column, split)
+        return TokenDataset(self.token_table(dataset), labels)
+
+    def _split(self, split: str) -> Dataset:
+        return find_split(self.splits, split, self.text_columns, self.source, self._names.argument(split))

@@ -1,0 +1,162 @@
+"""Numbers of a report: samples and classes of each split, and what each way to batch the training data costs."""
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from transformers import AutoConfig, BertConfig
+
+from smartbatch_lightning.batching import STRATEGIES, BatchPlan, BatchSpec, batch_overlap, plan_epoch
+from smartbatch_lightning.batching.planner import with_jitter
+from smartbatch_lightning.batching.spec import PADDING_WIDTHS
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.models.flops import training_flops
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the data.
+
+    Attributes:
+        name: Its name.
+        samples: Samples in it.
+        classes: Samples of each class; none where there are no labels.
+        tokens: Their tokens, after truncation.
+        mean_length: Tokens of a sample.
+        truncated: Share of the samples that were cut at `max_length`.
+    """
+
+    name: str
+    samples: int
+    classes: dict[str, int]
+    tokens: int
+    mean_length: float
+    truncated: float
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to batch the training data, over an epoch.
+
+    Attributes:
+        batching: How batches are chosen.
+        padding: How they become tensors.
+        batches: Batches.
+        tokens: Tokens that are computed, with padding.
+        padding_ratio: Padding over real tokens.
+        savings_vs_fixed: Share of the tokens that fixed padding takes and this does not.
+        batch_overlap: Share of a sample's batch-mates that it meets again in the next epoch.
+        expected_speedup: Operations of fixed padding over those of this, linear layers and attention counted; an
+            estimate, since not every operation takes equally long.
+        balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None where
+            a token budget does not let so many ranks take equally many steps.
+        largest_batch: Samples and width of the batch with the most tokens; for packed batches samples and tokens.
+        packed: Samples are packed instead of padded.
+        is_configured: This is what the data module is set to.
+    """
+
+    batching: str
+    padding: str
+    batches: int
+    tokens: int
+    padding_ratio: float
+    savings_vs_fixed: float
+    batch_overlap: float
+    expected_speedup: float
+    balance: float | None
+    largest_batch: tuple[int, int]
+    packed: bool
+    is_configured: bool
+
+    @property
+    def name(self) -> str:
+        """Batching and padding, as tables name it."""
+        return f"{self.batching}, {self.padding}"
+
+
+def measure_strategy(
+    data: SmartBatchDataModule, spec: BatchSpec, ranks: int, operations: tuple[float, float]
+) -> tuple[Strategy, BatchPlan]:
+    """Plans two epochs, and one for several ranks, and counts what they cost.
+
+    Args:
+        data: Set up to fit.
+        spec: How batches are chosen and become tensors.
+        ranks: Ranks for which to tell the balance.
+        operations: Of training, by token and by pair of tokens.
+
+    Returns:
+        What it costs, and the first epoch's plan.
+    """
+    lengths = data.train_data.lengths
+    per_token, per_pair = operations
+    spec = with_jitter(spec, lengths)
+    plan = plan_epoch(lengths, spec)
+    tokens, pairs = (of(lengths[plan.order], plan.offsets) for of in (spec.tokens, spec.token_pairs))
+    balance = None
+    with suppress(UsageError):
+        shared = plan_epoch(lengths, spec, num_replicas=ranks)
+        tokens_of_ranks, pairs_of_ranks = (
+            of(lengths[shared.order], shared.offsets) for of in (spec.tokens, spec.token_pairs)
+        )
+        costs = (per_token * tokens_of_ranks + per_pair * pairs_of_ranks).reshape(-1, ranks)
+        balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
+    largest = int(tokens.argmax())
+    samples = int(plan.batch_sizes()[largest])
+    computed = int(tokens.sum())
+    fixed = len(lengths) * data.max_length
+    fixed_operations = fixed * (per_token + per_pair * data.max_length)
+    strategy = Strategy(
+        batching=spec.batching,
+        padding=spec.padding,
+        batches=len(plan),
+        tokens=computed,
+        padding_ratio=computed / int(lengths.sum()) - 1,
+        savings_vs_fixed=1 - computed / fixed,
+        batch_overlap=batch_overlap(plan, plan_epoch(lengths, spec, epoch=1)),
+        expected_speedup=fixed_operations / float(per_token * computed + per_pair * pairs.sum()),
+        balance=balance,
+        largest_batch=(samples, int(tokens[largest]) // (1 if spec.packed else samples)),
+        packed=spec.packed,
+        is_configured=(data.batching, data.padding) == (spec.batching, spec.padding),
+    )
+    return strategy, plan
+
+
+def training_operations(data: SmartBatchDataModule) -> tuple[float, float]:
+    """Operations by token and by squared token, of the model that the tokenizer is of, else of BERT-base."""
+    try:
+        return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))
+    except Exception:  # it is only an estimate, and there are many kinds of models
+        return training_flops(BertConfig())
+
+
+def measure_splits(data: SmartBatchDataModule) -> list[Split]:
+    """Counts the splits that runs would use."""
+    splits = []
+    for name in data.used_splits:
+        dataset = data.splits[name]
+        table = data.token_table(dataset)
+        counts: dict[str, int] = {}
+        if data.task is not None and data.label_column in dataset.column_names:
+            with suppress(UsageError):  # many a test split has labels that are none
+                counts = data.task.label_counts(data.task.encode(dataset, data.label_column, name))
+        splits.append(
+            Split(
+                name=name,
+                samples=len(table),
+                classes=counts,
+                tokens=int(table.lengths.sum()),
+                mean_length=float(table.lengths.mean()),
+                truncated=table.num_truncated / len(table),
+            )
+        )
+    return splits
+
+
+def combinations(spec: BatchSpec) -> list[BatchSpec]:
+    """Every batching and padding; fixed padding, for which batching makes no difference, first and once."""
+    fixed = replace(spec, batching="random", padding="max_length")
+    batchings = dict.fromkeys([*STRATEGIES, spec.batching])
+    paddings = [padding for padding in PADDING_WIDTHS if padding != fixed.padding]
+    return [fixed, *(replace(spec, batching=name, padding=padding) for padding in paddings for name in batchings)]
