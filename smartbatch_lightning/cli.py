@@ -17,6 +17,7 @@ from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPrefli
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
+from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -186,6 +187,7 @@ class SmartBatchCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(CheckpointPreflight, "checkpoint_preflight")
         parser.add_lightning_class_args(MemoryCheck, "memory_check")
+        parser.add_lightning_class_args(StopOnSignal, "stop_on_signal")
         parser.add_lightning_class_args(ModelExport, "export_model")
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__

@@ -15,6 +15,16 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def command_to_go_on(checkpoint: str) -> str:
+    """The command that was started, with a checkpoint to go on from."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and argument.partition("=")[0] != "--ckpt_path":
+            kept.append(argument)
+        skip = argument == "--ckpt_path"  # its value comes next
+    return shlex.join([Path(sys.argv[0]).name, *kept, f"--ckpt_path={checkpoint}"])
+
+
 def echo(what: str | Table) -> None:
     """Prints a line or a table, neither of them wrapped or cut."""
     console = Console(soft_wrap=isinstance(what, str), markup=False, highlight=False)

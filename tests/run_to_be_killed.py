@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
-from smartbatch_lightning.callbacks.requeue import Requeue
+from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 
 
@@ -81,7 +81,7 @@ def main() -> None:
         gradient_clip_val=1.0,
         limit_val_batches=2,
         num_sanity_val_steps=0,
-        callbacks=[Requeue(), checkpoint, Diary(folder)],
+        callbacks=[StopOnSignal(), checkpoint, Diary(folder)],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
         logger=False,

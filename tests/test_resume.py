@@ -398,7 +398,7 @@ def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(
         variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     run = start(folder, variables, **options)
     kill_after(run, folder, 9, 0.0, signal.SIGUSR1)
-    assert run.returncode == 0, (folder / "log.txt").read_text()[-3000:]
+    assert run.returncode == 128 + signal.SIGUSR1, (folder / "log.txt").read_text()[-3000:]
     if slurm:
         assert (tmp_path / "asked").read_text() == "requeue 7\n"
     finish(start(folder, variables, **options), folder)

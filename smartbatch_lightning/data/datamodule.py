@@ -8,15 +8,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
+from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
 from smartbatch_lightning.data.resume import (
+    adopt_lightnings_count,
     check_fingerprint,
+    check_ranks_agree,
     dataset_fingerprint,
-    sync_loop_progress,
-    training_progress,
+    go_on,
+    ranks_record,
+    training_state,
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
@@ -95,8 +99,8 @@ class SmartBatchDataModule(TextDataModule):
             lengths,
             self.spec,
             shuffle=shuffle,
-            num_replicas=self.trainer.world_size if self.trainer else 1,
-            rank=self.trainer.global_rank if self.trainer else 0,
+            num_replicas=self.trainer.world_size if self.trainer else None,
+            rank=self.trainer.global_rank if self.trainer else None,
         )
 
     def configure_collator(self) -> Collator:
@@ -131,11 +135,16 @@ class SmartBatchDataModule(TextDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Makes the data sets of a stage; in `fit`, refuses samples that no batch can hold."""
+        """Makes the data sets of a stage.
+
+        Raises:
+            ValueError: No batch can hold a sample, or the ranks have other data or settings than each other.
+        """
         super().setup(stage)
         if stage == "fit":
-            self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
             self._train_sampler = self._restored = None
+            self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
+        check_ranks_agree(ranks_record(self.data_sets(stage), self.label_names, self.spec))
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches in a new plan every epoch; the same ones under `overfit_batches`."""
@@ -144,9 +153,8 @@ class SmartBatchDataModule(TextDataModule):
         if self._restored is not None:
             sampler.load_state_dict(self._restored)
         self._train_sampler = sampler
-        if self.trainer is None:
-            return self._loader(self.train_data, sampler)
-        return self._loader(self.train_data, sampler, on_epoch=self._on_epoch, loss_weights=self._loss_weights)
+        on_epoch = None if self.trainer is None else self._on_epoch
+        return self._loader(self.train_data, sampler, on_epoch=on_epoch, loss_weights=self._loss_weights)
 
     def val_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
         """Batches in order of length; a list of loaders where there are several validation sets, or none."""
@@ -166,7 +174,7 @@ class SmartBatchDataModule(TextDataModule):
             return {}
         return {
             "fingerprint": dataset_fingerprint(self.train_data, self._train_sampler.spec),
-            **training_progress(self.trainer, self._train_sampler),
+            **training_state(self.trainer, self._train_sampler),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -177,19 +185,24 @@ class SmartBatchDataModule(TextDataModule):
         """
         if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
         if not self.ignore_fingerprint_mismatch:
-            spec = self.configure_sampler(self.train_data.lengths, shuffle=True).spec
-            check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, spec))
+            check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
+        go_on(self.trainer, sampler, state)
         self._restored = state
 
     # --- the rest ---
 
     def _on_epoch(self, sampler: SmartBatchSampler) -> None:
         assert self.trainer is not None
-        sync_loop_progress(self.trainer, sampler, resumed=self._restored is not None)
+        if self._restored is None and progress.stands_in_epoch(self.trainer):
+            adopt_lightnings_count(self.trainer, sampler)
+        progress.begin_epoch(self.trainer)
 
     def _loss_weights(self, sampler: SmartBatchSampler) -> Iterator[float]:
-        assert self.trainer is not None
+        if self.trainer is None:  # a loop of one's own
+            return sampler.loss_weights()
+        progress.count_logged_steps(self.trainer)
         return sampler.loss_weights(self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches))
 
     def _evaluation_loaders(self, sets: list[TokenDataset]) -> SmartBatchLoader | list[SmartBatchLoader]:

@@ -51,7 +51,9 @@ class _LazyIterator(Iterator[Any]):
         try:
             if self._iterator is None:
                 self._iterator = self._loader.batches()
-            return next(self._iterator)
+            batch = next(self._iterator)
+            self._loader.num_yielded += 1
+            return batch
         finally:
             self._loader.data_wait_seconds += perf_counter() - start
 
@@ -69,7 +71,8 @@ class SmartBatchLoader(DataLoader[Any]):
     Args:
         dataset: A map-style data set.
         batch_sampler: Chooses this rank's batches.
-        on_epoch: Called when Lightning has set the epoch, before it counts the epoch's batches.
+        on_epoch: Called when Lightning has set the epoch, before its first batch; given by a data module, whose state
+            then says where training stands. Without one the loader's own state does.
         loss_weights: Gives a weight for each batch that the sampler yields next, at the start of an epoch; a batch that
             is a dictionary then holds its own as `loss_weight`, a float.
         options: Everything else that `DataLoader` takes. Arguments that exclude a batch sampler are dropped, since
@@ -96,6 +99,8 @@ class SmartBatchLoader(DataLoader[Any]):
         self.plan_sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
         self.__dict__["sampler"] = _LightningSamplerAdapter(self.plan_sampler, on_epoch)
         self.loss_weights = loss_weights
+        self.has_state = on_epoch is None
+        self.num_yielded = 0
         self.data_wait_seconds = 0.0
 
     def __iter__(self) -> Any:
@@ -103,6 +108,7 @@ class SmartBatchLoader(DataLoader[Any]):
 
     def batches(self) -> Iterator[Any]:
         """Starts iterating over the batches of an epoch."""
+        self.num_yielded = self.plan_sampler.start_step
         batches: Iterator[Any] = super().__iter__()
         return (
             batches
@@ -111,11 +117,24 @@ class SmartBatchLoader(DataLoader[Any]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's state is enough, but Lightning warns of loaders that have none."""
-        return {}
+        """Where iteration stands; nothing where a data module knows."""
+        ranks = self.plan_sampler.num_replicas
+        return {"epoch": self.plan_sampler.epoch, "consumed": [(ranks, self.num_yielded)]} if self.has_state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing, as `state_dict`."""
+        """Goes on from there.
+
+        Raises:
+            ValueError: There are other ranks than before.
+        """
+        ranks = self.plan_sampler.num_replicas
+        if state and state["consumed"][0][0] != ranks:
+            raise UsageError(
+                f"the checkpoint is of {state['consumed'][0][0]} ranks, now there are {ranks}. Pass the data module to "
+                "the Trainer, datamodule=..., instead of its loaders; then it goes on on any number of ranks."
+            )
+        if state:
+            self.plan_sampler.load_state_dict(state)
 
 
 def check_loader_kwargs(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,18 @@
-"""Where training stands, and how Lightning goes on from there.
-
-Lightning keeps how many epochs and batches were trained, in counters that are internal to it (lightning 2.6); the
-tests in `tests/test_resume.py` pin what is used of them here.
-"""
+"""What a checkpoint says of the data, and how training goes on from one, on any number of ranks."""
 
 import hashlib
-import math
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim.lr_scheduler import LambdaLR
 
+from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.tokens import TokenDataset
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, join_quoted
 
 _FIELD_DESCRIPTIONS = {"data": "data (texts, labels, tokenizer, max_length or split)"}
 
@@ -28,10 +24,13 @@ def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
         data: The training samples.
         spec: Of the sampler, its jitter a number.
     """
-    digest = hashlib.sha256()
-    for array in (data.lengths, data.rows, data.labels):
-        digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"none")
-    return {"data": digest.hexdigest()[:16], **spec.fingerprint()}
+    return {"data": _digest(data), **spec.fingerprint()}
+
+
+def ranks_record(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> dict[str, Any]:
+    """What all ranks of a stage must have alike, by what a message calls it."""
+    digests = [_digest(data) for data in sets]
+    return {"data": digests, "label names": label_names, **{f"data.{n}": v for n, v in spec.fingerprint().items()}}
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -53,67 +52,63 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def training_progress(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
-    """Where training stands, as `SmartBatchSampler.load_state_dict` takes it.
-
-    Counted by what the optimizer has seen, not by what workers fetched: batches whose gradients were still being
-    accumulated are trained again.
-    """
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    if epochs.started <= epochs.processed:  # between two epochs
-        return {"epoch": epochs.processed, "consumed": []}
-    steps = batches.processed
-    if steps < trainer.num_training_batches:
-        steps -= steps % trainer.accumulate_grad_batches
-    return {**sampler.state_dict(steps), "epoch": epochs.processed}
+def _digest(data: TokenDataset) -> str:
+    digest = hashlib.sha256()
+    for array in (data.lengths, data.rows, data.labels):
+        digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"none")
+    return digest.hexdigest()[:16]
 
 
-def sync_loop_progress(trainer: L.Trainer, sampler: SmartBatchSampler, *, resumed: bool) -> None:
-    """Makes Lightning count the epoch's batches from where the sampler goes on.
-
-    Called when Lightning has restored its progress and set the epoch, and has not begun to count. There is something
-    to do after a resume on another number of ranks, where a step is another share of the epoch, and after one from
-    the middle of an accumulation.
+def check_ranks_agree(record: dict[str, Any]) -> None:
+    """Refuses, on every rank, a run whose ranks have other data, labels or settings; all ranks have to call it.
 
     Args:
-        trainer: In `fit`.
-        sampler: The training loader's.
-        resumed: The data module has found its state in the checkpoint.
+        record: What a rank has, by what a message calls it.
+
+    Raises:
+        ValueError: The ranks differ; the message names in what.
     """
-    loop = trainer.fit_loop
-    progress: Any = loop.epoch_loop.batch_progress
-    epochs: Any = loop.epoch_progress
-    if (loop.restarted_mid_epoch or loop.restarted_on_epoch_end) and epochs.current.started <= epochs.current.processed:
-        # After a checkpoint of an epoch's last batch, Lightning never counts the next one as started; a checkpoint of
-        # that one would then be taken for one between two epochs.
-        epochs.increment_ready()
-        epochs.increment_started()
-    # a checkpoint of an exception leaves these one ahead for ever, and Lightning repeats a batch at the next resume
-    progress.total.ready = progress.total.started = progress.total.processed
-    if not resumed and loop.restarted_mid_epoch:
-        rank_zero_warn(
-            "The checkpoint has no state of this data module, perhaps because its class was renamed. Going on after "
-            f"{progress.current.processed} batches of the epoch, which is exact if data, seed, batching and the number "
-            "of ranks are as before."
-        )
-        sampler.load_state_dict(
-            {"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, progress.current.processed)]}
-        )
-    if not sampler.consumed:
+    if not (dist.is_available() and dist.is_initialized()):
         return
-    shift = sampler.start_step - progress.current.processed
-    for counter in ("ready", "started", "processed", "completed"):
-        setattr(progress.current, counter, getattr(progress.current, counter) + shift)
-    if any(num_replicas != sampler.num_replicas for num_replicas, _ in sampler.consumed) and trainer.max_steps == -1:
-        _sync_lr_schedulers(trainer, sampler)
+    records: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    for rank, other in enumerate(records):
+        if differing := [name for name in {**records[0], **other} if records[0].get(name) != other.get(name)]:
+            raise UsageError(
+                f"rank {rank} and rank 0 differ in {join_quoted(differing)}: "
+                + "; ".join(f"{other.get(name)} and {records[0].get(name)}" for name in differing)
+                + ". Give every rank the same files, arguments and seed."
+            )
 
 
-def _sync_lr_schedulers(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
-    """Puts schedules by the step at the same share of training as before, since an epoch now has other steps."""
-    window = trainer.accumulate_grad_batches
-    steps = sampler.epoch * math.ceil(len(sampler) / window) + sampler.start_step // window
-    for config in trainer.lr_scheduler_configs:
-        if config.interval == "step" and isinstance(config.scheduler, LambdaLR):
-            config.scheduler.last_epoch = steps - 1
-            config.scheduler.step()
+def training_state(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
+    """Where training stands, as `SmartBatchSampler.load_state_dict` takes it, and whether validation comes next."""
+    at = progress.position(trainer)
+    state = {"consumed": []} if at.batches is None else sampler.state_dict(at.batches)
+    return {**state, "epoch": at.epoch, "validation_due": at.validation_due}
+
+
+def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any]) -> None:
+    """Lets Lightning go on where a checkpoint stood, counted in batches of the ranks there are now.
+
+    Args:
+        trainer: In `fit`, about to restore its counters.
+        sampler: Of training.
+        state: What `training_state` gave.
+    """
+    sampler.load_state_dict(state)
+    sampler.set_epoch(state["epoch"])
+    length = progress.batches_per_epoch(trainer, len(sampler))
+    batches = min(sampler.start_step, length) if state["consumed"] else None
+    due = state["validation_due"] or sampler.start_step > length
+    progress.rewrite_checkpoint(trainer, progress.Position(state["epoch"], batches, due), length)
+
+
+def adopt_lightnings_count(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
+    """Goes on by Lightning's counters where a checkpoint has no state of the data module, with a warning."""
+    batches = progress.position(trainer).batches or 0
+    rank_zero_warn(
+        "The checkpoint has no state of this data module, perhaps because its class was renamed. Going on after "
+        f"{batches} batches of the epoch, which is exact if data, seed, batching and the number of ranks are as before."
+    )
+    sampler.load_state_dict({"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, batches)]})

@@ -27,7 +27,8 @@ class SmartBatchSampler(Sampler[list[int]]):
         lengths: Tokens of each sample after truncation, special tokens counted. Shape (num_samples,).
         spec: How batches are chosen and what one may hold.
         shuffle: False for evaluation: the same batches every time, in order.
-        num_replicas: Ranks that share the samples; by default the world size of the default process group, or 1.
+        num_replicas: Ranks that share the samples; by default the world size of the default process group, or 1, also
+            where that is started later.
         rank: Which of them this is; by default this process' rank, or 0.
 
     Attributes:
@@ -46,19 +47,29 @@ class SmartBatchSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
         self.lengths = check_lengths(lengths)
         self.spec = with_jitter(spec, self.lengths) if shuffle else spec
         self.shuffle = shuffle
-        self.num_replicas = num_replicas or (dist.get_world_size() if distributed else 1)
-        self.rank = rank if rank is not None else (dist.get_rank() if distributed else 0)
+        self._given_ranks = (num_replicas, rank)
+        self._steps: dict[int, int] = {}  # of an epoch, by number of ranks
         self.epoch = 0
         self._unfinished: dict[str, Any] = {"epoch": -1, "consumed": []}
         if not 0 <= self.rank < self.num_replicas:
             raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
             )
-        self._num_steps = len(self.plan()) // self.num_replicas
+        len(self)  # which refuses what cannot be planned
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share the samples."""
+        return self._given_ranks[0] or (dist.get_world_size() if _is_distributed() else 1)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        given = self._given_ranks[1]
+        return (dist.get_rank() if _is_distributed() else 0) if given is None else given
 
     @property
     def sampler(self) -> "SmartBatchSampler":
@@ -83,7 +94,8 @@ class SmartBatchSampler(Sampler[list[int]]):
         """Leaves out what was consumed of an epoch; other epochs stay whole.
 
         On as many ranks as before, the batches that follow are those of an uninterrupted epoch. On another number,
-        the samples that are left are planned again for these.
+        the samples that are left are planned again for these; where they are fewer than the ranks, some stand in the
+        batches of two ranks, and have the weight of one.
         """
         self._unfinished = {"epoch": state["epoch"], "consumed": [(ranks, steps) for ranks, steps in state["consumed"]]}
 
@@ -111,7 +123,10 @@ class SmartBatchSampler(Sampler[list[int]]):
             num_batches: Batches of a rank after which the epoch is ended, and its last optimizer step taken.
         """
         plan, step = self._remaining_plan()
-        samples = plan.batch_sizes().reshape(-1, self.num_replicas)[step:]
+        sizes = plan.batch_sizes()
+        if len(sizes) == self.num_replicas:  # one step: samples may stand in it twice
+            sizes = np.diff(np.searchsorted(np.sort(np.unique(plan.order, return_index=True)[1]), plan.offsets))
+        samples = sizes.reshape(-1, self.num_replicas)[step:]
         batches = self.start_step + np.arange(len(samples))
         trained = batches < (len(self) if num_batches is None else num_batches)
         window = batches[trained] // accumulated
@@ -126,6 +141,8 @@ class SmartBatchSampler(Sampler[list[int]]):
     def _plan(self, num_replicas: int, samples: NDArray[np.int64] | None = None) -> BatchPlan:
         if samples is not None and not len(samples):
             return BatchPlan(samples, np.zeros(1, np.int64), num_replicas)
+        if samples is not None and len(samples) < num_replicas:
+            return BatchPlan(np.resize(samples, num_replicas), np.arange(num_replicas + 1), num_replicas)
         lengths = self.lengths if samples is None else self.lengths[samples]
         plan = plan_epoch(lengths, self.spec, epoch=self.epoch, num_replicas=num_replicas, shuffle=self.shuffle)
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
@@ -142,13 +159,20 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch: the same in every epoch and on every rank."""
-        return self._num_steps
+        ranks = self.num_replicas
+        if ranks not in self._steps:
+            self._steps[ranks] = len(self._plan(ranks)) // ranks
+        return self._steps[ranks]
 
     def __iter__(self) -> Iterator[list[int]]:
         plan, step = self._remaining_plan()
-        if not self.consumed and len(plan) != self._num_steps * self.num_replicas:
+        if not self.consumed and len(plan) != len(self) * self.num_replicas:
             raise UsageError(
                 f"the strategy {self.spec.batching!r} made {len(plan)} batches in epoch {self.epoch}, and "
-                f"{self._num_steps * self.num_replicas} before. Let the number be the same in every epoch."
+                f"{len(self) * self.num_replicas} before. Let the number be the same in every epoch."
             )
         return (batch.tolist() for batch in plan.rank_batches(self.rank, step))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

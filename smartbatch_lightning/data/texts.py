@@ -208,6 +208,15 @@ class TextDataModule(L.LightningDataModule):
         elif stage == "predict":
             self.predict_data = TokenDataset(self.token_table(self._split(self._names.predicted(self.splits))))
 
+    def data_sets(self, stage: str) -> list[TokenDataset]:
+        """The data sets that `setup` has made for a stage."""
+        return {
+            "fit": lambda: [self.train_data, *self.validation_data],
+            "validate": lambda: self.validation_data,
+            "test": lambda: self.test_data,
+            "predict": lambda: [self.predict_data],
+        }[stage]()
+
     # --- the rest ---
 
     def _load(self) -> _Loaded:

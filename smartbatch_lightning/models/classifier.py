@@ -29,6 +29,8 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.metrics import StageMetrics
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
+from smartbatch_lightning.models.schedule import place_schedule
+from smartbatch_lightning.progress import restore_loaders, total_steps
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.single_label import label_names_from_config
 
@@ -193,7 +195,7 @@ class SequenceClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW and its schedule over exactly the optimizer steps that will run."""
-        num_steps = self.trainer.estimated_stepping_batches
+        num_steps = total_steps(self.trainer)
         if math.isinf(num_steps):
             raise UsageError(
                 "the learning rate falls to 0 at the last step, but training has no end. Set --trainer.max_epochs or "
@@ -202,6 +204,12 @@ class SequenceClassifier(L.LightningModule):
         optimizer = self.configure_optimizer()
         scheduler = self.configure_scheduler(optimizer, int(num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Lets schedule and loaders stand where training goes on, after a checkpoint or in a second `fit`."""
+        restore_loaders(self.trainer)
+        if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
+            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
         """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length)."""

@@ -1,0 +1,154 @@
+"""Saving on a signal, on all ranks together, and ending so that the run can go on."""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from smartbatch_lightning.console import command_to_go_on, echo
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.progress import between_steps
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopOnSignal(Callback):
+    """On SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, saves `last.ckpt` at the next optimizer step, on all ranks, and ends.
+
+    The exit status is 128 plus the number of the signal, as of a process that is ended by it; it is 0 only where
+    training came to its end. A validation under way is finished first. A second Ctrl-C ends at once. Outside of `fit`
+    there is nothing to save, and a signal ends the run at once. Under SLURM the job is requeued on `requeue_signal`.
+
+    Lightning's own handlers act wherever the signal lands: in the middle of an accumulation, or between the
+    collectives of other ranks, where they wait for ever. This one only takes note, and acts where every rank passes.
+
+    Also saves `last.ckpt` when training ends, where the `ModelCheckpoint` has `save_last`: the end may be between two
+    of its checkpoints.
+
+    Args:
+        requeue_signal: Signal on which a SLURM job is requeued, as in `sbatch --signal=USR1@120`.
+        every_n_steps: Optimizer steps between two looks; on many ranks each is a collective of one number.
+
+    Raises:
+        ValueError: There is no such signal, or `every_n_steps` is below 1.
+    """
+
+    def __init__(self, requeue_signal: str = "SIGUSR1", every_n_steps: int = 1) -> None:
+        if requeue_signal not in signal.Signals.__members__:
+            raise UsageError(f"requeue_signal is {requeue_signal!r}; give a name such as SIGUSR1.")
+        if every_n_steps < 1:
+            raise UsageError(f"every_n_steps is {every_n_steps}; give 1 or more.")
+        self.requeue_signal = signal.Signals[requeue_signal]
+        self.every_n_steps = every_n_steps
+        self._received: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the signals."""
+        self._received = None
+        self._trainer = trainer
+        self._take_signals()
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes SIGTERM again: Lightning has put its own handler, which waits for other ranks, before this one."""
+        self._take_signals()
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Saves and ends if any rank has received a signal, where an optimizer step and all its hooks are done."""
+        if not between_steps(trainer, self.every_n_steps):
+            return
+        if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
+            return
+        received = _on_all_ranks(trainer, self._received)
+        path = _save_last(trainer)
+        if trainer.is_global_zero:
+            _announce(f"Stopped by {received.name} after step {trainer.global_step}.", path)
+            if received == self.requeue_signal:
+                _requeue()
+        trainer.strategy.barrier("stop on signal")
+        raise SystemExit(128 + received)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """After a second Ctrl-C, names the checkpoint that there is."""
+        if (
+            isinstance(exception, KeyboardInterrupt)
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.is_global_zero
+        ):
+            saver = trainer.checkpoint_callback
+            path = (saver.last_model_path or saver.best_model_path) if isinstance(saver, ModelCheckpoint) else None
+            _announce(f"Interrupted after step {trainer.global_step}.", path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the trained model where the last one is to be kept."""
+        saver = trainer.checkpoint_callback
+        if isinstance(saver, ModelCheckpoint) and saver.save_last:
+            _save_last(trainer)
+
+    def _take_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in _SIGNALS:
+                before = signal.signal(number, self._receive)
+                self._handlers.setdefault(number, before)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        received = signal.Signals(number)
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            raise SystemExit(128 + number)
+        if self._received == received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = received
+        if self._trainer.is_global_zero:
+            log.warning("%s: saving and ending after this step. Ctrl-C twice ends at once.", received.name)
+
+
+def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
+    """One of the signals that the ranks have received, the same on all."""
+    mine = torch.tensor(received or 0, device=trainer.strategy.root_device)
+    return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))  # type: ignore[arg-type]
+
+
+def _save_last(trainer: L.Trainer) -> str | None:
+    """Saves `last.ckpt` beside the other checkpoints; None where there are none, or the run only tries the code."""
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or trainer.fast_dev_run:
+        return None
+    path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
+    saver.last_model_path = path  # or it would take the file for another's and write last-v1 from then on
+    trainer.save_checkpoint(path)
+    return path
+
+
+def _announce(what: str, checkpoint: str | None) -> None:
+    if checkpoint and ("://" in checkpoint or Path(checkpoint).exists()):
+        echo(f"{what} Checkpoint: {checkpoint}\nGo on with: {command_to_go_on(checkpoint)}")
+    else:
+        echo(f"{what} There is no checkpoint.")
+
+
+def _requeue() -> None:
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    elif "SLURM_JOB_ID" in os.environ:
+        job = os.environ["SLURM_JOB_ID"]
+    else:
+        return
+    log.warning("Requeueing job %s.", job)
+    subprocess.run(["scontrol", "requeue", job], check=True)

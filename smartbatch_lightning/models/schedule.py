@@ -1,0 +1,52 @@
+"""Learning rate schedules that stand where training stands."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from smartbatch_lightning.progress import remaining_steps, total_steps
+
+
+def place_schedule(
+    trainer: L.Trainer,
+    configure_optimizer: Callable[[], Optimizer],
+    configure_scheduler: Callable[[Optimizer, int], LRScheduler],
+) -> None:
+    """Makes the schedule again, for the steps that training has now, and lets it stand where so many remain.
+
+    After a change of ranks, accumulation, limits or epochs, the steps of a checkpoint's schedule are others than those
+    of training. Whatever its kind, the schedule then stands at the same share of training, and ends where that ends.
+    Learning rate, weight decay and the like are what the module says now.
+
+    Args:
+        trainer: In `fit`, with optimizer and counters restored.
+        configure_optimizer: Makes a fresh optimizer.
+        configure_scheduler: Makes a schedule, of an optimizer and the number of steps.
+    """
+    [config] = trainer.lr_scheduler_configs
+    num_steps = int(total_steps(trainer))
+    position = num_steps - int(remaining_steps(trainer))
+    if not position or isinstance(config.scheduler, ReduceLROnPlateau):
+        return
+    optimizer = config.scheduler.optimizer
+    fresh = configure_optimizer()
+    for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=False):
+        group.update({name: value for name, value in wanted.items() if name not in ("params", "initial_lr")})
+    for group in optimizer.param_groups[len(fresh.param_groups) :]:  # added by a callback
+        group["lr"] = group["initial_lr"]
+    config.scheduler = configure_scheduler(optimizer, num_steps)
+    advance_schedule(config.scheduler, position)
+
+
+def advance_schedule(scheduler: Any, steps: int) -> None:
+    """Lets a schedule that has just been made stand after so many optimizer steps, as if they had been taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+        if isinstance(scheduler, LambdaLR):  # a function of the step
+            scheduler.last_epoch, steps = steps - 1, 1
+        for _ in range(steps):
+            scheduler.step()
