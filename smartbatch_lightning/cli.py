@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,6 +19,7 @@ from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
@@ -111,11 +113,11 @@ class SmartBatchTrainer(L.Trainer):
             datamodule: What it was trained on.
             ckpt_path: The checkpoint.
             folder: Where to.
-            weights_only: As `torch.load` takes it.
+            weights_only: Not used: a checkpoint is never loaded in a way that could run code.
         """
         datamodule.trainer = self
         self.strategy.connect(model)
-        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
@@ -190,6 +192,13 @@ class SmartBatchCLI(LightningCLI):
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the hyperparameters of a local checkpoint here, before any plugin for checkpoints."""
+        options = self.config.get(self.config.get("subcommand") or "") or {}
+        if (path := options.get("ckpt_path")) and Path(path).is_file():
+            verified_checkpoint(path)
+        super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""

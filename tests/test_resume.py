@@ -263,7 +263,9 @@ def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, m
 def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: Path) -> None:
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"b.ckpt is cut short or corrupt: .*in its folder are \['a.ckpt', 'b.ckpt'\]"):
+    with pytest.raises(
+        ValueError, match=r"b.ckpt is damaged or no checkpoint: .*in its folder are \['a.ckpt', 'b.ckpt'\]"
+    ):
         train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
 
 
@@ -275,10 +277,10 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(t
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "step": 1}, tmp_path / "a.ckpt")
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, tmp_path / "a.ckpt")
-    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"step": 1}
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"state_dict": {}, "step": 1}
 
 
 # --- processes, killed ---
