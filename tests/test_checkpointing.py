@@ -16,6 +16,7 @@ from helpers import QUIET, cli
 from smartbatch_lightning import SequenceClassifier
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.cli import main
+from smartbatch_lightning.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -151,8 +152,7 @@ def test_no_damaged_checkpoint_is_loaded_with_other_content(tmp_path: Path) -> N
         path.write_bytes(content)
         try:
             loaded = AtomicCheckpointIO().load_checkpoint(path)
-        except ValueError as error:
-            assert "is damaged or no checkpoint" in str(error)
+        except UsageError:
             refused += 1
             continue
         assert loaded["global_step"] == 7

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -284,7 +285,7 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: The checkpoint is not there, damaged, or no checkpoint.
         """
-        if isinstance(checkpoint_path, str | os.PathLike):
+        if isinstance(checkpoint_path, str | Path):
             checkpoint_path = verified_checkpoint(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
