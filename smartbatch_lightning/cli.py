@@ -23,8 +23,9 @@ from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
-from smartbatch_lightning.export import export_model
+from smartbatch_lightning.export import check_export_folder, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.storage import check_writable
 
 
 class SmartBatchTrainer(L.Trainer):
@@ -92,6 +93,7 @@ class SmartBatchTrainer(L.Trainer):
         """
         from smartbatch_lightning.report.padding_report import PaddingReport
 
+        check_writable(folder, "Give another one by --folder.")
         datamodule.trainer = self
         self.strategy.connect(model)
         report = PaddingReport.from_datamodule(datamodule, ranks)
@@ -115,6 +117,7 @@ class SmartBatchTrainer(L.Trainer):
             folder: Where to.
             weights_only: Not used: a checkpoint is never loaded in a way that could run code.
         """
+        check_export_folder(folder)
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)

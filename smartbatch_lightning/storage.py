@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from mmap import ACCESS_READ, mmap
@@ -100,6 +101,20 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     if path.is_dir():
         _remove(path)
     tmp_path.replace(path)
+
+
+def check_writable(folder: str | Path, remedy: str) -> None:
+    """Makes a folder, writes a file into it and removes that.
+
+    Raises:
+        ValueError: That fails; the message ends with the remedy.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error}. {remedy}") from error
 
 
 def _remove(path: Path) -> None:

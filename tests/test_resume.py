@@ -288,7 +288,7 @@ def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: P
 def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     saver = ModelCheckpoint(tmp_path / "file" / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoints cannot be written to .*file/checkpoints: .*another dirpath"):
+    with pytest.raises(ValueError, match="file/checkpoints cannot be written: .*another dirpath"):
         train(tmp_path, CheckpointPreflight(), saver, enable_checkpointing=True)
 
 
