@@ -1,8 +1,12 @@
-"""Checkpoints that are written atomically and read with a clear error."""
+"""Checkpoints that are written atomically, and read only when they are whole and hold weights and plain values."""
 
+import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import fsspec
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
@@ -21,25 +25,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            atomic_write(
-                Path(path), lambda tmp_path: super(AtomicCheckpointIO, self).save_checkpoint(checkpoint, tmp_path)
-            )
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            # not by Lightning's function, which writes to $TMPDIR first, where there may be no room
+            atomic_write(Path(path), lambda tmp_path: torch.save(checkpoint, tmp_path))
 
     def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
-        """Reads a checkpoint.
+        """Reads a checkpoint, with `weights_only` whatever is asked for.
 
         Raises:
-            ValueError: It is not there, cut short or no checkpoint.
+            ValueError: It is not there, damaged, or no checkpoint.
         """
-        try:
-            return super().load_checkpoint(path, *args, **options)
-        except (RuntimeError, EOFError, OSError) as error:
-            what = (
-                "not there"
-                if isinstance(error, FileNotFoundError)
-                else f"cut short or corrupt: {root_cause_message(error)}"
-            )
-            raise UsageError(
-                f"the checkpoint {path} is {what.rstrip('.')}. Give another one by --ckpt_path; in its folder are "
-                f"{sorted(other.name for other in Path(path).parent.glob('*.ckpt'))}."
-            ) from error
+        return super().load_checkpoint(verified_checkpoint(path), *args[:1], **{**options, "weights_only": True})
+
+
+def verified_checkpoint(path: _PATH) -> str:
+    """Makes sure that a checkpoint is undamaged and can be loaded without running code.
+
+    torch does not look at the checksums that its files hold, and Lightning runs what a remote checkpoint asks for.
+
+    Args:
+        path: Of a file, or a URL.
+
+    Returns:
+        The path of the file, for a URL that of a temporary copy.
+
+    Raises:
+        ValueError: It is not there, damaged, or no checkpoint.
+    """
+    remote = "://" in str(path)
+    try:
+        local = fsspec.open_local(f"simplecache::{path}") if remote else str(path)
+        assert isinstance(local, str)
+        with zipfile.ZipFile(local) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        content = torch.load(local, map_location="meta", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise KeyError("no state_dict in it")
+    except Exception as error:  # a damaged file may raise anything
+        if isinstance(error, FileNotFoundError):
+            what = "is not there"
+        elif isinstance(error, UnpicklingError):
+            what = "holds Python objects besides weights and plain values, and loading them could run code"
+        else:
+            what = f"is damaged or no checkpoint: {root_cause_message(error)}"
+        message = f"the checkpoint {path} {what.rstrip('.')}. Give another one by --ckpt_path"
+        if not remote:
+            others = sorted(other.name for other in Path(path).parent.glob("*.ckpt"))
+            message += f"; in its folder are {others}"
+        raise UsageError(f"{message}.") from error
+    return local

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,11 +20,13 @@ from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
-from smartbatch_lightning.export import export_model
+from smartbatch_lightning.export import check_export_folder, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.storage import check_writable
 
 
 class SmartBatchTrainer(L.Trainer):
@@ -91,6 +94,7 @@ class SmartBatchTrainer(L.Trainer):
         """
         from smartbatch_lightning.report.padding_report import PaddingReport
 
+        check_writable(folder, "Give another one by --folder.")
         datamodule.trainer = self
         self.strategy.connect(model)
         report = PaddingReport.from_datamodule(datamodule, ranks)
@@ -112,11 +116,12 @@ class SmartBatchTrainer(L.Trainer):
             datamodule: What it was trained on.
             ckpt_path: The checkpoint.
             folder: Where to.
-            weights_only: As `torch.load` takes it.
+            weights_only: Not used: a checkpoint is never loaded in a way that could run code.
         """
+        check_export_folder(folder)
         datamodule.trainer = self
         self.strategy.connect(model)
-        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+        checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
@@ -192,6 +197,13 @@ class SmartBatchCLI(LightningCLI):
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the hyperparameters of a local checkpoint here, before any plugin for checkpoints."""
+        options = self.config.get(self.config.get("subcommand") or "") or {}
+        if (path := options.get("ckpt_path")) and Path(path).is_file():
+            verified_checkpoint(path)
+        super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""

@@ -1,5 +1,6 @@
 """The terminal: the command that was typed, lines and tables."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -31,7 +32,12 @@ def echo(what: str | Table) -> None:
     if isinstance(what, Table):
         natural = Measurement.get(console, console.options.update(max_width=1000), what).maximum
         console.width = max(console.width, natural)
-    console.print(what)
+    console.print(printable(what) if isinstance(what, str) else what)
+
+
+def printable(text: str) -> str:
+    """Text in which control characters, by which a terminal can be made to do things, are written as escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def table_of(rows: list[dict[str, str]], title: str | None = None) -> Table:
@@ -41,5 +47,5 @@ def table_of(rows: list[dict[str, str]], title: str | None = None) -> Table:
         justify = "right" if table.columns else "left"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=True, vertical="bottom")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(printable, row.values()))
     return table

@@ -9,9 +9,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import join_quoted
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.storage import atomic_write, check_writable
 
+_MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
 
 
@@ -33,15 +35,32 @@ def export_model(
         folder: Where to.
         metrics: By name, for the card.
         command: That trained it, for the card.
+
+    Raises:
+        ValueError: As `check_export_folder`.
     """
     assert model.model is not None, "a model is exported after it has been built"
     folder = Path(folder)
+    check_export_folder(folder)
     model.model.save_pretrained(folder)
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
     tokenizer.save_pretrained(folder)
-    _card(model, data, folder.resolve().name, metrics or {}, command).save(folder / "README.md")
+    card = _card(model, data, folder.resolve().name, metrics or {}, command)
+    atomic_write(folder / "README.md", card.save)
     echo(f"Wrote the model to {folder}")
+
+
+def check_export_folder(folder: str | Path) -> None:
+    """Refuses a folder that cannot be written, or whose README.md is not of an export.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    check_writable(folder, "Give another folder.")
+    card = Path(folder) / "README.md"
+    if card.exists() and _MARK not in card.read_text(errors="replace"):
+        raise UsageError(f"{card} was not written by an export and would be replaced. Move it, or give another folder.")
 
 
 def _card(
@@ -82,8 +101,7 @@ def _card(
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
-        f"`{pretrained}` fine-tuned on `{data.source}` to tell {join_quoted(model.label_names)} apart, with "
-        "smartbatch-lightning.",
+        f"`{pretrained}` fine-tuned on `{data.source}` to tell {join_quoted(model.label_names)} apart, {_MARK}.",
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", "{name}", truncation=True)  # at {data.max_length} tokens\n```',
         "## Metrics",

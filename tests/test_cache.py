@@ -1,10 +1,14 @@
 """Tests of the cache: whole or not at all, once, whoever asks."""
 
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from smartbatch_lightning import storage
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.storage import cache_dir, write_if_missing
 
 
@@ -24,34 +28,70 @@ def test_what_stands_is_not_written_again(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "first"
 
 
-def test_what_is_not_whole_is_written_again(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("half")
-    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"), lambda path: path.read_text() == "all")
+def test_what_was_changed_is_written_again(tmp_path: Path) -> None:
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
+    (tmp_path / "file").write_text("alt")
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
     assert (tmp_path / "file").read_text() == "all"
 
 
-def test_a_folder_that_is_not_whole_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "half").touch()
+def test_a_folder_in_which_anything_was_changed_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
 
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "all").touch()
+    def write(path: Path) -> None:
+        (path / "inner").mkdir(parents=True)
+        (path / "a").write_text("first")
+        (path / "inner" / "b").touch()
 
-    write_if_missing(tmp_path / "folder", write, lambda folder: (folder / "all").exists())
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["all"]
+    write_if_missing(folder, write)
+    changes = [
+        lambda: (folder / "a").write_text("other"),
+        lambda: (folder / "a").unlink(),
+        lambda: (folder / "inner" / "b").rename(folder / "b"),
+        lambda: (folder / "inner" / "c").touch(),
+        lambda: (folder.with_name("folder.xxh3")).unlink(),
+    ]
+    for change in changes:
+        change()
+        write_if_missing(folder, write)
+        assert sorted(path.name for path in folder.rglob("*")) == ["a", "b", "inner"]
+        assert (folder / "a").read_text() == "first"
+        assert (folder / "inner" / "b").exists()
 
 
-def test_a_write_that_fails_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_nothing_that_looks_finished_and_says_what_to_do(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UsageError, match="file cannot be written: disk full. Make room or set SMARTBATCH_CACHE"):
         write_if_missing(tmp_path / "file", fail)
     assert not (tmp_path / "file").exists()
     write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
-    assert sorted(path.name for path in tmp_path.iterdir()) in (["file"], ["file", "file.lock"])
+    assert (tmp_path / "file").read_text() == "all"
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_lock_that_another_process_holds_is_named_while_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "_PATIENCE", 0.2)
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+
+    def hold() -> None:
+        with FileLock(tmp_path / "file.lock"):
+            held.set()
+            time.sleep(1)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert held.wait(10)
+    write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
+    other.join(10)
+    assert (tmp_path / "file").read_text() == "all"
+    assert len(caplog.messages) >= 2
+    assert caplog.messages[0].startswith(f"Waiting for another process that holds {tmp_path}/file.lock, for ")
 
 
 def _append_and_write(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -158,3 +159,17 @@ def test_making_the_demo_leaves_the_global_random_state_alone(tmp_path: Path, mo
     after = random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
     assert after[:2] == before[:2]
     assert torch.equal(after[2], before[2])
+
+
+def test_a_damaged_demo_is_made_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path))
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    weights = demo.model_dir() / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    loaded = load_file(demo.model_dir() / "model.safetensors")
+    digest = hashlib.sha256()
+    for name, tensor in sorted(loaded.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == WEIGHTS_SHA256

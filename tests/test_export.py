@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from helpers import cli, trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, TrainingMonitor
+from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
 from smartbatch_lightning.callbacks.model_export import ModelExport
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -104,3 +105,48 @@ def test_nothing_is_exported_unless_a_folder_is_given(tmp_path: Path, monkeypatc
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0, callbacks=[ModelExport()])
     run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=24))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_readme_of_the_users_is_refused_before_training_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("mine")
+    run = trainer(tmp_path, callbacks=[ModelExport(str(tmp_path / "model"))])
+    with pytest.raises(ValueError, match="README.md was not written by an export and would be replaced. Move it"):
+        run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=24))
+    assert run.global_step == 0
+    assert [path.read_text() for path in (tmp_path / "model").iterdir()] == ["mine"]
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_has_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = trainer(tmp_path, callbacks=[ModelExport(str(tmp_path / "file" / "model"))])
+    with pytest.raises(ValueError, match="file/model cannot be written: .*Give another folder"):
+        run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=24))
+    assert run.global_step == 0
+    with pytest.raises(ValueError, match="file/report cannot be written"):
+        cli("report", f"--folder={tmp_path / 'file' / 'report'}")
+    with pytest.raises(ValueError, match="file/out cannot be written: .*--predictions.path"):
+        cli("predict", f"--predictions.path={tmp_path / 'file' / 'out' / 'labels.csv'}")
+
+
+def test_labels_that_a_spreadsheet_would_run_are_quoted_in_csv_alone(tmp_path: Path) -> None:
+    names = ["=cmd|'/C calc'!A0", "plain"]
+    files = {"train": str(tmp_path / "train.csv")}
+    rows = [{"text": "a fine film", "label": name} for name in names * 4]
+    pd.DataFrame(rows).to_csv(files["train"], index=False)
+    data = SmartBatchDataModule(files, _demo_tokenizer(), validation_split=0.25, predict_split="train", max_length=24)
+    model = SequenceClassifier()
+    for ending in ("csv", "parquet"):
+        writer = PredictionWriter(str(tmp_path / f"labels.{ending}"))
+        run = trainer(tmp_path, callbacks=[writer], limit_train_batches=1, limit_val_batches=0)
+        run.fit(model, data)
+        torch.nn.init.zeros_(model.model.classifier.weight)
+        torch.nn.init.zeros_(model.model.classifier.bias)  # equally likely, so the first class of all
+        run.predict(model, data)
+    assert model.label_names[0] == names[0]
+    assert set(pd.read_parquet(tmp_path / "labels.parquet")["label"]) == {names[0]}
+    assert set(pd.read_csv(tmp_path / "labels.csv")["label"]) == {"'" + names[0]}
+
+
+def _demo_tokenizer():
+    return AutoTokenizer.from_pretrained(demo.model_dir())

@@ -13,6 +13,7 @@ from helpers import cli
 from matplotlib.image import imread
 
 from smartbatch_lightning import SmartBatchDataModule, demo
+from smartbatch_lightning.console import echo, table_of
 from smartbatch_lightning.report.padding_report import PaddingReport
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -147,3 +148,13 @@ def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, 
     assert tokens["random", "max_length"] == 10_000_000
     assert 6_370_000 <= tokens["tutorial", "longest"] <= 6_385_000
     assert seconds <= 15
+
+
+def test_neither_markup_nor_escapes_of_the_data_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "\x1b]0;owned\x07[red]good[/red]"
+    echo(hostile)
+    echo(table_of([{"class": hostile}]))
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
+    assert printed.count(r"\x1b]0;owned\x07[red]good[/red]") == 2

@@ -260,25 +260,43 @@ def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, m
     assert len(after[0]) == (STEPS if options != {"batch_size": 16} else 13) - 3
 
 
+def test_a_checkpoint_of_other_texts_of_the_same_lengths_and_labels_is_refused(tmp_path: Path) -> None:
+    class Given(SmartBatchDataModule):
+        first = 10
+
+        def tokenize(self, dataset):
+            return [[2, self.first + row % 7, *[9] * (row % 11), 3] for row in range(len(dataset))]
+
+    options = {"validation_split": 0.9, "batch_size": 32, "seed": 5, "jitter": 1.0}
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2), module=Given(**options))
+    train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=Given(**options))
+    other = Given(**options)
+    other.first = 11
+    with pytest.raises(ValueError, match=r"cannot be resumed exactly: data \(texts, .*\) was \w+, now \w+\. Set"):
+        train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=other)
+
+
 def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: Path) -> None:
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"b.ckpt is cut short or corrupt: .*in its folder are \['a.ckpt', 'b.ckpt'\]"):
+    with pytest.raises(
+        ValueError, match=r"b.ckpt is damaged or no checkpoint: .*in its folder are \['a.ckpt', 'b.ckpt'\]"
+    ):
         train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     saver = ModelCheckpoint(tmp_path / "file" / "checkpoints")
-    with pytest.raises(ValueError, match="checkpoints cannot be written to .*file/checkpoints: .*another dirpath"):
+    with pytest.raises(ValueError, match="file/checkpoints cannot be written: .*another dirpath"):
         train(tmp_path, CheckpointPreflight(), saver, enable_checkpointing=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "step": 1}, tmp_path / "a.ckpt")
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, tmp_path / "a.ckpt")
-    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"step": 1}
+    assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"state_dict": {}, "step": 1}
 
 
 # --- processes, killed ---

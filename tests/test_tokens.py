@@ -1,6 +1,7 @@
 """Tests of the token cache."""
 
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
+from smartbatch_lightning import SmartBatchDataModule
 from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable, tokenize_to_cache
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
@@ -123,6 +125,50 @@ def test_a_damaged_file_is_made_again(tokenize, tmp_path: Path, damage: str) -> 
     path.write_bytes(damaged[damage])
     again = tokenize(data)
     assert [again[row]["input_ids"].tolist() for row in range(100)] == expected
+
+
+def test_no_damaged_file_is_used(tokenize, tmp_path: Path) -> None:
+    """Bits flipped, bytes inserted, taken out and zeroed at 300 random places."""
+    rng = random.Random(1)
+    data = Dataset.from_dict({"text": [f"film {n} " * (n + 1) for n in range(40)]})
+    table = tokenize(data)
+    path, expected = table.path, [table[row]["input_ids"].tolist() for row in range(40)]
+    del table
+    whole = path.read_bytes()
+    for _ in range(300):
+        content = bytearray(whole)
+        at = rng.randrange(len(content))
+        damage = rng.choice(["flip", "insert", "cut out", "zero"])
+        if damage == "flip":
+            content[at] ^= 1 << rng.randrange(8)
+        elif damage == "insert":
+            content[at:at] = rng.randbytes(rng.randint(1, 8))
+        elif damage == "cut out":
+            del content[at : at + rng.randint(1, 64)]
+        else:
+            content[at : at + 64] = bytes(len(content[at : at + 64]))
+        path.write_bytes(content)
+        again = tokenize(data)
+        assert [again[row]["input_ids"].tolist() for row in range(40)] == expected
+        del again
+        assert path.read_bytes() == whole
+
+
+def test_ids_out_of_the_vocabulary_are_refused() -> None:
+    class Wrong(SmartBatchDataModule):
+        def tokenize(self, dataset: Dataset) -> list[list[int]]:
+            return [[2, 5000, 3]] * len(dataset)
+
+    with pytest.raises(ValueError, match="tokenize gave ids from 2 to 5000, but the tokenizer has [0-9,]+ tokens"):
+        Wrong().prepare_data()
+
+
+def test_the_same_tokens_have_the_same_digest_in_memory_and_in_files(tokenize) -> None:
+    table = tokenize(Dataset.from_dict({"text": TEXTS * 2000}))  # several blocks
+    rows = [table[row]["input_ids"].tolist() for row in range(len(table))]
+    assert TokenTable.from_rows(rows).digest == table.digest
+    rows[7000][1] += 1
+    assert TokenTable.from_rows(rows).digest != table.digest
 
 
 def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:

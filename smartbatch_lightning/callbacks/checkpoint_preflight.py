@@ -1,8 +1,5 @@
 """Checks before a run that checkpoints can be written, or that one was read."""
 
-import tempfile
-from pathlib import Path
-
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -10,6 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.compatibility import is_fine_tuned
+from smartbatch_lightning.storage import check_writable
 
 
 class CheckpointPreflight(Callback):
@@ -25,15 +23,7 @@ class CheckpointPreflight(Callback):
             folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
             if not trainer.is_global_zero or not folder or "://" in str(folder):
                 continue
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                raise UsageError(
-                    f"checkpoints cannot be written to {folder}: {error}. Give ModelCheckpoint another dirpath, or set "
-                    "--trainer.default_root_dir."
-                ) from error
+            check_writable(folder, "Give ModelCheckpoint another dirpath, or set --trainer.default_root_dir.")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses to measure a model that was never trained to classify, unless it is about to be."""

@@ -7,7 +7,7 @@ from smartbatch_lightning.console import command_line
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.export import export_model
+from smartbatch_lightning.export import check_export_folder, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
@@ -32,6 +32,8 @@ class ModelExport(Callback):
                 f"{type(pl_module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of "
                 "the tokenizer instead."
             )
+        if trainer.is_global_zero:
+            check_export_folder(self.folder)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes it, on rank 0."""

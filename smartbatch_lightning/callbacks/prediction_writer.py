@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.storage import atomic_write, check_writable
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as one table, a row a sample in the order of the input.
 
     Columns: `index`, the row in the split, and those of the task: for single labels `label`, the likeliest class as it
-    stands in the data, and a `probability_NAME` for each class.
+    stands in the data, and a `probability_NAME` for each class. In CSV a text that a spreadsheet would take for a
+    formula, one that begins with `=`, `+`, `-`, `@`, a tab or a carriage return, has a `'` before it; not in Parquet.
 
     Args:
         path: File to write, as Parquet or CSV by its ending.
@@ -49,6 +52,8 @@ class PredictionWriter(BasePredictionWriter):
                 f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
                 f"{type(pl_module).__name__}. Write what trainer.predict returns instead."
             )
+        if stage == "predict" and trainer.is_global_zero:
+            check_writable(self.path.parent, "Give another path by --predictions.path.")
 
     def write_on_epoch_end(
         self,
@@ -69,9 +74,17 @@ class PredictionWriter(BasePredictionWriter):
         order = predicted["index"].argsort()
         rows = {name: values[order].numpy() for name, values in predicted.items()}
         table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, self.path)
+            safe = _without_formulas(table)
+            atomic_write(self.path, lambda tmp_path: pyarrow.csv.write_csv(safe, tmp_path))
         else:
-            pyarrow.parquet.write_table(table, self.path)
+            atomic_write(self.path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
         echo(f"Wrote {len(table):,} predictions to {self.path}")
+
+
+def _without_formulas(table: pa.Table) -> pa.Table:
+    for number, column in enumerate(table.columns):
+        if pa.types.is_string(column.type):
+            escaped = pc.replace_substring_regex(column, r"\A([=+\-@\t\r])", r"'\1")
+            table = table.set_column(number, table.column_names[number], escaped)
+    return table

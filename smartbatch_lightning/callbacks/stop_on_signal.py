@@ -128,7 +128,8 @@ def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal
 def _save_last(trainer: L.Trainer) -> str | None:
     """Saves `last.ckpt` beside the other checkpoints; None where there are none, or the run only tries the code."""
     saver = trainer.checkpoint_callback
-    if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or trainer.fast_dev_run:
+    tried = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or tried:
         return None
     path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
     saver.last_model_path = path  # or it would take the file for another's and write last-v1 from then on

@@ -53,8 +53,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _digest(data: TokenDataset) -> str:
-    digest = hashlib.sha256()
-    for array in (data.lengths, data.rows, data.labels):
+    digest = hashlib.sha256(data.table.digest.encode())
+    for array in (data.rows, data.labels):
         digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"none")
     return digest.hexdigest()[:16]
 

@@ -178,7 +178,7 @@ class TextDataModule(L.LightningDataModule):
         """Token ids of one split, as `tokenize` gives them.
 
         Raises:
-            ValueError: There are not as many as samples, or a sample has none.
+            ValueError: There are not as many as samples, a sample has none, or an id is not the tokenizer's.
         """
         tokenized = self.tokenize(dataset)
         table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
@@ -186,6 +186,7 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
+        table.check_ids(len(self.tokenizer))
         return table
 
     # --- Lightning's hooks ---

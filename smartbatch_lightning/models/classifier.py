@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
+from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
@@ -283,6 +285,17 @@ class SequenceClassifier(L.LightningModule):
         logits = self(**forward_kwargs(batch)).logits
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, **self.task.predict(logits)}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """As Lightning's; `weights_only` is always true, since loading a checkpoint could run code otherwise.
+
+        Raises:
+            ValueError: The checkpoint is not there, damaged, or no checkpoint.
+        """
+        if isinstance(checkpoint_path, str | Path):
+            checkpoint_path = verified_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint for other labels, before its weights are found not to fit."""
