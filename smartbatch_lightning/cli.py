@@ -4,12 +4,15 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -123,6 +126,34 @@ class SmartBatchTrainer(L.Trainer):
         export_model(model, datamodule, folder, metrics, state.get("command"))
 
 
+class ConfigSaver(SaveConfigCallback):
+    """Saves the config beside the logs, and never over another one.
+
+    Lightning's has two choices where a file is there, to replace it or to stop, and without a logger it takes the
+    working directory, where the user's own `config.yaml` may be. Here a run without a logger saves none, and where
+    another config has the name, such as that of `fit` in a folder in which `test` logs, the stage is added to it:
+    `config-test.yaml`, then `config-test-v1.yaml` and so on, numbered as checkpoints are.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Saves the config once a run."""
+        if not trainer.loggers:
+            return
+        folder = trainer.log_dir  # on every rank: Lightning broadcasts it
+        fn = trainer.state.fn
+        assert folder is not None
+        assert fn is not None
+        if trainer.is_global_zero and not self.already_saved:
+            name, saved = Path(self.config_filename), self.parser.dump(self.config, skip_none=False)
+            fs = get_filesystem(folder)
+            for ending in chain(["", f"-{fn.value}"], (f"-{fn.value}-v{number}" for number in count(1))):
+                self.config_filename = f"{name.stem}{ending}{name.suffix}"
+                path = f"{folder}/{self.config_filename}"
+                if not fs.exists(path) or fs.cat_file(path).decode() == saved:  # a requeued run saves the same again
+                    break
+        super().setup(trainer, pl_module, stage)
+
+
 class SmartBatchCLI(LightningCLI):
     """`LightningCLI` with this package's classes, or subclasses of them by `class_path`.
 
@@ -148,7 +179,8 @@ class SmartBatchCLI(LightningCLI):
     ) -> None:
         options = {
             "seed_everything_default": 321,
-            "save_config_kwargs": {"overwrite": True},
+            "save_config_callback": ConfigSaver,
+            "save_config_kwargs": {"overwrite": True},  # which it never does, but Lightning would stop at its own file
             "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {

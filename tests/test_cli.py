@@ -88,6 +88,44 @@ def test_the_saved_config_runs_again(tmp_path: Path) -> None:
     assert again.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
 
 
+def test_a_config_of_the_users_is_never_replaced(tmp_path: Path) -> None:
+    """Without a logger, and with one that logs to the working directory."""
+    written = "# my notes\ndata: {max_length: 24, batch_size: 64}\n"
+    (tmp_path / "config.yaml").write_text(written)
+    options = ["--config=config.yaml", "--trainer.fast_dev_run=false", "--trainer.limit_val_batches=0", *FAST]
+    cli("fit", *options)
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["config.yaml"]
+    logger = [
+        "--trainer.logger=TensorBoardLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.logger.name=",
+        "--trainer.logger.version=",
+    ]
+    SmartBatchCLI(args=["fit", *options, *logger, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
+    assert (tmp_path / "config.yaml").read_text() == written
+    assert yaml.safe_load((tmp_path / "config-fit.yaml").read_text())["trainer"]["limit_val_batches"] == 0
+
+
+def test_every_stage_saves_its_config_beside_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of a SLURM job, where all of its stages log; one that runs again saves the same config once."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--data.max_length=24"]
+    run = tmp_path / "lightning_logs" / "version_17"
+    fit = ["fit", *quiet, *FAST, "--trainer.limit_val_batches=0"]
+    fitted = SmartBatchCLI(args=fit)
+    trained = (run / "config.yaml").read_text()
+    checkpoint = f"--ckpt_path={fitted.trainer.checkpoint_callback.best_model_path}"
+    for rows in (1, 1, 2):
+        SmartBatchCLI(args=["test", *quiet, checkpoint, f"--trainer.limit_test_batches={rows}"])
+    SmartBatchCLI(args=fit)
+    assert (run / "config.yaml").read_text() == trained
+    saved = {path.name: yaml.safe_load(path.read_text())["trainer"] for path in run.glob("config*.yaml")}
+    assert sorted(saved) == ["config-test-v1.yaml", "config-test.yaml", "config.yaml"]
+    assert [saved[name]["limit_test_batches"] for name in ("config-test.yaml", "config-test-v1.yaml")] == [1, 2]
+
+
 def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
