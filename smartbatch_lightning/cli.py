@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
@@ -21,6 +22,7 @@ from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
@@ -197,7 +199,6 @@ class SmartBatchCLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": 2,
                 "gradient_clip_val": 1.0,
-                "plugins": {"class_path": "smartbatch_lightning.checkpointing.AtomicCheckpointIO"},
                 **(trainer_defaults or {}),
             },
             subclass_mode_model=True,
@@ -222,6 +223,14 @@ class SmartBatchCLI(LightningCLI):
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Writes checkpoints atomically unless a `CheckpointIO` is given; here, since a list in a config replaces."""
+        given = kwargs.pop("plugins", self._get(self.config_init, "trainer", default={}).get("plugins")) or []
+        plugins = list(given) if isinstance(given, list | tuple) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""

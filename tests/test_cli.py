@@ -13,6 +13,7 @@ from helpers import FAST, ROOT, cli
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.cli import main
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -210,7 +211,7 @@ def test_a_predictions_file_of_another_kind_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to_do(tmp_path: Path, capsys) -> None:
     config = yaml.safe_load((ROOT / "configs" / "cluster" / "requeue.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
+    config["trainer"]["callbacks+"][0]["init_args"]["every_n_train_steps"] = 2
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     printed = []
     for _ in range(2):
@@ -266,6 +267,28 @@ def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     run = SmartBatchCLI(args=["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
     assert run.trainer.global_step == 1
     assert isinstance(run.model, SequenceClassifier)
+
+
+def test_configs_and_defaults_that_are_combined_add_up(tmp_path: Path) -> None:
+    """A config of the user's, the one for requeueing, plugins and defaults; `prepare` builds the Trainer and no more."""
+    (tmp_path / "own.yaml").write_text(
+        "data: {max_length: 24}\n"
+        "trainer:\n  logger: false\n  accelerator: cpu\n  plugins: [{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: bf16-mixed, device: cpu}}]\n"
+        "  callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]\n"
+    )
+    requeue = f"--config={ROOT / 'configs' / 'cluster' / 'requeue.yaml'}"
+    run = SmartBatchCLI(trainer_defaults={"max_epochs": 7}, args=["prepare", "--config=own.yaml", requeue])
+    kinds = {type(callback).__name__ for callback in run.trainer.callbacks}
+    assert {"GradientAccumulationScheduler", "Requeue", "ModelCheckpoint", "TrainingMonitor"} <= kinds
+    assert type(run.trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    assert run.trainer.precision == "bf16-mixed"
+    assert (run.trainer.max_epochs, run.trainer.gradient_clip_val) == (7, 1.0)
+
+
+def test_a_checkpoint_io_of_the_users_is_the_only_one() -> None:
+    plugin = "--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO"
+    run = cli("prepare", "--data.max_length=24", plugin)
+    assert type(run.trainer.strategy.checkpoint_io).__name__ == "AsyncCheckpointIO"
 
 
 def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
