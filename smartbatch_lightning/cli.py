@@ -1,6 +1,7 @@
 """The command line: prepare, report, fit, validate, test, predict and export, by flags and YAML."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -267,7 +268,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in record.getMessage()
     )
-    sys.path.insert(0, "")  # classes of the folder it is called in, by class_path, as `python -m` finds them
+    # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
+    sys.path.insert(0, os.getcwd())
     try:
         SmartBatchCLI()
     except Exception as error:

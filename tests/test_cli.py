@@ -291,6 +291,41 @@ def test_a_checkpoint_io_of_the_users_is_the_only_one() -> None:
     assert type(run.trainer.strategy.checkpoint_io).__name__ == "AsyncCheckpointIO"
 
 
+_OURS = """
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+
+class Ours(SequenceClassifier):
+    pass
+
+class OurData(SmartBatchDataModule):
+    pass
+"""
+
+
+@pytest.mark.parametrize("command", ["fit", "prepare", "report", "validate", "test", "predict", "export"])
+def test_fits_saved_config_replays_every_command_with_classes_of_the_working_directory(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setitem(sys.modules, "ours", None)
+    monkeypatch.delitem(sys.modules, "ours")
+    (tmp_path / "ours.py").write_text(_OURS)
+
+    def run(*args: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["smartbatch", *args])
+        main()
+
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
+    run("fit", "--model=ours.Ours", "--data=ours.OurData", *FAST, *quiet)
+    folder = tmp_path / "lightning_logs" / "version_0"
+    del sys.modules["ours"]
+    sys.path.remove(str(tmp_path))
+    [checkpoint] = folder.rglob("*.ckpt")
+    loaded = [] if command in ("fit", "prepare", "report") else [f"--ckpt_path={checkpoint}"]
+    run(command, f"--config={folder / 'config.yaml'}", *loaded)
+    assert "ours" in sys.modules
+
+
 def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path / "cache"))
     cli("prepare", "--data.max_length=24")
