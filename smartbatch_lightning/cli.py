@@ -1,16 +1,20 @@
 """The command line: prepare, report, fit, validate, test, predict and export, by flags and YAML."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -20,7 +24,7 @@ from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
-from smartbatch_lightning.checkpointing import verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
@@ -129,6 +133,34 @@ class SmartBatchTrainer(L.Trainer):
         export_model(model, datamodule, folder, metrics, state.get("command"))
 
 
+class ConfigSaver(SaveConfigCallback):
+    """Saves the config beside the logs, and never over another one.
+
+    Lightning's has two choices where a file is there, to replace it or to stop, and without a logger it takes the
+    working directory, where the user's own `config.yaml` may be. Here a run without a logger saves none, and where
+    another config has the name, such as that of `fit` in a folder in which `test` logs, the stage is added to it:
+    `config-test.yaml`, then `config-test-v1.yaml` and so on, numbered as checkpoints are.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Saves the config once a run."""
+        if not trainer.loggers:
+            return
+        folder = trainer.log_dir  # on every rank: Lightning broadcasts it
+        fn = trainer.state.fn
+        assert folder is not None
+        assert fn is not None
+        if trainer.is_global_zero and not self.already_saved:
+            name, saved = Path(self.config_filename), self.parser.dump(self.config, skip_none=False)
+            fs = get_filesystem(folder)
+            for ending in chain(["", f"-{fn.value}"], (f"-{fn.value}-v{number}" for number in count(1))):
+                self.config_filename = f"{name.stem}{ending}{name.suffix}"
+                path = f"{folder}/{self.config_filename}"
+                if not fs.exists(path) or fs.cat_file(path).decode() == saved:  # a requeued run saves the same again
+                    break
+        super().setup(trainer, pl_module, stage)
+
+
 class SmartBatchCLI(LightningCLI):
     """`LightningCLI` with this package's classes, or subclasses of them by `class_path`.
 
@@ -154,7 +186,8 @@ class SmartBatchCLI(LightningCLI):
     ) -> None:
         options = {
             "seed_everything_default": 321,
-            "save_config_kwargs": {"overwrite": True},
+            "save_config_callback": ConfigSaver,
+            "save_config_kwargs": {"overwrite": True},  # which it never does, but Lightning would stop at its own file
             "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
@@ -171,7 +204,6 @@ class SmartBatchCLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": 2,
                 "gradient_clip_val": 1.0,
-                "plugins": {"class_path": "smartbatch_lightning.checkpointing.AtomicCheckpointIO"},
                 **(trainer_defaults or {}),
             },
             subclass_mode_model=True,
@@ -204,6 +236,14 @@ class SmartBatchCLI(LightningCLI):
         if (path := options.get("ckpt_path")) and Path(path).is_file():
             verified_checkpoint(path)
         super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Writes checkpoints atomically unless a `CheckpointIO` is given; here, since a list in a config replaces."""
+        given = kwargs.pop("plugins", self._get(self.config_init, "trainer", default={}).get("plugins")) or []
+        plugins = list(given) if isinstance(given, list | tuple) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""
@@ -240,7 +280,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in record.getMessage()
     )
-    sys.path.insert(0, "")  # classes of the folder it is called in, by class_path, as `python -m` finds them
+    # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
+    sys.path.insert(0, os.getcwd())
     try:
         SmartBatchCLI()
     except Exception as error:

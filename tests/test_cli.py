@@ -13,6 +13,7 @@ from helpers import FAST, ROOT, cli
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.cli import main
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -86,6 +87,44 @@ def test_the_saved_config_runs_again(tmp_path: Path) -> None:
         assert any(isinstance(callback, SaveConfigCallback) for callback in saver.trainer.callbacks)
     assert again.datamodule.max_length == 24
     assert again.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
+
+
+def test_a_config_of_the_users_is_never_replaced(tmp_path: Path) -> None:
+    """Without a logger, and with one that logs to the working directory."""
+    written = "# my notes\ndata: {max_length: 24, batch_size: 64}\n"
+    (tmp_path / "config.yaml").write_text(written)
+    options = ["--config=config.yaml", "--trainer.fast_dev_run=false", "--trainer.limit_val_batches=0", *FAST]
+    cli("fit", *options)
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["config.yaml"]
+    logger = [
+        "--trainer.logger=TensorBoardLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.logger.name=",
+        "--trainer.logger.version=",
+    ]
+    SmartBatchCLI(args=["fit", *options, *logger, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
+    assert (tmp_path / "config.yaml").read_text() == written
+    assert yaml.safe_load((tmp_path / "config-fit.yaml").read_text())["trainer"]["limit_val_batches"] == 0
+
+
+def test_every_stage_saves_its_config_beside_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of a SLURM job, where all of its stages log; one that runs again saves the same config once."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--data.max_length=24"]
+    run = tmp_path / "lightning_logs" / "version_17"
+    fit = ["fit", *quiet, *FAST, "--trainer.limit_val_batches=0"]
+    fitted = SmartBatchCLI(args=fit)
+    trained = (run / "config.yaml").read_text()
+    checkpoint = f"--ckpt_path={fitted.trainer.checkpoint_callback.best_model_path}"
+    for rows in (1, 1, 2):
+        SmartBatchCLI(args=["test", *quiet, checkpoint, f"--trainer.limit_test_batches={rows}"])
+    SmartBatchCLI(args=fit)
+    assert (run / "config.yaml").read_text() == trained
+    saved = {path.name: yaml.safe_load(path.read_text())["trainer"] for path in run.glob("config*.yaml")}
+    assert sorted(saved) == ["config-test-v1.yaml", "config-test.yaml", "config.yaml"]
+    assert [saved[name]["limit_test_batches"] for name in ("config-test.yaml", "config-test-v1.yaml")] == [1, 2]
 
 
 def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
@@ -172,7 +211,7 @@ def test_a_predictions_file_of_another_kind_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to_do(tmp_path: Path, capsys) -> None:
     config = yaml.safe_load((ROOT / "configs" / "cluster" / "requeue.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 2
+    config["trainer"]["callbacks+"][0]["init_args"]["every_n_train_steps"] = 2
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     printed = []
     for _ in range(2):
@@ -228,6 +267,63 @@ def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     run = SmartBatchCLI(args=["fit", f"--config={ROOT / 'configs' / config}", *options, "--trainer.logger=false"])
     assert run.trainer.global_step == 1
     assert isinstance(run.model, SequenceClassifier)
+
+
+def test_configs_and_defaults_that_are_combined_add_up(tmp_path: Path) -> None:
+    """A config of the user's, the one for requeueing, plugins and defaults; `prepare` builds the Trainer and no more."""
+    (tmp_path / "own.yaml").write_text(
+        "data: {max_length: 24}\n"
+        "trainer:\n  logger: false\n  accelerator: cpu\n  plugins: [{class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: bf16-mixed, device: cpu}}]\n"
+        "  callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]\n"
+    )
+    requeue = f"--config={ROOT / 'configs' / 'cluster' / 'requeue.yaml'}"
+    run = SmartBatchCLI(trainer_defaults={"max_epochs": 7}, args=["prepare", "--config=own.yaml", requeue])
+    kinds = {type(callback).__name__ for callback in run.trainer.callbacks}
+    assert {"GradientAccumulationScheduler", "Requeue", "ModelCheckpoint", "TrainingMonitor"} <= kinds
+    assert type(run.trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    assert run.trainer.precision == "bf16-mixed"
+    assert (run.trainer.max_epochs, run.trainer.gradient_clip_val) == (7, 1.0)
+
+
+def test_a_checkpoint_io_of_the_users_is_the_only_one() -> None:
+    plugin = "--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO"
+    run = cli("prepare", "--data.max_length=24", plugin)
+    assert type(run.trainer.strategy.checkpoint_io).__name__ == "AsyncCheckpointIO"
+
+
+_OURS = """
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+
+class Ours(SequenceClassifier):
+    pass
+
+class OurData(SmartBatchDataModule):
+    pass
+"""
+
+
+@pytest.mark.parametrize("command", ["fit", "prepare", "report", "validate", "test", "predict", "export"])
+def test_fits_saved_config_replays_every_command_with_classes_of_the_working_directory(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setitem(sys.modules, "ours", None)
+    monkeypatch.delitem(sys.modules, "ours")
+    (tmp_path / "ours.py").write_text(_OURS)
+
+    def run(*args: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["smartbatch", *args])
+        main()
+
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
+    run("fit", "--model=ours.Ours", "--data=ours.OurData", *FAST, *quiet)
+    folder = tmp_path / "lightning_logs" / "version_0"
+    del sys.modules["ours"]
+    sys.path.remove(str(tmp_path))
+    [checkpoint] = folder.rglob("*.ckpt")
+    loaded = [] if command in ("fit", "prepare", "report") else [f"--ckpt_path={checkpoint}"]
+    run(command, f"--config={folder / 'config.yaml'}", *loaded)
+    assert "ours" in sys.modules
 
 
 def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

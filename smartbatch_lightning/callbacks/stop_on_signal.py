@@ -122,13 +122,13 @@ class StopOnSignal(Callback):
 def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
     """One of the signals that the ranks have received, the same on all."""
     mine = torch.tensor(received or 0, device=trainer.strategy.root_device)
-    return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))  # type: ignore[arg-type]
+    return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))
 
 
 def _save_last(trainer: L.Trainer) -> str | None:
     """Saves `last.ckpt` beside the other checkpoints; None where there are none, or the run only tries the code."""
     saver = trainer.checkpoint_callback
-    tried = trainer.fast_dev_run  # type: ignore[attr-defined]
+    tried = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or tried:
         return None
     path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
