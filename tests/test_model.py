@@ -167,6 +167,36 @@ def test_metrics_are_those_of_all_samples_together(data, tmp_path: Path) -> None
     assert logged["val_f1"] == pytest.approx(float(sum(f1) / 2), abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_losses_and_metrics_in_half_precision_are_those_of_all_logits_in_double(precision: str, tmp_path: Path) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Recorded(SequenceClassifier):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            logits.append(output.logits.double())
+            return output
+
+        def test_step(self, batch, batch_idx, dataloader_idx=0) -> None:
+            super().test_step(batch, batch_idx, dataloader_idx)
+            seen.append((logits.pop(), batch["labels"]))
+
+    logits: list[torch.Tensor] = []
+    module = SmartBatchDataModule(max_length=24, batch_size=2, seed=1)
+    model = Recorded()
+    for _ in range(2):  # the second time with metrics that the Trainer has found on the module
+        seen.clear()
+        [logged] = trainer(tmp_path, precision=precision).test(model, module, verbose=False)
+        all_logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        assert next(model.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        assert len(labels) == 600
+        by_hand = all_logits.exp().sum(1).log() - all_logits.gather(1, labels[:, None])[:, 0]
+        assert logged["test_loss"] == pytest.approx(float(by_hand.mean()), abs=1e-6)
+        assert logged["test_accuracy"] == pytest.approx(
+            float((all_logits.argmax(1) == labels).double().mean()), abs=1e-6
+        )
+
+
 def test_packed_batches_train_and_measure_as_padded_ones_do(tmp_path: Path) -> None:
     """The same batches, without dropout: the losses on the way, the metrics and the predictions are the same."""
 

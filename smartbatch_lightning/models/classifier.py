@@ -29,7 +29,7 @@ from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
-from smartbatch_lightning.models.metrics import StageMetrics
+from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import place_schedule
 from smartbatch_lightning.progress import restore_loaders, total_steps
@@ -214,12 +214,17 @@ class SequenceClassifier(L.LightningModule):
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length)."""
+        """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length).
+
+        Logits (batch, num_labels) are float32 where the model computes in half precision.
+        """
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
             enable_packing(self.model)  # also where no data module has announced packed batches
         output: SequenceClassifierOutput = self.model(**inputs)
+        if output.logits is not None and output.logits.dtype in (torch.float16, torch.bfloat16):
+            output.logits = output.logits.float()  # losses and metrics of logits with two or three digits are noise
         return output
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -404,8 +409,8 @@ class SequenceClassifier(L.LightningModule):
     def _metrics_of(self, stage: Stage, dataloader_idx: int = 0) -> StageMetrics:
         key = f"{stage}_{dataloader_idx}"
         if key not in self.stage_metrics:
-            metrics = self.configure_metrics(len(self.label_names))
-            self.stage_metrics[key] = StageMetrics(metrics).to(self.device)
+            with summed_in_float32():
+                self.stage_metrics[key] = StageMetrics(self.configure_metrics(len(self.label_names))).to(self.device)
         found = self.stage_metrics[key]
         assert isinstance(found, StageMetrics)
         return found

@@ -1,10 +1,27 @@
 """Loss and metrics of a stage over one data set, counted many batches at a time."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 _FLUSH_EVERY = 50  # batches
+
+
+@contextmanager
+def summed_in_float32() -> Iterator[None]:
+    """Within it metrics are built to sum in float32 at least, also under Lightning's `bf16-true` and `16-true`.
+
+    Lightning makes half precision torch's default there, which a metric takes over as it is built, for good.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(default, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class StageMetrics(nn.Module):
@@ -45,6 +62,11 @@ class StageMetrics(nn.Module):
         self._pending.clear()
         self.loss.reset()
         self.metrics.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StageMetrics":
+        """Follows the module to other devices, not to half precision, to which Lightning converts it whole."""
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _flush(self) -> None:
         """Updates the metrics with many batches at once, since most of them wait for the GPU."""
