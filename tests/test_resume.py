@@ -299,6 +299,55 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"state_dict": {}, "step": 1}
 
 
+class Validations(Callback):
+    """Writes down after which optimizer steps validation was over, and what was measured."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+        self.epoch_ends = 0
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.seen.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.epoch_ends += 1
+
+
+@pytest.mark.parametrize("interval", [1.0, 3])
+@pytest.mark.parametrize("at", [(0, 2), (0, STEPS - 1), (1, 5), (2, STEPS - 1)])
+def test_a_validation_that_was_due_when_the_run_ended_is_made_up_for(at, interval, tmp_path: Path) -> None:
+    options = {"val_check_interval": interval}
+    whole, before, after = Validations(), Validations(), Validations()
+    train(tmp_path, whole, **options)
+    train(tmp_path, before, SaveAndStop(tmp_path / "a.ckpt", *at), **options)
+    train(tmp_path, after, ckpt_path=tmp_path / "a.ckpt", **options)
+    assert before.seen + after.seen == whole.seen
+    assert before.epoch_ends + after.epoch_ends == whole.epoch_ends == 3
+
+
+def test_validations_that_are_counted_over_epochs_fall_on_the_same_steps_after_a_save_in_an_accumulation(
+    tmp_path: Path,
+) -> None:
+    options = {"val_check_interval": 5, "check_val_every_n_epoch": None, "accumulate_grad_batches": 3}
+    whole, before, after = Validations(), Validations(), Validations()
+    train(tmp_path, whole, **options)
+    train(tmp_path, before, SaveAndStop(tmp_path / "a.ckpt", 1, 4), **options)
+    train(tmp_path, after, ckpt_path=tmp_path / "a.ckpt", **options)
+    assert before.seen + after.seen == whole.seen
+
+
+def test_ranks_that_are_more_than_the_samples_left_train_each_of_these_with_the_weight_of_one() -> None:
+    weights, trained = [], []
+    for rank in range(4):
+        sampler = SmartBatchSampler([5] * 9, BatchSpec(batch_size=1), num_replicas=4, rank=rank)
+        sampler.load_state_dict({"epoch": 0, "consumed": [(1, 7)]})
+        [batch] = list(sampler)
+        trained += batch
+        weights.append(next(sampler.loss_weights()))
+    assert len(set(trained)) == 2
+    assert weights == [2.0, 2.0, 0.0, 0.0]  # whose mean over the ranks is the mean over the two samples
+
+
 # --- processes, killed ---
 
 
@@ -424,6 +473,23 @@ def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(
         first, second = diaries(folder, rank)
         assert [first + second] == diaries(whole, rank)
         assert len(first) < len(second)
+    weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
+    assert_same(resumed, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_every_signal_that_ends_a_run_saves_says_how_to_go_on_and_is_no_success(number, devices, reference, tmp_path):
+    whole, folder = reference(devices, 2), tmp_path / "run"
+    options = {"devices": devices, "accumulate": 2, "every": 1000}
+    run = start(folder, **options)
+    kill_after(run, folder, 9, 0.0, number)
+    log = (folder / "log.txt").read_text()
+    assert run.returncode == 128 + number, log[-3000:]
+    assert f"Stopped by {number.name} after step" in log
+    assert f"--ckpt_path={folder}/checkpoints/last.ckpt" in log
+    finish(start(folder, **options), folder)
     weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
     assert_same(resumed, weights)
 

@@ -34,10 +34,10 @@ def place_schedule(
         return
     optimizer = config.scheduler.optimizer
     fresh = configure_optimizer()
-    for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=False):
-        group.update({name: value for name, value in wanted.items() if name not in ("params", "initial_lr")})
-    for group in optimizer.param_groups[len(fresh.param_groups) :]:  # added by a callback
-        group["lr"] = group["initial_lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr")  # set again by the schedule
+    for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=False):  # callbacks may have added some
+        group.update({name: value for name, value in wanted.items() if name != "params"})
     config.scheduler = configure_scheduler(optimizer, num_steps)
     advance_schedule(config.scheduler, position)
 
