@@ -9,7 +9,14 @@ from helpers import cli, trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
+from smartbatch_lightning import (
+    PredictionWriter,
+    SequenceClassifier,
+    SmartBatchCLI,
+    SmartBatchDataModule,
+    TrainingMonitor,
+    demo,
+)
 from smartbatch_lightning.callbacks.model_export import ModelExport
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -76,14 +83,9 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
 
 
 def test_a_runs_own_config_serves_report_export_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = cli(
-        "fit",
-        "--data.max_length=24",
-        "--trainer.max_epochs=1",
-        "--trainer.limit_train_batches=2",
-        "--trainer.limit_val_batches=1",
-        f"--trainer.default_root_dir={tmp_path}",
-    )
+    options = ["--data.max_length=24", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    limits = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+    run = SmartBatchCLI(args=["fit", *options, *limits, f"--trainer.default_root_dir={tmp_path}"])
     config, checkpoint = Path(run.trainer.log_dir) / "config.yaml", run.trainer.checkpoint_callback.best_model_path
     cli("prepare", f"--config={config}")
     cli("report", f"--config={config}", f"--folder={tmp_path / 'told'}")

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -297,6 +298,29 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, tmp_path / "a.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"state_dict": {}, "step": 1}
+
+
+def test_loaders_that_are_handed_to_the_trainer_by_hand_are_resumed_exactly(tmp_path: Path) -> None:
+    def by_hand(*callbacks: Callback, ckpt_path=None) -> list:
+        module, seen = data(), Seen()
+        module.prepare_data()
+        module.setup("fit")
+        run = trainer(tmp_path, max_epochs=3)
+        seen.epochs = [[] for _ in range(3)]
+        seen.on_train_epoch_start = lambda *_: None
+        seen.on_train_batch_end = lambda t, m, o, batch, i: seen.epochs[t.current_epoch].append(
+            tuple(batch["index"].tolist())
+        )
+        run.callbacks += [seen, *callbacks]
+        with suppress(InterruptionError):
+            run.fit(Dropped(num_labels=2), module.train_dataloader(), ckpt_path=ckpt_path)
+        return seen.epochs
+
+    whole = by_hand()
+    assert sorted(row for batch in whole[1] for row in batch) == sorted(row for batch in whole[0] for row in batch)
+    before = by_hand(SaveAndStop(tmp_path / "a.ckpt", 1, 2))
+    after = by_hand(ckpt_path=tmp_path / "a.ckpt")
+    assert [a + b for a, b in zip(before, after, strict=True)] == whole
 
 
 class Validations(Callback):
