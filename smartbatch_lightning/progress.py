@@ -12,11 +12,15 @@ Lightning keeps how many epochs, batches and optimizer steps were trained in cou
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim.lr_scheduler import LambdaLR
+
+from smartbatch_lightning.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,38 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
     if at.validation_due:
         validation["total"].update(ready=1, started=1)  # by which Lightning knows that it was begun and not ended
     outer["_batches_that_stepped"] = steps - (at.batches is None or trained >= batches_of_epoch)
+
+
+def advance_schedule(scheduler: Any, steps: int) -> None:
+    """Lets a schedule that has just been made stand after so many optimizer steps, as if they had been taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+        if isinstance(scheduler, LambdaLR):  # a function of the step
+            scheduler.last_epoch, steps = steps - 1, 1
+        for _ in range(steps):
+            scheduler.step()
+
+
+def place_schedules(trainer: L.Trainer) -> None:
+    """Lets the schedules of a module of one's own, restored from a checkpoint, stand where as many steps remain.
+
+    Raises:
+        ValueError: Training has other steps than before, and a schedule is no function of the step.
+    """
+    total = total_steps(trainer)
+    position = total if math.isinf(total) else int(total - remaining_steps(trainer))
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        by_step = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
+        if math.isinf(position) or not by_step or scheduler.last_epoch == position:
+            continue
+        if not isinstance(scheduler, LambdaLR):
+            raise UsageError(
+                f"the checkpoint's {type(scheduler).__name__} stands at step {scheduler.last_epoch}, but training now at "
+                f"step {position}, since ranks, accumulation or limits are others. Set these as before, use a "
+                "LambdaLR, or make the schedule in SequenceClassifier.configure_scheduler."
+            )
+        advance_schedule(scheduler, int(position))
 
 
 def restore_loaders(trainer: L.Trainer) -> None:

@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from helpers import trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
@@ -126,3 +127,40 @@ def test_schedules_of_every_kind_go_on_at_the_same_share(kind: str, after: int, 
         optimizer.step()
         schedule.step()
     assert rates == expected[steps:]
+
+
+class Foreign(L.LightningModule):
+    """A module that knows nothing of this package, but for what a batch holds."""
+
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.table, self.make = torch.nn.EmbeddingBag(3000, 2), make
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.table(batch["input_ids"]), batch["labels"])
+
+    def validation_step(self, batch, batch_idx) -> None: ...
+
+    def configure_optimizers(self):
+        optimizer = SGD(self.parameters(), lr=PEAK)
+        schedule = self.make(optimizer, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def decay(optimizer, steps: int) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+
+def test_the_schedule_of_a_module_of_ones_own_goes_on_at_the_same_share_or_says_that_it_cannot(tmp_path: Path) -> None:
+    for number, make in enumerate((decay, CosineAnnealingLR)):
+        path = tmp_path / f"{number}.ckpt"
+        fit(tmp_path, Rates(path, 4), module=Foreign(make), max_epochs=2)
+        unchanged, _ = fit(tmp_path, module=Foreign(make), max_epochs=2, ckpt_path=path)
+        assert len(unchanged) == 2 * STEPS - 4
+        changed = {"max_epochs": 2, "accumulate_grad_batches": 2, "ckpt_path": path}
+        if make is decay:
+            rates, _ = fit(tmp_path, module=Foreign(make), **changed)
+            assert rates == pytest.approx(linear(8, 2))
+        else:
+            with pytest.raises(ValueError, match="CosineAnnealingLR stands at step 4, but training now at step 2"):
+                fit(tmp_path, module=Foreign(make), **changed)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
-from smartbatch_lightning.contract import TextData
+from smartbatch_lightning.contract import TextData, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
 from smartbatch_lightning.data.resume import (
@@ -198,6 +198,9 @@ class SmartBatchDataModule(TextDataModule):
         if self._restored is None and progress.stands_in_epoch(self.trainer):
             adopt_lightnings_count(self.trainer, sampler)
         progress.begin_epoch(self.trainer)
+        resumes = self._restored is not None and self._restored["epoch"] == sampler.epoch
+        if resumes and text_model_of(self.trainer) is None:
+            progress.place_schedules(self.trainer)
 
     def _loss_weights(self, sampler: SmartBatchSampler) -> Iterator[float]:
         if self.trainer is None:  # a loop of one's own

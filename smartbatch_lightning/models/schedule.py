@@ -1,14 +1,12 @@
 """Learning rate schedules that stand where training stands."""
 
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import lightning as L
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from smartbatch_lightning.progress import remaining_steps, total_steps
+from smartbatch_lightning.progress import advance_schedule, remaining_steps, total_steps
 
 
 def place_schedule(
@@ -40,13 +38,3 @@ def place_schedule(
         group.update({name: value for name, value in wanted.items() if name != "params"})
     config.scheduler = configure_scheduler(optimizer, num_steps)
     advance_schedule(config.scheduler, position)
-
-
-def advance_schedule(scheduler: Any, steps: int) -> None:
-    """Lets a schedule that has just been made stand after so many optimizer steps, as if they had been taken."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
-        if isinstance(scheduler, LambdaLR):  # a function of the step
-            scheduler.last_epoch, steps = steps - 1, 1
-        for _ in range(steps):
-            scheduler.step()
