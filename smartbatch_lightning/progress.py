@@ -145,7 +145,7 @@ def place_schedules(trainer: L.Trainer) -> None:
             continue
         if not isinstance(scheduler, LambdaLR):
             raise UsageError(
-                f"the checkpoint's {type(scheduler).__name__} stands at step {scheduler.last_epoch}, but training now at "
+                f"the checkpoint's {type(scheduler).__name__} stands at step {scheduler.last_epoch}, but training at "
                 f"step {position}, since ranks, accumulation or limits are others. Set these as before, use a "
                 "LambdaLR, or make the schedule in SequenceClassifier.configure_scheduler."
             )
