@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET, cli
+from helpers import QUIET, cli, trainer
 
-from smartbatch_lightning import SequenceClassifier
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.cli import main
 from smartbatch_lightning.errors import UsageError
@@ -159,3 +159,14 @@ def test_no_damaged_checkpoint_is_loaded_with_other_content(tmp_path: Path) -> N
         assert loaded["state_dict"].keys() == weights.keys()
         assert all(weights[name].equal(weight) for name, weight in loaded["state_dict"].items())
     assert refused > 200
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_trainer_without_plugins_runs_no_code_of_a_checkpoint_by_url(stage: str, served, tmp_path: Path) -> None:
+    attack = _Attack(tmp_path / "attacked")
+    torch.save({"state_dict": {}, "attack": attack}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="a.ckpt"):
+        getattr(trainer(tmp_path), stage)(
+            SequenceClassifier(), SmartBatchDataModule(max_length=24), ckpt_path=f"{served}/a.ckpt"
+        )
+    assert not (tmp_path / "attacked").exists()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.checkpointing import verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
@@ -168,6 +169,14 @@ class SequenceClassifier(L.LightningModule):
         return schedule
 
     # --- Lightning's hooks ---
+
+    def setup(self, stage: str) -> None:
+        """Lets checkpoints be read without running code and written atomically, unless the Trainer has its own IO.
+
+        Lightning runs what a checkpoint by URL asks for.
+        """
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
