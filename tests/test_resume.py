@@ -17,6 +17,7 @@ from run_to_be_killed import Dropped
 
 from smartbatch_lightning import BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
+from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 
 BATCHINGS = ["smart", "tutorial", "random"]
@@ -370,6 +371,18 @@ def test_ranks_that_are_more_than_the_samples_left_train_each_of_these_with_the_
         weights.append(next(sampler.loss_weights()))
     assert len(set(trained)) == 2
     assert weights == [2.0, 2.0, 0.0, 0.0]  # whose mean over the ranks is the mean over the two samples
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_the_signal_on_which_a_job_is_requeued_stops_the_run(name: str, tmp_path: Path) -> None:
+    class Send(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 2:
+                os.kill(os.getpid(), signal.Signals[name])
+
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, StopOnSignal(requeue_signal=name), Send())
+    assert stop.value.code == 128 + signal.Signals[name]
 
 
 # --- processes, killed ---

@@ -104,7 +104,7 @@ class StopOnSignal(Callback):
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():  # no other may
-            for number in _SIGNALS:
+            for number in {*_SIGNALS, self.requeue_signal}:
                 before = signal.signal(number, self._receive)
                 self._handlers.setdefault(number, before)
 
