@@ -64,6 +64,11 @@ def remaining_steps(trainer: L.Trainer) -> float:
     return _bounded(trainer, steps, trainer.global_step)
 
 
+def trained_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps after which so many remain as do, in a training of `total_steps`, which must have an end."""
+    return int(total_steps(trainer) - remaining_steps(trainer))
+
+
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
     """Whether the batch that starts is the first of an optimizer step, or of every so many."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -136,12 +141,13 @@ def place_schedules(trainer: L.Trainer) -> None:
     Raises:
         ValueError: Training has other steps than before, and a schedule is no function of the step.
     """
-    total = total_steps(trainer)
-    position = total if math.isinf(total) else int(total - remaining_steps(trainer))
+    if math.isinf(total_steps(trainer)):
+        return
+    position = trained_steps(trainer)
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         by_step = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
-        if math.isinf(position) or not by_step or scheduler.last_epoch == position:
+        if not by_step or scheduler.last_epoch == position:
             continue
         if not isinstance(scheduler, LambdaLR):
             raise UsageError(
@@ -149,7 +155,7 @@ def place_schedules(trainer: L.Trainer) -> None:
                 f"step {position}, since ranks, accumulation or limits are others. Set these as before, use a "
                 "LambdaLR, or make the schedule in SequenceClassifier.configure_scheduler."
             )
-        advance_schedule(scheduler, int(position))
+        advance_schedule(scheduler, position)
 
 
 def restore_loaders(trainer: L.Trainer) -> None:

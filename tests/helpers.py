@@ -1,6 +1,7 @@
 """What tests of several files share: a quiet Trainer, the command line, and processes that are killed."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -104,3 +105,19 @@ SHORT = [
     "--trainer.num_sanity_val_steps=0", "--trainer.accelerator=cpu", "--trainer.precision=32-true",
     "--trainer.enable_progress_bar=false", "--trainer.callbacks+=run_to_be_killed.Diary",
 ]  # fmt: skip
+
+
+def damaged(whole: bytes, rng: random.Random) -> bytes:
+    """A file's content with a bit flipped, or bytes inserted, taken out or zeroed, at a random place."""
+    content = bytearray(whole)
+    at = rng.randrange(len(content))
+    damage = rng.choice(["flip", "insert", "cut out", "zero"])
+    if damage == "flip":
+        content[at] ^= 1 << rng.randrange(8)
+    elif damage == "insert":
+        content[at:at] = rng.randbytes(rng.randint(1, 8))
+    elif damage == "cut out":
+        del content[at : at + rng.randint(1, 64)]
+    else:
+        content[at : at + 64] = bytes(len(content[at : at + 64]))
+    return bytes(content)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUIET, cli, trainer
+from helpers import QUIET, cli, damaged, trainer
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
@@ -138,18 +138,7 @@ def test_no_damaged_checkpoint_is_loaded_with_other_content(tmp_path: Path) -> N
     whole = path.read_bytes()
     refused = 0
     for _ in range(600):
-        content = bytearray(whole)
-        at = rng.randrange(len(content))
-        damage = rng.choice(["flip", "insert", "cut out", "zero"])
-        if damage == "flip":
-            content[at] ^= 1 << rng.randrange(8)
-        elif damage == "insert":
-            content[at:at] = rng.randbytes(rng.randint(1, 8))
-        elif damage == "cut out":
-            del content[at : at + rng.randint(1, 64)]
-        else:
-            content[at : at + 64] = bytes(len(content[at : at + 64]))
-        path.write_bytes(content)
+        path.write_bytes(damaged(whole, rng))
         try:
             loaded = AtomicCheckpointIO().load_checkpoint(path)
         except UsageError:

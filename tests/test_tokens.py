@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, load_dataset
+from helpers import damaged
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
@@ -136,18 +137,7 @@ def test_no_damaged_file_is_used(tokenize, tmp_path: Path) -> None:
     del table
     whole = path.read_bytes()
     for _ in range(300):
-        content = bytearray(whole)
-        at = rng.randrange(len(content))
-        damage = rng.choice(["flip", "insert", "cut out", "zero"])
-        if damage == "flip":
-            content[at] ^= 1 << rng.randrange(8)
-        elif damage == "insert":
-            content[at:at] = rng.randbytes(rng.randint(1, 8))
-        elif damage == "cut out":
-            del content[at : at + rng.randint(1, 64)]
-        else:
-            content[at : at + 64] = bytes(len(content[at : at + 64]))
-        path.write_bytes(content)
+        path.write_bytes(damaged(whole, rng))
         again = tokenize(data)
         assert [again[row]["input_ids"].tolist() for row in range(40)] == expected
         del again

@@ -19,7 +19,6 @@ from smartbatch_lightning.data.resume import (
     check_ranks_agree,
     dataset_fingerprint,
     go_on,
-    ranks_record,
     training_state,
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
@@ -144,7 +143,7 @@ class SmartBatchDataModule(TextDataModule):
         if stage == "fit":
             self._train_sampler = self._restored = None
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
-        check_ranks_agree(ranks_record(self.data_sets(stage), self.label_names, self.spec))
+        check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches in a new plan every epoch; the same ones under `overfit_batches`."""

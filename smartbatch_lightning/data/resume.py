@@ -27,12 +27,6 @@ def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
     return {"data": _digest(data), **spec.fingerprint()}
 
 
-def ranks_record(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> dict[str, Any]:
-    """What all ranks of a stage must have alike, by what a message calls it."""
-    digests = [_digest(data) for data in sets]
-    return {"data": digests, "label names": label_names, **{f"data.{n}": v for n, v in spec.fingerprint().items()}}
-
-
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuses a checkpoint of other data or batching.
 
@@ -59,17 +53,21 @@ def _digest(data: TokenDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_ranks_agree(record: dict[str, Any]) -> None:
-    """Refuses, on every rank, a run whose ranks have other data, labels or settings; all ranks have to call it.
+def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> None:
+    """Refuses, on every rank, a stage whose ranks have other data, labels or settings; all ranks have to call it.
 
     Args:
-        record: What a rank has, by what a message calls it.
+        sets: Data of the stage.
+        label_names: Names of the classes.
+        spec: What a batch may hold.
 
     Raises:
         ValueError: The ranks differ; the message names in what.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+    settings = {f"data.{name}": value for name, value in spec.fingerprint().items()}
+    record: dict[str, Any] = {"data": [_digest(data) for data in sets], "label names": label_names, **settings}
     records: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(records, record)
     for rank, other in enumerate(records):

@@ -6,7 +6,7 @@ import lightning as L
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from smartbatch_lightning.progress import advance_schedule, remaining_steps, total_steps
+from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
 
 
 def place_schedule(
@@ -26,8 +26,7 @@ def place_schedule(
         configure_scheduler: Makes a schedule, of an optimizer and the number of steps.
     """
     [config] = trainer.lr_scheduler_configs
-    num_steps = int(total_steps(trainer))
-    position = num_steps - int(remaining_steps(trainer))
+    position = trained_steps(trainer)
     if not position or isinstance(config.scheduler, ReduceLROnPlateau):
         return
     optimizer = config.scheduler.optimizer
@@ -36,5 +35,5 @@ def place_schedule(
         group["lr"] = group.pop("initial_lr")  # set again by the schedule
     for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=False):  # callbacks may have added some
         group.update({name: value for name, value in wanted.items() if name != "params"})
-    config.scheduler = configure_scheduler(optimizer, num_steps)
+    config.scheduler = configure_scheduler(optimizer, int(total_steps(trainer)))
     advance_schedule(config.scheduler, position)
