@@ -80,26 +80,43 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 def report(benchmark: str, tables: Mapping[str, list[Row]]) -> None:
     """Prints the card, a table for each title, and everything again as one line of JSON."""
-    card = _card()
+    described = card()
     console = Console(width=160, highlight=False)
-    console.print(_table(f"benchmarks.{benchmark}", [{"": name, "value": value} for name, value in card.items()]))
+    console.print(_table(f"benchmarks.{benchmark}", [{"": name, "value": value} for name, value in described.items()]))
     for title, rows in tables.items():
         console.print(_table(title, rows))
-    print(json.dumps({"benchmark": benchmark, "card": card, "tables": dict(tables)}))
+    print(json.dumps({"benchmark": benchmark, "card": described, "tables": dict(tables)}))
 
 
-def _card() -> Row:
+def card() -> Row:
     """What a reader needs to know in order to compare: hardware, versions, commit and date."""
-    libraries = ("torch", "transformers", "lightning", "datasets", "numpy")
+    libraries = ("torch", "triton", "transformers", "accelerate", "lightning", "datasets", "numpy")
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **_gpu(),
         "python": platform.python_version(),
         **{library: version(library) for library in libraries if find_spec(library)},
         "commit": _commit(),
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _gpu() -> Row:
+    """The card, and the versions on which the choice of its kernels depends."""
+    if not torch.cuda.is_available():
+        return {"gpu": None}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        driver = ""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver or None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

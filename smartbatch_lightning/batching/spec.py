@@ -27,7 +27,8 @@ class BatchSpec:
         max_tokens_per_batch: Token budget of a batch on one rank, padding included.
         padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` pads nothing and
             puts the samples one after another.
-        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`.
+        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; of a packed one all of its tokens,
+            for rows that are alike: the token budget itself makes every row as long.
         max_length: Tokens of the longest sample there may be; None where it is unknown.
         jitter: `smart` only: tokens by which a sample's length is moved up or down at random before sorting. More
             jitter mixes batches more from epoch to epoch and pads more; up to 0.5 it only breaks ties. `auto` takes
@@ -54,6 +55,11 @@ class BatchSpec:
                 raise UsageError(f"{name} is {value}; give 1 or more.")
         if self.padding not in PADDING_WIDTHS:
             raise UsageError(f"padding is {self.padding!r}; choose one of {join_quoted(PADDING_WIDTHS)}.")
+        if self.packed and self.max_tokens_per_batch and self.max_tokens_per_batch % self.pad_to_multiple_of:
+            raise UsageError(
+                f"packed batches are filled up to a multiple of {self.pad_to_multiple_of} tokens, of which "
+                f"max_tokens_per_batch, {self.max_tokens_per_batch}, is none. Set one of the two to fit."
+            )
         if self.padding == "max_length" and self.max_length is None:
             raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
         if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter < math.inf):
@@ -86,7 +92,7 @@ class BatchSpec:
         """
         lengths = np.asarray(lengths, np.int64)
         if self.packed:
-            return np.add.reduceat(lengths, offsets[:-1])
+            return round_up(np.add.reduceat(lengths, offsets[:-1]), self.pad_to_multiple_of)
         return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1]))
 
     def token_pairs(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:

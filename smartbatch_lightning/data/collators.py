@@ -17,6 +17,7 @@ Collator = Callable[[Rows], Any]
 
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids")
 _DEFAULT = BatchSpec()
+_LEAST_SLOTS = 32  # for samples in a row that is filled up
 
 
 class PadCollator:
@@ -68,12 +69,25 @@ class PackCollator:
     What is known as *padding-free* or *varlen*: `cu_seq_lens_q` says where each sample starts, under the names of
     transformers' `DataCollatorWithFlattening`, as in FlashAttention's varlen functions (Dao, 2023). For models that
     `enable_packing` has prepared, as `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
+
+    Where the row is to have a multiple of some tokens, samples of padding fill it up, and everything else about its
+    shape is held as constant: the number of samples is a power of two, the last of them empty, and the longest has
+    `max_length`. So a model that is compiled, CUDA graphs and plans of attention meet a shape or two. Of such a batch
+    the first `num_samples` outputs count.
+
+    Args:
+        pad_token_id: What the row is filled up with.
+        spec: `pad_to_multiple_of` and `max_length`.
     """
+
+    def __init__(self, pad_token_id: int = 0, spec: BatchSpec = _DEFAULT) -> None:
+        self.pad_token_id = pad_token_id
+        self.spec = spec
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PackCollator":
-        """Needs neither."""
-        return cls()
+        """Fills up with what a tokenizer pads with."""
+        return cls(tokenizer.pad_token_id or 0, spec)
 
     def __call__(self, rows: Rows) -> dict[str, Tensor | int]:
         """Tensors of a batch.
@@ -85,18 +99,35 @@ class PackCollator:
             `input_ids`, `position_ids`, which start again at 0 in each sample, and perhaps `token_type_ids`
             (1, tokens), int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and
             the end; `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...).
+            Where the row is filled up, also the number `num_samples`.
         """
         lengths = _lengths(rows)
+        longest = int(lengths.max())
+        constant: dict[str, Tensor | int] = {}
+        if self.spec.pad_to_multiple_of > 1:
+            longest = max(longest, self.spec.max_length or 0)
+            constant["num_samples"] = len(rows)
+            lengths = self._fill(lengths, longest)
         cu_seq_lens = np.concatenate(([0], np.cumsum(lengths)))
-        positions = np.arange(cu_seq_lens[-1]) - np.repeat(cu_seq_lens[:-1], lengths)
-        batch: dict[str, Tensor | int] = {
-            name: torch.from_numpy(np.concatenate([np.asarray(row[name]) for row in rows]).astype(np.int64)[None])
-            for name in _token_columns(rows)
-        }
-        batch["position_ids"] = torch.from_numpy(positions[None])
+        width = int(cu_seq_lens[-1])
+        batch: dict[str, Tensor | int] = {}
+        for name in _token_columns(rows):
+            values = np.concatenate([np.asarray(row[name]) for row in rows])
+            row = np.full((1, width), self.pad_token_id if name == "input_ids" else 0, np.int64)
+            row[0, : len(values)] = values
+            batch[name] = torch.from_numpy(row)
+        batch["position_ids"] = torch.from_numpy((np.arange(width) - np.repeat(cu_seq_lens[:-1], lengths))[None])
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seq_lens.astype(np.int32))
-        batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
-        return {**batch, **_numbers(rows)}
+        batch["max_length_q"] = batch["max_length_k"] = longest
+        return {**batch, **constant, **_numbers(rows)}
+
+    def _fill(self, lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        """Lengths with those of the samples that fill the row up, then empty ones up to a power of two."""
+        missing = -int(lengths.sum()) % self.spec.pad_to_multiple_of
+        fillers = np.diff([*range(0, missing, longest), missing])
+        number = max(_LEAST_SLOTS, 1 << (len(lengths) + len(fillers) - 1).bit_length())
+        empty = np.zeros(number - len(lengths) - len(fillers), np.int64)
+        return np.concatenate((lengths, fillers, empty))
 
 
 # By `padding`: makes a collator of a tokenizer and a `BatchSpec`.
@@ -110,7 +141,7 @@ COLLATORS: dict[str, Callable[[PreTrainedTokenizerBase, BatchSpec], Collator]] =
 def batch_lengths(batch: Any) -> Tensor | None:
     """Real tokens of each sample of a batch that either collator made, on its device. Shape (batch,); else None."""
     if isinstance(batch, Mapping) and "cu_seq_lens_q" in batch:
-        return torch.diff(batch["cu_seq_lens_q"])
+        return torch.diff(batch["cu_seq_lens_q"])[: batch.get("num_samples")]
     if isinstance(batch, Mapping) and "attention_mask" in batch:
         lengths: Tensor = batch["attention_mask"].sum(dim=1)
         return lengths

@@ -231,9 +231,13 @@ class SequenceClassifier(L.LightningModule):
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
             enable_packing(self.model)  # also where no data module has announced packed batches
+        num_samples = inputs.pop("num_samples", None)
         output: SequenceClassifierOutput = self.model(**inputs)
-        if output.logits is not None and output.logits.dtype in (torch.float16, torch.bfloat16):
-            output.logits = output.logits.float()  # losses and metrics of logits with two or three digits are noise
+        if output.logits is not None:
+            # losses and metrics of logits with two or three digits are noise; and CUDA graphs write over their outputs
+            output.logits = output.logits[:num_samples].to(
+                torch.promote_types(output.logits.dtype, torch.float32), copy=True
+            )
         return output
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.models.attention import ATTENTION
-from smartbatch_lightning.models.pooling import POOLINGS
+from smartbatch_lightning.models.attention import ATTENTION, attention_forward
+from smartbatch_lightning.models.pooling import POOLINGS, first_token
 
 _ENABLED = "takes_packed_batches"
 # Families by `model_type`, and the part of the base model whose output the head, or a pooler before it, reads.
@@ -71,7 +72,64 @@ def enable_packing(model: PreTrainedModel) -> None:
     model.register_forward_pre_hook(_shift_positions, with_kwargs=True)
     encoder = model.base_model.get_submodule(_ENCODERS[model.config.model_type])
     pooling = POOLINGS[getattr(model.config, "classifier_pooling", "cls")]  # ModernBERT's choice
+    last = last_attention(model)
+    if last is not None:
+        last.forward = partial(_attention_of_first_tokens, last.forward)
+        pooling = _as_it_is
     encoder.register_forward_hook(partial(_pool, pooling), with_kwargs=True)
+
+
+def last_attention(model: PreTrainedModel) -> Any | None:
+    """The attention block of the last layer where it is BERT's, and all that follows is read at the first tokens."""
+    layers = getattr(model.base_model.get_submodule(_ENCODERS[model.config.model_type]), "layer", None)
+    block = None if layers is None else getattr(layers[-1], "attention", None)
+    return block if hasattr(block, "self") and hasattr(block, "output") else None
+
+
+def _attention_of_first_tokens(
+    forward: Callable[..., Any], hidden: Tensor, *args: Any, cu_seq_lens_q: Tensor | None = None, **options: Any
+) -> Any:
+    """BERT's attention block in the last layer, where the head reads one token of each sample.
+
+    Keys and values are those of all tokens; queries, and with them everything that follows, only of the first ones:
+    7 % fewer operations for BERT-base at 254 tokens. As in MLPerf's BERT, *Boosting distributed training performance
+    of the unpadded BERT model* (Zeng et al., 2022).
+
+    Args:
+        forward: What padded batches go through.
+        hidden: (1, tokens, hidden).
+        args: What else `forward` takes.
+        cu_seq_lens_q: Where each sample starts, and the end. Shape (batch + 1,), int32.
+        options: What else attention takes.
+
+    Returns:
+        (1, batch, hidden), and no attention weights.
+    """
+    if cu_seq_lens_q is None:
+        return forward(hidden, *args, **options)
+    block = forward.__self__  # type: ignore[attr-defined]
+    first = first_token(hidden[0], cu_seq_lens_q)[None]
+    heads = (block.self.num_attention_heads, block.self.attention_head_size)
+    query, key, value = (
+        project(of).unflatten(-1, heads).transpose(1, 2)
+        for project, of in ((block.self.query, first), (block.self.key, hidden), (block.self.value, hidden))
+    )
+    one_each = torch.arange(len(cu_seq_lens_q), dtype=torch.int32, device=hidden.device)
+    attended, _ = attention_forward(
+        block.self,
+        query,
+        key,
+        value,
+        None,
+        dropout=block.self.dropout.p if block.training else 0.0,
+        scaling=block.self.scaling,
+        **{**options, "cu_seq_lens_q": one_each, "max_length_q": 1},
+    )
+    return block.output(attended.flatten(-2), first), None
+
+
+def _as_it_is(hidden: Tensor, cu_seq_lens: Tensor) -> Tensor:
+    return hidden
 
 
 def avoid_mask_sync(model: PreTrainedModel) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from smartbatch_lightning.errors import UsageError, join_quoted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 LabelType = Literal["text", "integer", "boolean"]
 
@@ -31,7 +33,7 @@ class LabelEncoder:
     numbers_are_ids: bool = False
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, column: str, split: str) -> "LabelEncoder":
+    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "LabelEncoder":
         """The names of a `ClassLabel`, in its order; else the distinct labels, numbers by value and text by letter.
 
         Raises:
@@ -39,7 +41,7 @@ class LabelEncoder:
         """
         labels, label_type = read_labels(dataset, column, split)
         feature = dataset.features.get(column)
-        if isinstance(feature, ClassLabel):
+        if is_class_label(feature):
             names = list(feature.names)
         else:
             names = pc.unique(labels).to_pylist()
@@ -67,7 +69,7 @@ class LabelEncoder:
         numbers = any(map(_is_whole_number, texts))
         return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", not numbers)
 
-    def encode(self, dataset: Dataset, column: str, split: str) -> NDArray[np.int64]:
+    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[np.int64]:
         """Number of each label's class. Shape (num_samples,).
 
         Raises:
@@ -107,15 +109,11 @@ class LabelEncoder:
         assert sorted(names) == sorted(self.names)
         return LabelEncoder(tuple(names), self.label_type, self.numbers_are_ids and tuple(names) == self.names)
 
-    def _are_ids(self, label_type: LabelType, dataset: Dataset, column: str) -> bool:
-        return (
-            self.numbers_are_ids
-            and label_type == "integer"
-            and not isinstance(dataset.features.get(column), ClassLabel)
-        )
+    def _are_ids(self, label_type: LabelType, dataset: "Dataset", column: str) -> bool:
+        return self.numbers_are_ids and label_type == "integer" and not is_class_label(dataset.features.get(column))
 
 
-def read_labels(dataset: Dataset, column: str, split: str) -> tuple[pa.ChunkedArray, LabelType]:
+def read_labels(dataset: "Dataset", column: str, split: str) -> tuple[pa.ChunkedArray, LabelType]:
     """A split's labels by name, and how they stand in the data: the name of a `ClassLabel`'s id, else what is there.
 
     Raises:
@@ -128,7 +126,7 @@ def read_labels(dataset: Dataset, column: str, split: str) -> tuple[pa.ChunkedAr
         )
     labels = dataset.select_columns(column).with_format("arrow")[:].column(column)
     kind, feature = labels.type, dataset.features.get(column)
-    if isinstance(feature, ClassLabel):
+    if is_class_label(feature):
         known = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(feature.names)))
         labels = pa.chunked_array([pa.array(feature.names, pa.string())]).take(pc.if_else(known, labels, None))
     if labels.null_count:
@@ -136,7 +134,7 @@ def read_labels(dataset: Dataset, column: str, split: str) -> tuple[pa.ChunkedAr
             f"row {_first(labels.is_null())} (counted from 0) of the split {split!r} has no label in "
             f"{column!r}. Drop such rows, or give them a label."
         )
-    if isinstance(feature, ClassLabel):
+    if is_class_label(feature):
         return labels.cast(pa.string()), _type_of_names(feature.names)
     if pa.types.is_floating(kind) and pc.all(pc.equal(labels, pc.floor(labels))).as_py():
         labels, kind = labels.cast(pa.int64()), pa.int64()
@@ -176,3 +174,10 @@ def _warn_of_near_duplicates(names: list[str]) -> None:
 
 def _first(flags: pa.ChunkedArray) -> int:
     return int(pc.index(flags, True).as_py())
+
+
+def is_class_label(feature: Any) -> bool:
+    """Whether a column of a data set is a `ClassLabel`."""
+    from datasets import ClassLabel  # by now loaded; a model without a data set does without the library
+
+    return isinstance(feature, ClassLabel)

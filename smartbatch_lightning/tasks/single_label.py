@@ -3,11 +3,10 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +17,9 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.labels import LabelEncoder, LabelType
 from smartbatch_lightning.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LABEL_TYPE = "label_type"  # of a model's configuration, beside `id2label`
 
@@ -38,7 +40,7 @@ class SingleLabelClassification:
         return list(self.labels.names)
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, column: str, split: str) -> "SingleLabelClassification":
+    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "SingleLabelClassification":
         """The classes of a training split."""
         return cls(LabelEncoder.from_dataset(dataset, column, split))
 
@@ -76,7 +78,7 @@ class SingleLabelClassification:
             _LABEL_TYPE: self.labels.label_type,
         }
 
-    def encode(self, dataset: Dataset, column: str, split: str) -> NDArray[np.int64]:
+    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[np.int64]:
         """Number of each sample's class. Shape (num_samples,)."""
         return self.labels.encode(dataset, column, split)
 

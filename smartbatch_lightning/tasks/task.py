@@ -1,15 +1,17 @@
 """What a data module and a model know of a task; everything else about it stays behind this."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import MetricCollection
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Task(Protocol):
@@ -29,7 +31,7 @@ class Task(Protocol):
         ...
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, column: str, split: str) -> "Task":
+    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "Task":
         """The task of a training split.
 
         Raises:
@@ -59,7 +61,7 @@ class Task(Protocol):
         """What a model's configuration holds of the task, as `from_pretrained` takes it."""
         ...
 
-    def encode(self, dataset: Dataset, column: str, split: str) -> NDArray[Any]:
+    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[Any]:
         """Labels of a split as numbers. The first dimension is the samples.
 
         Raises:
