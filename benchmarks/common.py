@@ -73,8 +73,10 @@ def interleaved(contestants: Mapping[str, Callable[[int], object]], repeats: int
 
 
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls a function of a module in a new interpreter; the module's imports are done before."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+    """Calls a function of a module in a new process, which has the module's imports behind it and nothing else."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
         return processes.submit(function, *args, **kwargs).result()
 
 
@@ -116,7 +118,7 @@ def _gpu() -> Row:
         "gpu": torch.cuda.get_device_name(),
         "driver": driver or None,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

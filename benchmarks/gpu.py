@@ -10,32 +10,40 @@ Needs no network: BERT's shapes with random weights, and random tokens of IMDB's
 - `attention`: `varlen_attn` over a packed batch, and SDPA over padded ones, the first time a width is met and later
 - `checks`: packed against padded in bfloat16, filled rows against others, CUDA graphs and dropout
 - `levers`: a bare step, eager and compiled in several ways
+- `waits`: how often Python waits for the GPU in a step under Lightning
 - `profile`: the kernels of a compiled step that take longest
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Callable
-from functools import partial
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.nn.attention.varlen import varlen_attn
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
 
+from benchmarks import peers
 from benchmarks.common import MAX_LENGTH, SEED, Row, card
 from smartbatch_lightning.batching import BatchSpec, plan_epoch
 from smartbatch_lightning.data.collators import PackCollator, PadCollator
-from smartbatch_lightning.models.attention import attention_forward
+from smartbatch_lightning.models import attention
+from smartbatch_lightning.models.compilation import compile_model
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.models.packing import enable_packing
 
@@ -52,10 +60,12 @@ class Bench:
     Args:
         device: `cuda`, or `cpu` for a dry run with tiny sizes.
         lengths: Of the samples. Shape (num_samples,).
+        ways: Levers whose names match this are tried.
     """
 
-    def __init__(self, device: str, lengths: NDArray[np.int64]) -> None:
+    def __init__(self, device: str, lengths: NDArray[np.int64], ways: str = "") -> None:
         self.device = device
+        self.ways = ways
         self.lengths = lengths
         self.small = device == "cpu"
 
@@ -82,7 +92,11 @@ class Bench:
     def config(self, sizes: dict[str, int], dropout: float = 0.1) -> BertConfig:
         """BERT's, without dropout of attention weights, which packed batches do not have on a GPU."""
         sizes = TINY if self.small else sizes
-        config = BertConfig(**sizes, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0)
+        config = BertConfig(
+            **sizes,  # type: ignore[arg-type]
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=0.0,
+        )
         config.problem_type = "single_label_classification"
         return config
 
@@ -92,7 +106,8 @@ class Bench:
         with torch.device(self.device):
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-untyped-call]
         enable_packing(model)
-        return model.train()
+        model.train()
+        return model
 
     def batches(self, budget: int, *, filled: bool, number: int) -> list[Batch]:
         """Packed batches of a token budget, on the device."""
@@ -143,7 +158,7 @@ def ceilings(bench: Bench) -> None:
                 bench.say("ceilings", what=f"product, {name}", hidden=hidden, tokens=tokens, teraflops=rates)
 
 
-def attention(bench: Bench) -> None:
+def attention_kernels(bench: Bench) -> None:
     """Packed attention, and what new widths cost SDPA."""
     if bench.small:
         return
@@ -157,23 +172,33 @@ def attention(bench: Bench) -> None:
         window = (longest, longest)
 
         def forward() -> Tensor:
-            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)  # noqa: B023
+            attended = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)  # noqa: B023
+            assert isinstance(attended, Tensor)
+            return attended
 
         def both() -> None:
             torch.autograd.grad(forward(), (q, k, v), gradient)  # noqa: B023
 
         flops = 4 * heads * 64 * float(cu.diff().square().sum())
-        forward_s, both_s = bench.seconds(forward), bench.seconds(both)
-        bench.say(
-            "attention",
-            what="varlen_attn",
-            heads=heads,
-            forward_ms=1e3 * forward_s,
-            both_ms=1e3 * both_s,
-            teraflops=3.5 * flops / both_s / 1e12,
-        )
+        right = torch.autograd.grad(forward(), (q, k, v), gradient)
+        for kernel in ("flash", "cuDNN"):
+            with _kernel(kernel):
+                window = (longest, longest) if kernel == "flash" else (-1, -1)
+                got = torch.autograd.grad(forward(), (q, k, v), gradient)
+                far = max(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
+                forward_s, both_s = bench.seconds(forward), bench.seconds(both)
+            bench.say(
+                "attention",
+                what=f"varlen_attn, {kernel}",
+                heads=heads,
+                forward_ms=1e3 * forward_s,
+                both_ms=1e3 * both_s,
+                teraflops=3.5 * flops / both_s / 1e12,
+                from_flash=far,
+            )
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        first, later = [], []
+        first: list[float] = []
+        later: list[float] = []
         for turn in range(2):
             for width in range(200, 216):
                 q, k, v = (
@@ -185,11 +210,27 @@ def attention(bench: Bench) -> None:
                 bench.wait()
                 start = perf_counter()
                 with sdpa_kernel(backend):
-                    F.scaled_dot_product_attention(q, k, v, mask).sum().backward()
+                    F.scaled_dot_product_attention(q, k, v, mask).sum().backward()  # type: ignore[no-untyped-call]
                 bench.wait()
                 (later if turn else first).append(perf_counter() - start)
         medians = {"first_ms": 1e3 * float(np.median(first)), "later_ms": 1e3 * float(np.median(later))}
         bench.say("attention", what=f"padded, {backend.name}, a width met first and later", **medians)
+
+
+@contextmanager
+def _kernel(name: str) -> Iterator[None]:
+    """Lets `varlen_attn` of torch 2.11 to 2.13 take cuDNN's kernel, as later ones do on Hopper without a window."""
+    if name != "cuDNN":
+        yield
+        return
+    chosen: Any = varlen._should_use_cudnn
+    varlen._should_use_cudnn = lambda device: True  # type: ignore[assignment]
+    vars(attention)["varlen_attn"] = lambda *args, window_size, **options: varlen_attn(*args, **options)
+    try:
+        yield
+    finally:
+        varlen._should_use_cudnn = chosen
+        vars(attention)["varlen_attn"] = varlen_attn
 
 
 def checks(bench: Bench) -> None:
@@ -209,7 +250,7 @@ def checks(bench: Bench) -> None:
         model.zero_grad()
         with torch.autocast(bench.device, torch.bfloat16, enabled=half):
             loss, logits = loss_of(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         return logits.detach().float(), torch.cat(gradients)
 
@@ -232,11 +273,11 @@ def checks(bench: Bench) -> None:
     losses = []
     for seed in (1, 2, 3, 1, 2, 3, 1, 2, 3):
         torch.cuda.manual_seed(seed)
-        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast("cuda", torch.bfloat16):
             loss, _ = loss_of(model, batch)
-        loss.backward()
-        losses.append(float(loss))
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+        model.zero_grad()
     same = len(set(losses[3:6])) == 3 and losses[3:6] == losses[6:9]
     bench.say("checks", what="CUDA graphs draw dropout by the seed set before", holds=same, losses=losses)
 
@@ -248,22 +289,6 @@ def loss_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, batch["labels"]), logits
 
 
-def by_layer(model: PreTrainedModel) -> None:
-    """Compiles one layer, and uses it for all."""
-    for layer in model.base_model.encoder.layer:  # type: ignore[union-attr, operator]
-        layer.compile(dynamic=True)
-
-
-def _merged(block: Any, hidden: Tensor, attention_mask: Any = None, **options: Any) -> tuple[Tensor, None]:
-    """Attention with one product for queries, keys and values."""
-    projections = (block.query, block.key, block.value)
-    weight, bias = (torch.cat([getattr(one, name) for one in projections]) for name in ("weight", "bias"))
-    heads = (3, block.num_attention_heads, block.attention_head_size)
-    q, k, v = F.linear(hidden, weight, bias).unflatten(-1, heads).transpose(1, 3).unbind(2)
-    attended, _ = attention_forward(block, q, k, v, None, scaling=block.scaling, **options)
-    return attended.flatten(-2), None
-
-
 def profile(bench: Bench) -> None:
     """Kernels of a step."""
     if bench.small:
@@ -272,7 +297,7 @@ def profile(bench: Bench) -> None:
         torch.compiler.reset()
         model = bench.model(bench.config(BASE))
         if how:
-            by_layer(model)
+            compile_model(model, True)
         step = _stepper(bench, model, False)
         batches = bench.batches(32_768, filled=True, number=5)
         for batch in batches[:3]:
@@ -289,44 +314,95 @@ def profile(bench: Bench) -> None:
             bench.say("profile", kernel=one.key[:90], ms=one.self_device_time_total / 2e3, calls=one.count / 2)
 
 
+class _Waits(Callback):
+    """Counts the warnings of synchronizing calls, by step."""
+
+    def __init__(self, caught: list[warnings.WarningMessage]) -> None:
+        self.caught = caught
+        self.seen: list[int] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        self.seen.append(len(self.caught))
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(bench: Bench) -> None:
+    """Steps 1 to 60 under Lightning, of which the fiftieth logs."""
+    if bench.small:
+        return
+    random = np.random.default_rng(SEED)
+    reviews = peers.Reviews(
+        [random.integers(1000, 30_000, length).astype(np.int32) for length in bench.lengths[:2000]],
+        random.integers(0, 2, 2000),
+    )
+    setting = peers.Setting(
+        "cuda", reviews, None, bench.config(BASE), None, "bf16-mixed", batches=0, budget=0, workers=0
+    )
+    batches = np.split(np.arange(960), 60)
+    for padding in ("packed", "longest"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            counted = _Waits(caught)
+            clock = peers.Clock("cuda", 1)
+            with redirect_stdout(StringIO()):
+                peers.lightning_trainer(setting, batches, padding, clock, callbacks=(counted,))
+        by_step = np.diff(counted.seen)
+        logging = int(by_step.argmax())
+        places = Counter(
+            f"{Path(one.filename).name}:{one.lineno}"
+            for one in caught[counted.seen[logging] : counted.seen[logging + 1]]
+        )
+        bench.say(
+            "waits",
+            what=padding,
+            median=float(np.median(by_step)),
+            most=int(by_step.max()),
+            in_step=logging + 2,
+            steps_without=int((by_step == 0).sum()),
+            places=dict(places),
+        )
+
+
 def levers(bench: Bench) -> None:
     """A bare step in several ways."""
-    whole = {"dynamic": True}
-    ways: list[tuple[str, dict[str, int], int, Any, bool, bool]] = [
-        ("eager", BASE, 32_768, None, False, False),
-        ("eager, filled", BASE, 32_768, None, True, False),
-        ("by layer, filled", BASE, 32_768, "layers", True, False),
-        ("by layer", BASE, 32_768, "layers", False, False),
-        ("by layer, filled, bf16 weights", BASE, 32_768, "layers", True, True),
-        ("by layer, filled", LARGE, 32_768, "layers", True, False),
-        ("eager", BASE, 4096, None, False, False),
-        ("by layer", BASE, 4096, "layers", True, False),
-        ("whole, filled", BASE, 32_768, whole, True, False),
-        ("whole, CUDA graphs", BASE, 4096, {"dynamic": True, "mode": "reduce-overhead"}, True, False),
-        ("by layer, qkv merged, filled", BASE, 32_768, "merged", True, False),
+    ways: list[tuple[str, dict[str, int], int, bool | str, bool, bool]] = [
+        ("eager", BASE, 32_768, False, False, False),
+        ("by layer", BASE, 32_768, True, False, False),
+        ("by layer, filled", BASE, 32_768, True, True, False),
+        ("by layer, filled, cuDNN", BASE, 32_768, True, True, False),
+        ("by layer, filled, bf16 weights", BASE, 32_768, True, True, True),
+        ("by layer, filled", LARGE, 32_768, True, True, False),
+        ("by layer, filled, cuDNN", LARGE, 32_768, True, True, False),
+        ("eager", BASE, 4096, False, False, False),
+        ("by layer", BASE, 4096, True, False, False),
+        ("whole", BASE, 4096, "default", True, False),
+        ("whole, CUDA graphs", BASE, 4096, "reduce-overhead", True, False),
     ]
     for name, sizes, budget, how, filled, masters in ways:
+        if not re.search(bench.ways, name):
+            continue
         try:
-            row = timed_steps(bench, sizes, budget, how, filled, masters)
+            with _kernel("cuDNN" if "cuDNN" in name else "flash"):
+                row = timed_steps(bench, sizes, budget, how, filled, masters)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"[:300]}
         bench.say("levers", what=name, model="large" if sizes is LARGE else "base", tokens=budget, **row)
 
 
-def timed_steps(bench: Bench, sizes: dict[str, int], budget: int, how: Any, filled: bool, masters: bool) -> Row:
+def timed_steps(bench: Bench, sizes: dict[str, int], budget: int, how: bool | str, filled: bool, masters: bool) -> Row:
     """Milliseconds of a step, and what is made of the device."""
     torch.compiler.reset()
     config = bench.config(sizes)
     budget = 1024 if bench.small else budget
     batches = bench.batches(budget, filled=filled, number=4 if bench.small else 12)
     model = bench.model(config, torch.bfloat16 if masters else torch.float32)
-    if how == "merged":
-        for layer in model.base_model.encoder.layer[:-1]:  # type: ignore[union-attr, operator, index]
-            layer.attention.self.forward = partial(_merged, layer.attention.self)
-    if how in ("layers", "merged"):
-        by_layer(model)
-    elif how is not None:
-        model.compile(**how)
+    if how:
+        compile_model(model, how)
     step = _stepper(bench, model, masters)
     start = perf_counter()
     for batch in batches[:3]:
@@ -345,8 +421,9 @@ def timed_steps(bench: Bench, sizes: dict[str, int], budget: int, how: Any, fill
     seconds = (perf_counter() - start) / (rounds * len(batches))
     lengths = np.concatenate([batch["cu_seq_lens_q"].diff()[: len(batch["labels"])].cpu().numpy() for batch in batches])
     real = int(lengths.sum()) / len(batches)
-    per_token, per_square = training_flops(config)
-    flops = (per_token * real + per_square * float((lengths.astype(float) ** 2).sum()) / len(batches)) / seconds
+    per_sample, per_token, per_square = training_flops(config, packed=True)
+    squares = float((lengths.astype(float) ** 2).sum()) / len(batches)
+    flops = (per_sample * len(lengths) / len(batches) + per_token * real + per_square * squares) / seconds
     peak = peak_flops(torch.device(bench.device), "bf16-mixed")
     return {
         "ms": 1e3 * seconds,
@@ -367,7 +444,7 @@ def _stepper(bench: Bench, model: Any, masters: bool) -> Callable[[Batch], None]
     def step(batch: Batch) -> None:
         with torch.autocast(bench.device, torch.bfloat16, enabled=not masters):
             loss, _ = loss_of(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if masters:
             for weight, master in zip(weights, kept, strict=True):
                 master.grad = None if weight.grad is None else weight.grad.float()
@@ -390,9 +467,10 @@ def _rounded(value: Any) -> Any:
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "ceilings": ceilings,
-    "attention": attention,
+    "attention": attention_kernels,
     "checks": checks,
     "levers": levers,
+    "waits": waits,
     "profile": profile,
 }
 
@@ -403,8 +481,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; by default all")
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a dry run with tiny sizes")
+    parser.add_argument("--ways", default="", help="levers whose names match this")
     args = parser.parse_args()
-    bench = Bench(args.device, np.load(args.lengths).astype(np.int64))
+    bench = Bench(args.device, np.load(args.lengths).astype(np.int64), args.ways)
     print(json.dumps({"card": card()}), flush=True)
     for name in args.parts or PARTS:
         PARTS[name](bench)

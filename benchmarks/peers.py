@@ -10,10 +10,13 @@ turns, several times, each time in a process of its own, since what an allocator
 a CPU's speed; the median counts, and only real tokens do. What is compared is the whole step of each, from batch to
 updated weights.
 
-On a CPU each trains equally many reviews, in batches drawn evenly by width out of its own plan of all 25,000, so that
-padding is that of the full set. On a GPU each trains its whole plan, on random tokens of IMDB's lengths with
-BERT-base's shape and random weights, since neither changes the speed; it needs no network, and besides torch,
-transformers and Lightning only this repository and the file of lengths.
+Each trains equally many reviews, in batches drawn evenly by width out of its own plan of all 25,000, so that padding is
+that of the full set. On a GPU these are random tokens of IMDB's lengths, and the model is of BERT-base's shape with
+random weights, since neither changes the speed; it needs no network, and besides torch, transformers, accelerate and
+Lightning only this repository and the file of lengths. There every shape of a batch is met once before the clock runs,
+since kernels are chosen and compiled by shape, and transformers is also tried at batches of 64 and 128, without its
+look at every loss, with copies that overlap, and compiled. `--rows` keeps each row in a file as soon as it is measured,
+and skips what is in there, so that several short sessions add up.
 
 `--test_reviews` tells the accuracy after training, for which a part must be trained as a whole (`--reviews`,
 `--batches 0`). `--attention_dropout 0` shows how much of a CPU's time is the drawing of dropout masks; on a GPU it is 0
@@ -22,15 +25,20 @@ for all, since packed batches have none there.
 
 import argparse
 import copy
+import json
 import logging
+import os
 import re
 import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from io import StringIO
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -78,6 +86,7 @@ from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.tasks import Task
 
 Int64s = NDArray[np.int64]
+GRAPHS, SMALL_BUDGET = "reduce-overhead", 4096  # tokens of some 16 reviews
 FIXED, TRANSFORMERS, OURS = "tutorial's loop, fixed padding", "transformers", "smartbatch"
 
 
@@ -107,7 +116,6 @@ class Setting:
     pretrained: str | None
     precision: str
     batches: int
-    warmups: int
     budget: int
     workers: int
 
@@ -124,16 +132,32 @@ class Setting:
         built: PreTrainedModel = model.train()
         return built
 
-    def drawn(self, plan: list[Int64s], width: Callable[[Int64s], int]) -> list[Int64s]:
-        """Warm-up batches and those that are timed, evenly by width out of a plan; all of it where no number is set."""
-        if not self.batches:
-            return [*plan[: self.warmups], *plan]
-        # as many reviews for everyone, however large the batches are
-        wanted = min(len(plan), max(1, round(self.batches * BATCH_SIZE * len(plan) / len(self.reviews))))
-        by_width = sorted(plan, key=width)
-        even = [by_width[int((number + 0.5) / wanted * len(plan))] for number in range(wanted)]
-        order = np.random.default_rng(SEED).permutation(wanted)
-        return [*even[: self.warmups], *(even[number] for number in order)]
+    @property
+    def gpu(self) -> bool:
+        """It is one."""
+        return self.device == "cuda"
+
+    def drawn(
+        self, plan: list[Int64s], width: Callable[[Int64s], int], shape: Callable[[Int64s], object]
+    ) -> tuple[list[Int64s], list[Int64s]]:
+        """Batches to warm up with, and those that are timed, evenly by width out of a plan; all where no number is set.
+
+        Args:
+            plan: Batches of all reviews.
+            width: Of a batch.
+            shape: What kernels are chosen by.
+        """
+        timed = plan
+        if self.batches:
+            # as many reviews for everyone, however large the batches are
+            wanted = min(len(plan), max(1, round(self.batches * BATCH_SIZE * len(plan) / len(self.reviews))))
+            by_width = sorted(plan, key=width)
+            even = [by_width[int((number + 0.5) / wanted * len(plan))] for number in range(wanted)]
+            timed = [even[number] for number in np.random.default_rng(SEED).permutation(wanted)]
+        if not self.gpu:
+            return timed[:1], timed
+        of_each_shape = list({shape(batch): batch for batch in timed}.values())
+        return [*timed[:3], *of_each_shape], timed
 
 
 @dataclass
@@ -158,6 +182,8 @@ class Clock:
         """Starts the clock when the last batch of the warm-up has ended."""
         if number == self.warmups - 1:
             self._wait()
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             self.started = perf_counter()
 
     def training_ended(self) -> None:
@@ -195,43 +221,45 @@ class Contestant:
             return int(lengths.mean())
         return min(-(-int(lengths.max()) // self.multiple) * self.multiple, MAX_LENGTH)
 
+    def shape(self, lengths: Int64s) -> tuple[int, int]:
+        """What kernels are chosen by: width and samples; of packed batches the power of two that holds the samples."""
+        return (0, len(lengths).bit_length()) if self.padding == "packed" else (self.width(lengths), len(lengths))
+
     def run(self, setting: Setting) -> Row:
         """Trains once."""
         lengths = setting.reviews.lengths
-        batches = setting.drawn(self.plan(), lambda batch: self.width(lengths[batch]))
-        clock = Clock(setting.device, setting.warmups)
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        model = self.train(setting, batches, self.padding, clock)
-        timed = batches[setting.warmups :]
+        warmups, timed = setting.drawn(
+            self.plan(), lambda batch: self.width(lengths[batch]), lambda batch: self.shape(lengths[batch])
+        )
+        clock = Clock(setting.device, len(warmups))
+        model = self.train(setting, [*warmups, *timed], self.padding, clock)
         real = sum(int(lengths[batch].sum()) for batch in timed)
         tokens, squares = 0, 0
         for batch in timed:
             inside = lengths[batch] if self.padding == "packed" else np.full(len(batch), self.width(lengths[batch]))
             tokens += int(inside.sum())
             squares += int((inside**2).sum())
-        per_token, per_square = training_flops(setting.config)
+        per_sample, per_token, per_square = training_flops(setting.config, packed=self.padding == "packed")
         return {
             "steps": len(timed),
             "samples": sum(map(len, timed)),
             "seconds": clock.seconds,
             "real_tokens_per_second": real / clock.seconds,
             "tokens_over_real": tokens / real,
-            "operations": (per_token * tokens + per_square * squares) / real,
+            "operations": (per_sample * sum(map(len, timed)) + per_token * tokens + per_square * squares) / real,
             "data_wait": clock.data_wait,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
-            "mfu": _utilization(setting, model, lengths[np.concatenate(timed)], clock.seconds),
+            "mfu": self._utilization(setting, lengths[np.concatenate(timed)], clock.seconds),
             "accuracy": None if setting.test is None else accuracy(model, setting.test, setting.device),
         }
 
-
-def _utilization(setting: Setting, model: PreTrainedModel, lengths: Int64s, seconds: float) -> float | None:
-    peak = peak_flops(torch.device(setting.device), setting.precision)
-    if peak is None:
-        return None
-    per_token, per_square = training_flops(model.config)
-    return (per_token * int(lengths.sum()) + per_square * int((lengths**2).sum())) / seconds / peak
+    def _utilization(self, setting: Setting, lengths: Int64s, seconds: float) -> float | None:
+        peak = peak_flops(torch.device(setting.device), setting.precision)
+        if peak is None:
+            return None
+        per_sample, per_token, per_square = training_flops(setting.config, packed=self.padding == "packed")
+        needed = per_sample * len(lengths) + per_token * int(lengths.sum()) + per_square * int((lengths**2).sum())
+        return needed / seconds / peak
 
 
 @torch.no_grad()
@@ -254,20 +282,25 @@ Training = Callable[[Setting, list[Int64s], str, Clock], PreTrainedModel]
 # --- the tutorial's loop ---
 
 
-def tutorial_loop(setting: Setting, batches: list[Int64s], padding: str, clock: Clock) -> PreTrainedModel:
-    """A bare loop over tensors that are ready, with everything that the tutorial's has."""
+def tutorial_loop(
+    setting: Setting, batches: list[Int64s], padding: str, clock: Clock, *, tuned: bool = False
+) -> PreTrainedModel:
+    """A bare loop over tensors that are ready, with everything that the tutorial's has; tuned, it waits for nothing."""
     fixed = "max_length" if padding == "max_length" else "longest"
     collator = PadCollator(0, BatchSpec(padding=fixed, max_length=MAX_LENGTH))
     ready = [collator([setting.reviews[int(row)] for row in batch]) for batch in batches]
     model: PreTrainedModel = setting.model().to(setting.device)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-8)
+    if tuned and setting.gpu:
+        ready = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in ready]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, eps=1e-8, fused=tuned)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(ready))  # type: ignore[no-untyped-call]
     half = torch.autocast(setting.device, torch.bfloat16) if setting.precision == "bf16-mixed" else nullcontext()
     total = 0.0
     for number, batch in enumerate(ready):
         with half:
-            loss = model(**{name: tensor.to(setting.device) for name, tensor in batch.items()}).loss
-        total += loss.item()
+            loss = model(**{name: tensor.to(setting.device, non_blocking=tuned) for name, tensor in batch.items()}).loss
+        if not tuned:
+            total += loss.item()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -281,10 +314,10 @@ def tutorial_loop(setting: Setting, batches: list[Int64s], padding: str, clock: 
 # --- transformers ---
 
 
-def grouped(lengths: Int64s) -> list[Int64s]:
+def grouped(lengths: Int64s, batch_size: int = BATCH_SIZE) -> list[Int64s]:
     """`group_by_length`."""
-    sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths.tolist(), generator=torch.Generator().manual_seed(SEED))
-    return np.split(np.array(list(sampler)), range(BATCH_SIZE, len(lengths), BATCH_SIZE))
+    sampler = LengthGroupedSampler(batch_size, lengths=lengths.tolist(), generator=torch.Generator().manual_seed(SEED))
+    return np.split(np.array(list(sampler)), range(batch_size, len(lengths), batch_size))
 
 
 def rebalanced(lengths: Int64s) -> list[Int64s]:
@@ -305,9 +338,16 @@ class _TrainerClock(TrainerCallback):
 
 
 def transformers_trainer(
-    setting: Setting, batches: list[Int64s], padding: str, clock: Clock, *, compiled: bool = False
+    setting: Setting,
+    batches: list[Int64s],
+    padding: str,
+    clock: Clock,
+    *,
+    compiled: bool = False,
+    tuned: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """The `Trainer` of transformers, with its own collator and defaults, on given batches."""
+    """The `Trainer` of transformers with its own collator, on given batches: with its defaults, or tuned."""
     vocabulary = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=vocabulary, pad_token="[PAD]", unk_token="[UNK]"
@@ -326,6 +366,7 @@ def transformers_trainer(
             prepared: DataLoader[Any] = self.accelerator.prepare(loader)
             return prepared
 
+    os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "true"  # else it is compiled for every width anew
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -339,9 +380,14 @@ def transformers_trainer(
             save_strategy="no",
             disable_tqdm=True,
             torch_compile=compiled,
+            logging_nan_inf_filter=not tuned,
+            accelerator_config={"non_blocking": tuned},
             seed=SEED,
         )
-        trainer = OnBatches(setting.model(), arguments, train_dataset=setting.reviews, callbacks=[_TrainerClock(clock)])
+        model = setting.model()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        trainer = OnBatches(model, arguments, train_dataset=setting.reviews, callbacks=[_TrainerClock(clock)])
         trainer.train()
     assert isinstance(trainer.model, PreTrainedModel)
     return trainer.model
@@ -354,8 +400,8 @@ class _Given(SmartBatchSampler):
     """Yields given batches."""
 
     def __init__(self, batches: list[Int64s], lengths: Int64s) -> None:
-        super().__init__(lengths, BatchSpec(batch_size=BATCH_SIZE))
         self.batches = batches
+        super().__init__(lengths, BatchSpec(batch_size=BATCH_SIZE))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -390,14 +436,14 @@ def lightning_trainer(
     padding: str,
     clock: Clock,
     *,
-    compiled: bool = False,
+    compiled: bool | str = False,
     multiple: int = 1,
+    callbacks: tuple[Callback, ...] = (),
     watched: Literal["not", "logged", "shown"] = "logged",
 ) -> PreTrainedModel:
     """The package under Lightning's `Trainer`, not watched at all, logged, or with the progress bar besides."""
-    collator: Any = PackCollator()
-    if padding != "packed":
-        collator = PadCollator(0, BatchSpec(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple))
+    spec = BatchSpec(padding=padding, max_length=MAX_LENGTH, pad_to_multiple_of=multiple)
+    collator = PackCollator(0, spec) if padding == "packed" else PadCollator(0, spec)
     loader = SmartBatchLoader(
         setting.reviews,
         batch_sampler=_Given(batches, setting.reviews.lengths),
@@ -418,6 +464,7 @@ def lightning_trainer(
             callbacks=[
                 *([] if watched == "not" else [monitor]),
                 *([RichProgressBar(refresh_rate=5)] if watched == "shown" else []),  # as the command line draws it
+                *callbacks,
                 _Timed(clock),
             ],
             logger=False if watched == "not" else [TensorBoardLogger(folder), CSVLogger(folder)],
@@ -432,10 +479,10 @@ def lightning_trainer(
     return module.model
 
 
-def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
-    """All of them, the first being the tutorial's fixed padding."""
+def contestants(setting: Setting, compiled: bool, tuned: bool) -> list[Contestant]:
+    """All of them, the first being the tutorial's fixed padding; with those that are tuned for a GPU."""
     lengths = setting.reviews.lengths
-    multiple = 8 if setting.device == "cuda" else 1
+    multiple = 8 if setting.gpu else 1
 
     def planned(batching: str, padding: str = "longest", budget: int | None = None) -> list[Int64s]:
         spec = BatchSpec(
@@ -443,7 +490,7 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
             None if budget else BATCH_SIZE,
             budget,
             padding,
-            pad_to_multiple_of=multiple,
+            pad_to_multiple_of=1 if padding == "packed" else multiple,
             max_length=MAX_LENGTH,
             seed=SEED,
         )
@@ -455,41 +502,57 @@ def contestants(setting: Setting, compiled: bool) -> list[Contestant]:
         Contestant(FIXED, shuffled, "max_length", tutorial_loop),
         Contestant("tutorial's loop, smart batching", partial(planned, "tutorial"), "longest", tutorial_loop),
     ]
-    strategies = {
-        "random": shuffled,
-        "group_by_length": partial(grouped, lengths),
-        "batch_rebalance": partial(rebalanced, lengths),
-    }
     theirs = [
-        Contestant(f"{TRANSFORMERS}, {name}", plan, "longest", transformers_trainer, multiple)
-        for name, plan in strategies.items()
-    ]
-    ways: list[tuple[str, str, int | None]] = [
-        ("random", "max_length", None),
-        ("random", "longest", None),
-        ("tutorial", "longest", None),
-        ("smart", "longest", None),
-        ("random", "packed", None),
-        ("smart", "packed", None),
-        ("random", "longest", setting.budget),
-        ("smart", "longest", setting.budget),
-        ("random", "packed", setting.budget),
-        ("smart", "packed", setting.budget),
+        Contestant(f"{TRANSFORMERS}, random", shuffled, "longest", transformers_trainer, multiple),
+        Contestant(
+            f"{TRANSFORMERS}, group_by_length", partial(grouped, lengths), "longest", transformers_trainer, multiple
+        ),
+        Contestant(
+            f"{TRANSFORMERS}, batch_rebalance", partial(rebalanced, lengths), "longest", transformers_trainer, multiple
+        ),
     ]
 
-    def our(batching: str, padding: str, budget: int | None, compiled: bool) -> Contestant:
+    def our(batching: str, padding: str, budget: int | None = None, how: bool | str = False) -> Contestant:
         name = f"{OURS}, {batching}, {padding}"
         name += f", {budget:,} tokens" if budget else ""
-        name += ", compiled" if compiled else ""
-        train = partial(lightning_trainer, compiled=compiled, multiple=multiple)
+        name += ", CUDA graphs" if how == GRAPHS else ", compiled" if how else ""
+        rounded = (budget or 1) if how == GRAPHS else 1 if padding == "packed" else multiple
+        train = partial(lightning_trainer, compiled=how, multiple=rounded)
         return Contestant(name, partial(planned, batching, padding, budget), padding, train, multiple)
 
-    ours = [our(*way, False) for way in ways]
+    ours = [
+        our("random", "max_length"),
+        our("random", "longest"),
+        our("tutorial", "longest"),
+        our("smart", "longest"),
+        our("random", "packed"),
+        our("smart", "packed"),
+        our("random", "longest", setting.budget),
+        our("smart", "longest", setting.budget),
+        our("random", "packed", setting.budget),
+        our("smart", "packed", setting.budget),
+    ]
     if compiled:
+        ours += [our("smart", "longest", None, True), our("random", "packed", setting.budget, True)]
+    if tuned:
+        train = partial(tutorial_loop, tuned=True)
+        loops.append(
+            Contestant("tutorial's loop, smart batching, tuned", partial(planned, "tutorial"), "longest", train)
+        )
+        ours.append(our("random", "packed", SMALL_BUDGET))
+        if compiled:
+            ours.append(our("random", "packed", SMALL_BUDGET, GRAPHS))
+        attentions = [None, *(["flash_attention_2"] if find_spec("flash_attn") else [])]
+        for size, attention, how in product((16, 64, 128), attentions, (False, True) if compiled else (False,)):
+            name = f"{TRANSFORMERS}, group_by_length, {size}, tuned"
+            name += f", {attention}" if attention else ""
+            name += ", compiled" if how else ""
+            train = partial(transformers_trainer, compiled=how, tuned=True, attention=attention)
+            theirs.append(Contestant(name, partial(grouped, lengths, size), "longest", train, multiple))
+    elif compiled:
         train = partial(transformers_trainer, compiled=True)
         name = f"{TRANSFORMERS}, group_by_length, compiled"
-        theirs.append(Contestant(name, strategies["group_by_length"], "longest", train, multiple))
-        ours += [our(*way, True) for way in ways if way[:2] in (("smart", "longest"), ("random", "packed"))]
+        theirs.append(Contestant(name, partial(grouped, lengths), "longest", train, multiple))
     return [*loops, *theirs, *ours]
 
 
@@ -497,27 +560,43 @@ def run_one(args: argparse.Namespace, name: str) -> Row:
     """Lets one contestant train once."""
     quiet()
     setting = made(args)
-    [contestant] = [one for one in contestants(setting, args.compile) if one.name == name]
-    return contestant.run(setting)
+    [contestant] = [
+        one for one in contestants(setting, args.compile, args.device == "cuda" or args.dry_run) if one.name == name
+    ]
+    with redirect_stdout(StringIO()):  # the monitor's table
+        return contestant.run(setting)
 
 
 def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
     """Lets the contestants take turns; medians of what is timed."""
     runs: dict[str, list[Row]] = {name: [] for name in names}
-    for _ in range(args.repeats):
+    if args.rows and args.rows.exists():
+        for line in map(json.loads, args.rows.read_text().splitlines()):
+            if line["name"] in runs:
+                runs[line["name"]].append(line["row"])
+    for turn in range(args.repeats):
         for name in names:
-            runs[name].append(in_fresh_process(run_one, args, name))
+            if len(runs[name]) > turn:
+                continue
+            row = in_fresh_process(run_one, args, name)
+            runs[name].append(row)
+            line = json.dumps({"name": name, "row": row})
+            if args.rows:
+                with args.rows.open("a") as file:
+                    file.write(line + "\n")
+            if args.device == "cuda":  # where a session may end before all have run
+                print(line, flush=True)
     rows = []
     for name, measured in runs.items():
         speeds = [row["real_tokens_per_second"] for row in measured]
         middle = measured[speeds.index(statistics.median_low(speeds))]
         rows.append({"": name, **middle, "spread": (max(speeds) - min(speeds)) / statistics.median(speeds)})
-    fixed = rows[0]["real_tokens_per_second"]
+    fixed = rows[0] if rows[0][""] == FIXED else None
     best = max([row["real_tokens_per_second"] for row in rows if row[""].startswith(TRANSFORMERS)], default=None)
-    operations = rows[0]["operations"]
-    for row in rows:
-        row["expected_over_fixed"] = operations / row.pop("operations")
-        row["over_fixed"] = row["real_tokens_per_second"] / fixed
+    operations = [row.pop("operations") for row in rows]
+    for row, mine in zip(rows, operations, strict=True):
+        row["expected_over_fixed"] = operations[0] / mine if fixed else None
+        row["over_fixed"] = row["real_tokens_per_second"] / fixed["real_tokens_per_second"] if fixed else None
         row["over_best_peer"] = row["real_tokens_per_second"] / best if best else None
     return rows
 
@@ -547,15 +626,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lengths", type=Path, help="file of IMDB's lengths, for random tokens and BERT-base")
     parser.add_argument("--save_lengths", type=Path, help="only write that file")
+    parser.add_argument("--dry_run", action="store_true", help="a tiny model, and whatever else a GPU would run")
     parser.add_argument("--reviews", type=int, default=0, help="reviews that are planned; 0 for all")
     parser.add_argument("--test_reviews", type=int, default=0, help="reviews that tell the accuracy; 0 for none")
-    parser.add_argument("--batches", type=int, help="timed batches of 16; 0 for the whole plan, as on a GPU")
+    parser.add_argument("--batches", type=int, help="timed batches of 16; 0 for the whole plan")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=Path, help="file that keeps each row; what is in there is not measured again")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="bf16-mixed on a GPU, else 32-true")
     parser.add_argument("--max_tokens_per_batch", type=int, help="the budget")
     parser.add_argument("--attention_dropout", type=float, help="for all; 0.1 on a CPU, 0 on a GPU")
     parser.add_argument("--compile", action="store_true", help="compiled contestants too")
-    parser.add_argument("--only", help="contestants whose names match this; the tutorial's fixed padding always runs")
+    parser.add_argument("--only", help="contestants whose names match this")
     args = parser.parse_args()
     if args.attention_dropout is None:
         args.attention_dropout = 0.0 if args.device == "cuda" else 0.1
@@ -564,8 +645,8 @@ def main() -> None:
         return
     quiet()
     setting = made(args)
-    names = [one.name for one in contestants(setting, args.compile)]
-    rows = compare(args, [name for name in names if args.only is None or re.search(args.only, name) or name == FIXED])
+    names = [one.name for one in contestants(setting, args.compile, args.device == "cuda" or args.dry_run)]
+    rows = compare(args, [name for name in names if args.only is None or re.search(args.only, name)])
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     model = "MiniLM" if setting.pretrained else "BERT-base's shape"
     title = f"{model}, {setting.precision}, attention dropout {args.attention_dropout:g}"
@@ -576,7 +657,8 @@ def made(args: argparse.Namespace) -> Setting:
     """The setting that the arguments ask for."""
     gpu = args.device == "cuda"
     if args.lengths:
-        config = BertConfig()
+        tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = BertConfig(**(tiny if args.dry_run else {}))  # type: ignore[arg-type]
         lengths = np.load(args.lengths).astype(np.int64)
         random = np.random.default_rng(SEED)
         reviews = Reviews(
@@ -597,8 +679,7 @@ def made(args: argparse.Namespace) -> Setting:
         config=config,
         pretrained=pretrained,
         precision=args.precision or ("bf16-mixed" if gpu else "32-true"),
-        batches=args.batches if args.batches is not None else (0 if gpu else 8),
-        warmups=30 if gpu else 1,
+        batches=args.batches if args.batches is not None else (128 if gpu else 8),
         budget=args.max_tokens_per_batch or (32_768 if gpu else 6_400),
         workers=2 if gpu else 0,
     )

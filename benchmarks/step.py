@@ -28,7 +28,7 @@ from benchmarks.peers import (
     tutorial_loop,
 )
 
-BATCH = 8
+BATCH, WARMUPS = 8, 50
 
 
 def main() -> None:
@@ -43,10 +43,8 @@ def main() -> None:
     )
     random = np.random.default_rng(SEED)
     token_ids = [random.integers(5, 2000, length).astype(np.int32) for length in random.integers(8, 24, 4000)]
-    setting = Setting(
-        "cpu", Reviews(token_ids, random.integers(0, 2, 4000)), None, config, None, "32-true", 0, 50, 0, 0
-    )
-    batches = list(random.integers(0, 4000, (setting.warmups + args.steps, BATCH)))
+    setting = Setting("cpu", Reviews(token_ids, random.integers(0, 2, 4000)), None, config, None, "32-true", 0, 0, 0)
+    batches = list(random.integers(0, 4000, (WARMUPS + args.steps, BATCH)))
     ways: dict[str, Training] = {
         "bare loop": tutorial_loop,
         "smartbatch under Lightning's Trainer, not watched": partial(lightning_trainer, watched="not"),
@@ -57,7 +55,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, train in ways.items():
-            clock = Clock("cpu", setting.warmups)
+            clock = Clock("cpu", WARMUPS)
             train(setting, batches, "longest", clock)
             seconds[name].append(clock.seconds / args.steps)
     bare = statistics.median(seconds["bare loop"])

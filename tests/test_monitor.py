@@ -172,7 +172,7 @@ def test_the_operations_of_training_are_those_of_the_matrix_products() -> None:
     model = SequenceClassifier()
     model.configure_model()
     config = model.model.config
-    per_token, per_square = training_flops(model.model.config)
+    _, per_token, per_square = training_flops(model.model.config)
     layers = [module for module in model.model.base_model.encoder.modules() if isinstance(module, torch.nn.Linear)]
     assert per_token == pytest.approx(6 * sum(layer.weight.numel() for layer in layers), rel=0.01)
     assert per_square == pytest.approx(12 * config.num_hidden_layers * config.hidden_size, rel=0.01)

@@ -27,8 +27,8 @@ class BatchSpec:
         max_tokens_per_batch: Token budget of a batch on one rank, padding included.
         padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` pads nothing and
             puts the samples one after another.
-        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; of a packed one all of its tokens,
-            for rows that are alike: the token budget itself makes every row as long.
+        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; of a packed batch all of its
+            tokens, so that with the token budget itself every row is as long.
         max_length: Tokens of the longest sample there may be; None where it is unknown.
         jitter: `smart` only: tokens by which a sample's length is moved up or down at random before sorting. More
             jitter mixes batches more from epoch to epoch and pads more; up to 0.5 it only breaks ties. `auto` takes

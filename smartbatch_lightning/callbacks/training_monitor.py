@@ -110,7 +110,8 @@ class TrainingMonitor(Callback):
         self._flops = None
         if self._peak and model is not None:
             with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
-                self._flops = training_flops(model.config)
+                data = text_data_of(trainer)
+                self._flops = training_flops(model.config, packed=data is not None and data.packed)
         self._start = perf_counter()
         self._data_wait = 0.0
         self._loader = _loader(trainer)
@@ -239,10 +240,14 @@ class TrainingMonitor(Callback):
         if self._loader is not None:
             logged["data_wait"] = window.data_wait_seconds / window.seconds
         if self._peak and self._flops:
-            per_token, per_square = self._flops
-            flops = per_token * window.real_tokens + per_square * window.sum_squared_lengths
+            counted = (window.samples, window.real_tokens, window.sum_squared_lengths)
+            flops = sum(each * number for each, number in zip(self._flops, counted, strict=True))
             logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
-        pl_module.log_dict({f"throughput/{name}": value for name, value in logged.items()}, rank_zero_only=True)
+        # straight to the loggers, as Lightning's LearningRateMonitor does: `log` would move each figure to the device
+        # and back, and wait for it every time
+        figures = {f"throughput/{name}": value for name, value in logged.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step - 1)
 
     def _snapshot(self, trainer: L.Trainer) -> Counts:
         """What was trained until now; waits for the device, and for the other ranks."""

@@ -38,7 +38,7 @@ def attention_forward(
 
     Args:
         module: The attention layer.
-        query: (batch, heads, tokens, head_size), the batch being 1 if it is packed; so are key and value, which may have
+        query: (batch, heads, tokens, head_size), the batch being 1 if it is packed; so are key and value, perhaps with
             other numbers of tokens.
         key: As `query`.
         value: As `query`.

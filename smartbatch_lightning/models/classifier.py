@@ -30,6 +30,7 @@ from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_chec
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
+from smartbatch_lightning.models.compilation import check_compilation, compile_model
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import place_schedule
@@ -65,7 +66,9 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
-        compile: Compile the model with `torch.compile`, for batches of any width at once.
+        compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
+            `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
+            and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
         model_kwargs: What else `from_pretrained` takes, such as `revision`, `attn_implementation` or a dropout of the
             configuration. Weights are float32 unless it says `dtype`.
         architecture: A model's configuration as `PretrainedConfig.to_dict` gives it, for fresh weights; checkpoints
@@ -87,7 +90,7 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
-        compile: bool = False,  # noqa: A002 - the field's word
+        compile: bool | str = False,  # noqa: A002 - the field's word
         model_kwargs: dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
     ) -> None:
@@ -196,6 +199,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
+        check_compilation(self.compiled, self.trainer)
         data = text_data_of(self._trainer)
         dropout = 0.0 if self.model is None else attention_dropout(self.model)
         if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
@@ -367,7 +371,7 @@ class SequenceClassifier(L.LightningModule):
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
         if self.compiled:
-            model.compile(dynamic=True)  # once for batches of all widths
+            compile_model(model, self.compiled)
         return model
 
     def _pretrained_config(self) -> PretrainedConfig:

@@ -4,11 +4,22 @@ import copy
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
+from smartbatch_lightning.models.packing import first_token_layer
+
 # Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
-_PEAK_FLOPS = {"H200": 989.4e12, "H100 NVL": 835.5e12}
+_PEAK_FLOPS = {
+    "H200": 989.4e12,
+    "H100 NVL": 835.5e12,
+    "L40S": 362e12,
+    "RTX A6000": 155e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+_LENGTH = 64
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -25,11 +36,15 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     )
 
 
-def training_flops(config: PretrainedConfig) -> tuple[float, float]:
-    """Floating point operations of training on a sample: those by token, and those by squared token.
+def training_flops(config: PretrainedConfig, *, packed: bool = False) -> tuple[float, float, float]:
+    """Floating point operations of training on a sample: those by sample, by token, and by squared token.
 
-    A forward pass takes `a * length + b * length**2`, solved for two lengths; with the backward pass it is three times
-    as much.
+    A forward pass takes `a + b * length + c * length**2`, solved for three lengths; with the backward pass it is three
+    times as much.
+
+    Args:
+        config: Of a model for sequence classification.
+        packed: Batches are packed, where the last layer may compute only what the head reads.
     """
     config = copy.deepcopy(config)  # it takes up the kind of attention
     with torch.device("meta"):
@@ -37,9 +52,19 @@ def training_flops(config: PretrainedConfig) -> tuple[float, float]:
             config, attn_implementation="eager"
         )
     counted = []
-    for length in (64, 128):
+    for length in (_LENGTH, 2 * _LENGTH, 3 * _LENGTH):
         with FlopCounterMode(display=False) as counter:
             shadow(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"))
-        counted.append(counter.get_total_flops() / length)
-    per_square = (counted[1] - counted[0]) / 64
-    return 3 * (counted[0] - 64 * per_square), 3 * per_square
+        counted.append(counter.get_total_flops())
+    per_square = (counted[2] - 2 * counted[1] + counted[0]) / (2 * _LENGTH**2)
+    per_token = (counted[1] - counted[0]) / _LENGTH - 3 * _LENGTH * per_square
+    per_sample = counted[0] - _LENGTH * per_token - _LENGTH**2 * per_square
+    layer = first_token_layer(shadow) if packed else None
+    if layer is not None:
+        products = {module for module in layer.modules() if isinstance(module, nn.Linear)}
+        spared = 2 * sum(
+            module.weight.numel() for module in products - {layer.attention.self.key, layer.attention.self.value}
+        )
+        of_layer = per_square / config.num_hidden_layers
+        per_sample, per_token, per_square = per_sample + spared, per_token - spared + of_layer, per_square - of_layer
+    return 3 * per_sample, 3 * per_token, 3 * per_square

@@ -72,18 +72,20 @@ def enable_packing(model: PreTrainedModel) -> None:
     model.register_forward_pre_hook(_shift_positions, with_kwargs=True)
     encoder = model.base_model.get_submodule(_ENCODERS[model.config.model_type])
     pooling = POOLINGS[getattr(model.config, "classifier_pooling", "cls")]  # ModernBERT's choice
-    last = last_attention(model)
-    if last is not None:
-        last.forward = partial(_attention_of_first_tokens, last.forward)
+    layer = first_token_layer(model)
+    if layer is not None:
+        layer.attention.forward = partial(_attention_of_first_tokens, layer.attention.forward)
         pooling = _as_it_is
     encoder.register_forward_hook(partial(_pool, pooling), with_kwargs=True)
 
 
-def last_attention(model: PreTrainedModel) -> Any | None:
-    """The attention block of the last layer where it is BERT's, and all that follows is read at the first tokens."""
-    layers = getattr(model.base_model.get_submodule(_ENCODERS[model.config.model_type]), "layer", None)
-    block = None if layers is None else getattr(layers[-1], "attention", None)
-    return block if hasattr(block, "self") and hasattr(block, "output") else None
+def first_token_layer(model: PreTrainedModel) -> Any | None:
+    """The last layer where it is BERT's, and everything after its attention is read at the first tokens alone."""
+    if not can_pack(model):
+        return None
+    layers: Any = getattr(model.base_model.get_submodule(_ENCODERS[model.config.model_type]), "layer", None)
+    attention = None if layers is None else getattr(layers[-1], "attention", None)
+    return layers[-1] if hasattr(attention, "self") and hasattr(attention, "output") else None
 
 
 def _attention_of_first_tokens(

@@ -126,9 +126,9 @@ def measure_strategy(
 def training_operations(data: SmartBatchDataModule) -> tuple[float, float]:
     """Operations by token and by squared token, of the model that the tokenizer is of, else of BERT-base."""
     try:
-        return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))
+        return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))[1:]
     except Exception:  # it is only an estimate, and there are many kinds of models
-        return training_flops(BertConfig())
+        return training_flops(BertConfig())[1:]
 
 
 def measure_splits(data: SmartBatchDataModule) -> list[Split]:

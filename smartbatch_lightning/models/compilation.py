@@ -1,0 +1,39 @@
+"""What of a model is compiled."""
+
+import lightning as L
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from smartbatch_lightning.errors import UsageError
+
+_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def compile_model(model: PreTrainedModel, how: bool | str) -> None:
+    """Compiles a model for batches of any width.
+
+    Args:
+        model: To be compiled in place.
+        how: A mode of `torch.compile`, for the whole model; or True for each of its layers, which are alike, so that
+            the first is compiled for all of them: in a third of the time, and as fast where batches are large.
+    """
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if isinstance(how, str):
+        model.compile(mode=how, dynamic=True)
+        return
+    for module in layers or [model]:
+        module.compile(dynamic=True)
+
+
+def check_compilation(how: bool | str, trainer: L.Trainer) -> None:
+    """Refuses CUDA graphs where gradients have to outlive a batch.
+
+    Raises:
+        ValueError: They are accumulated.
+    """
+    if how in _GRAPHS and trainer.accumulate_grad_batches > 1:
+        raise UsageError(
+            f"compile is {how!r}, whose CUDA graphs write over the gradients that accumulate_grad_batches keeps. Set "
+            "--model.compile=true."
+        )
