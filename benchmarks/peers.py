@@ -30,6 +30,7 @@ import logging
 import os
 import re
 import statistics
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -578,7 +579,11 @@ def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
         for name in names:
             if len(runs[name]) > turn:
                 continue
-            row = in_fresh_process(run_one, args, name)
+            try:
+                row = in_fresh_process(run_one, args, name)
+            except Exception as error:  # the others are not to be lost
+                print(f"{name}: {error!r}", file=sys.stderr, flush=True)
+                continue
             runs[name].append(row)
             line = json.dumps({"name": name, "row": row})
             if args.rows:
@@ -588,6 +593,8 @@ def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
                 print(line, flush=True)
     rows = []
     for name, measured in runs.items():
+        if not measured:
+            continue
         speeds = [row["real_tokens_per_second"] for row in measured]
         middle = measured[speeds.index(statistics.median_low(speeds))]
         rows.append({"": name, **middle, "spread": (max(speeds) - min(speeds)) / statistics.median(speeds)})
