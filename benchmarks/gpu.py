@@ -18,10 +18,11 @@ import argparse
 import copy
 import json
 import re
+import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +34,7 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedModel
@@ -42,7 +43,6 @@ from benchmarks import peers
 from benchmarks.common import MAX_LENGTH, SEED, Row, card
 from smartbatch_lightning.batching import BatchSpec, plan_epoch
 from smartbatch_lightning.data.collators import PackCollator, PadCollator
-from smartbatch_lightning.models import attention
 from smartbatch_lightning.models.compilation import compile_model
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.models.packing import enable_packing
@@ -180,22 +180,15 @@ def attention_kernels(bench: Bench) -> None:
             torch.autograd.grad(forward(), (q, k, v), gradient)  # noqa: B023
 
         flops = 4 * heads * 64 * float(cu.diff().square().sum())
-        right = torch.autograd.grad(forward(), (q, k, v), gradient)
-        for kernel in ("flash", "cuDNN"):
-            with _kernel(kernel):
-                window = (longest, longest) if kernel == "flash" else (-1, -1)
-                got = torch.autograd.grad(forward(), (q, k, v), gradient)
-                far = max(float((a - b).norm() / b.norm()) for a, b in zip(got, right, strict=True))
-                forward_s, both_s = bench.seconds(forward), bench.seconds(both)
-            bench.say(
-                "attention",
-                what=f"varlen_attn, {kernel}",
-                heads=heads,
-                forward_ms=1e3 * forward_s,
-                both_ms=1e3 * both_s,
-                teraflops=3.5 * flops / both_s / 1e12,
-                from_flash=far,
-            )
+        forward_s, both_s = bench.seconds(forward), bench.seconds(both)
+        bench.say(
+            "attention",
+            what="varlen_attn",
+            heads=heads,
+            forward_ms=1e3 * forward_s,
+            both_ms=1e3 * both_s,
+            teraflops=3.5 * flops / both_s / 1e12,
+        )
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         first: list[float] = []
         later: list[float] = []
@@ -215,22 +208,6 @@ def attention_kernels(bench: Bench) -> None:
                 (later if turn else first).append(perf_counter() - start)
         medians = {"first_ms": 1e3 * float(np.median(first)), "later_ms": 1e3 * float(np.median(later))}
         bench.say("attention", what=f"padded, {backend.name}, a width met first and later", **medians)
-
-
-@contextmanager
-def _kernel(name: str) -> Iterator[None]:
-    """Lets `varlen_attn` of torch 2.11 to 2.13 take cuDNN's kernel, as later ones do on Hopper without a window."""
-    if name != "cuDNN":
-        yield
-        return
-    chosen: Any = varlen._should_use_cudnn
-    varlen._should_use_cudnn = lambda device: True  # type: ignore[assignment]
-    vars(attention)["varlen_attn"] = lambda *args, window_size, **options: varlen_attn(*args, **options)
-    try:
-        yield
-    finally:
-        varlen._should_use_cudnn = chosen
-        vars(attention)["varlen_attn"] = varlen_attn
 
 
 def checks(bench: Bench) -> None:
@@ -374,10 +351,8 @@ def levers(bench: Bench) -> None:
         ("eager", BASE, 32_768, False, False, False),
         ("by layer", BASE, 32_768, True, False, False),
         ("by layer, filled", BASE, 32_768, True, True, False),
-        ("by layer, filled, cuDNN", BASE, 32_768, True, True, False),
         ("by layer, filled, bf16 weights", BASE, 32_768, True, True, True),
         ("by layer, filled", LARGE, 32_768, True, True, False),
-        ("by layer, filled, cuDNN", LARGE, 32_768, True, True, False),
         ("eager", BASE, 4096, False, False, False),
         ("by layer", BASE, 4096, True, False, False),
         ("whole", BASE, 4096, "default", True, False),
@@ -387,8 +362,7 @@ def levers(bench: Bench) -> None:
         if not re.search(bench.ways, name):
             continue
         try:
-            with _kernel("cuDNN" if "cuDNN" in name else "flash"):
-                row = timed_steps(bench, sizes, budget, how, filled, masters)
+            row = timed_steps(bench, sizes, budget, how, filled, masters)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"[:300]}
         bench.say("levers", what=name, model="large" if sizes is LARGE else "base", tokens=budget, **row)
@@ -486,7 +460,10 @@ def main() -> None:
     bench = Bench(args.device, np.load(args.lengths).astype(np.int64), args.ways)
     print(json.dumps({"card": card()}), flush=True)
     for name in args.parts or PARTS:
-        PARTS[name](bench)
+        try:
+            PARTS[name](bench)
+        except Exception:  # the others are not to be lost
+            traceback.print_exc()
 
 
 if __name__ == "__main__":

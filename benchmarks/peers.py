@@ -25,6 +25,7 @@ for all, since packed batches have none there.
 
 import argparse
 import copy
+import faulthandler
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ import lightning as L
 import numpy as np
 import torch
 import transformers
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from numpy.typing import NDArray
@@ -461,6 +463,7 @@ def lightning_trainer(
             devices=1,
             max_epochs=1,
             precision=setting.precision,  # type: ignore[arg-type]
+            plugins=[LightningEnvironment()],  # else Lightning starts MPI where mpi4py is installed
             gradient_clip_val=1.0,
             callbacks=[
                 *([] if watched == "not" else [monitor]),
@@ -560,12 +563,15 @@ def contestants(setting: Setting, compiled: bool, tuned: bool) -> list[Contestan
 def run_one(args: argparse.Namespace, name: str) -> Row:
     """Lets one contestant train once."""
     quiet()
+    faulthandler.dump_traceback_later(args.patience, exit=True)  # says where it hangs
     setting = made(args)
     [contestant] = [
         one for one in contestants(setting, args.compile, args.device == "cuda" or args.dry_run) if one.name == name
     ]
     with redirect_stdout(StringIO()):  # the monitor's table
-        return contestant.run(setting)
+        row = contestant.run(setting)
+    faulthandler.cancel_dump_traceback_later()
+    return row
 
 
 def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
@@ -639,6 +645,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, help="timed batches of 16; 0 for the whole plan")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="file that keeps each row; what is in there is not measured again")
+    parser.add_argument("--patience", type=float, default=3600, help="seconds after which a contestant is given up")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="bf16-mixed on a GPU, else 32-true")
     parser.add_argument("--max_tokens_per_batch", type=int, help="the budget")
     parser.add_argument("--attention_dropout", type=float, help="for all; 0.1 on a CPU, 0 on a GPU")

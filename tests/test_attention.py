@@ -16,9 +16,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from smartbatch_lightning import PackCollator, PadCollator
+from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier
 from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_from_torch
 from smartbatch_lightning.models.packing import _ENCODERS, attention_dropout, enable_packing
+from smartbatch_lightning.models.pooling import POOLINGS
 
 VOCABULARY = 200
 SIZES = {
@@ -78,6 +79,29 @@ def test_packed_batches_give_the_logits_and_gradients_of_padded_ones(config) -> 
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=FAMILIES)
+def test_a_row_that_is_filled_up_gives_the_losses_and_gradients_of_its_samples(config) -> None:
+    plain, filled = model(config).eval(), model(config).eval()
+    expected = SequenceClassifier.forward(_holder(plain), **_inputs(PackCollator()(rows())))
+    spec = BatchSpec(padding="packed", pad_to_multiple_of=256, max_length=100)
+    actual = SequenceClassifier.forward(_holder(filled), **_inputs(PackCollator(0, spec)(rows())))
+    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-6, rtol=0)
+    wanted = gradients(expected.logits.logsumexp(1).sum(), plain)
+    got = gradients(actual.logits.logsumexp(1).sum(), filled)
+    scale = max(gradient.norm() for gradient in wanted.values())
+    assert all((got[name] - wanted[name]).norm() < 1e-6 * scale for name in wanted)
+
+
+def _holder(built) -> SequenceClassifier:
+    module = SequenceClassifier()
+    module.model = built
+    return module
+
+
+def _inputs(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=FAMILIES)
 def test_a_model_that_takes_packed_batches_still_takes_padded_ones(config) -> None:
     plain, enabled = model(config).eval(), model(config).eval()
     enable_packing(enabled)
@@ -101,6 +125,26 @@ def test_real_weights_give_the_same_logits_and_gradients_packed_and_padded(minil
     for name, gradient in wanted.items():
         if gradient.norm() > 1e-6:  # a bias of keys has none
             assert (got[name] - gradient).norm() / gradient.norm() < 1e-4, name
+
+
+def test_the_last_layer_computes_what_follows_attention_for_the_first_tokens_alone() -> None:
+    packed = model(BertConfig(**SIZES)).eval()
+    enable_packing(packed)
+    seen = {}
+    for number, layer in enumerate(packed.bert.encoder.layer):
+        layer.intermediate.register_forward_hook(
+            lambda module, inputs, output, number=number: seen.update({number: output.shape[1]})
+        )
+    packed(**PackCollator()(rows()))
+    assert seen == {0: 166, 1: 166, 2: 5}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS.values(), ids=POOLINGS)
+def test_half_precision_is_pooled_in_float32(pooling) -> None:
+    hidden = (torch.rand(3000, 4, dtype=torch.float64) + 1).bfloat16()
+    cu_seq_lens = torch.tensor([0, 10, 3000])
+    exact = pooling(hidden.double(), cu_seq_lens)
+    torch.testing.assert_close(pooling(hidden, cu_seq_lens).double(), exact, rtol=2**-8, atol=0)
 
 
 def test_pairs_of_sentences_are_packed_with_their_types() -> None:

@@ -36,6 +36,23 @@ def test_a_packed_batch_is_one_row_without_padding_and_says_where_samples_start(
     assert "attention_mask" not in batch
 
 
+def test_rows_that_are_filled_up_have_one_shape_whatever_is_in_them() -> None:
+    collator = PackCollator(9, BatchSpec(padding="packed", pad_to_multiple_of=16, max_length=6))
+    first, second = collator(ROWS), collator([*ROWS, {**ROWS[0], "label": 0}])
+    assert first["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, *[9] * 8]]
+    assert first["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1]]
+    assert first["cu_seq_lens_q"].tolist() == [0, 3, 8, 14, *[16] * 29]
+    assert (first["num_samples"], second["num_samples"]) == (2, 3)
+    assert first["labels"].tolist() == [1, 0]
+    assert batch_lengths(first).tolist() == [3, 5]
+    shapes = [
+        {name: getattr(value, "shape", value) for name, value in batch.items() if name not in ("labels", "num_samples")}
+        for batch in (first, second)
+    ]
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["max_length_q"] == 6
+
+
 def test_the_lengths_of_a_batch_are_told_padded_and_packed() -> None:
     for collator in (PadCollator(0, BatchSpec(pad_to_multiple_of=8)), PackCollator()):
         assert batch_lengths(collator(ROWS)).tolist() == [3, 5]

@@ -254,6 +254,21 @@ def test_a_compiled_model_is_compiled_once_for_batches_of_all_widths(padding: st
     assert graphs[-1][1] == graphs[0][1] > 0
 
 
+def test_cuda_graphs_and_accumulated_gradients_are_refused_together(data, tmp_path: Path) -> None:
+    run = trainer(tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="compile is 'reduce-overhead', whose CUDA graphs write over the gradients"):
+        run.fit(SequenceClassifier(compile="reduce-overhead"), data)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize(("how", "compiled"), [(False, 0), (True, "each layer"), ("default", 1)])
+def test_each_layer_or_the_whole_model_is_compiled(how: bool | str, compiled: int | str) -> None:
+    module = SequenceClassifier(compile=how)
+    module.configure_model()
+    found = [part for part in module.model.modules() if part._compiled_call_impl is not None]
+    assert len(found) == (module.model.config.num_hidden_layers if compiled == "each layer" else compiled)
+
+
 def test_a_run_logs_loss_accuracy_and_f1_of_every_stage(data, tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_train_batches=2)
     run.fit(SequenceClassifier(), data)

@@ -25,8 +25,10 @@ def test_tokens_and_pairs_are_those_of_the_tensors(batches, padding: str, multip
         batches, spec.tokens(lengths, offsets), spec.token_pairs(lengths, offsets), strict=True
     ):
         longest = min(math.ceil(max(batch) / multiple) * multiple, max_length)
+        missing = math.ceil(sum(batch) / multiple) * multiple - sum(batch)
+        filled = [*batch, *[max_length] * (missing // max_length), missing % max_length]
         widths = {
-            "longest": [longest] * len(batch), "max_length": [max_length] * len(batch), "packed": batch
+            "longest": [longest] * len(batch), "max_length": [max_length] * len(batch), "packed": filled
         }[padding]  # fmt: skip
         assert tokens == sum(widths)
         assert pairs == sum(width**2 for width in widths)
@@ -57,6 +59,10 @@ def test_a_budget_of_a_samples_tokens_trains_batches_of_that_width() -> None:
         ({"jitter": math.inf}, "jitter is inf; give a number of tokens"),
         ({"jitter": -1.0}, "jitter is -1.0; give a number of tokens"),
         ({"jitter": "much"}, "jitter is much; give a number of tokens"),
+        (
+            {"padding": "packed", "max_tokens_per_batch": 100, "pad_to_multiple_of": 64},
+            "a multiple of 64 tokens, of which max_tokens_per_batch, 100, is none",
+        ),
         ({"seed": -1}, "seed is -1; give 0 or more"),
         ({"padding": "left"}, "padding is 'left'; choose one of 'longest', 'max_length', 'packed'"),
         ({"padding": "max_length"}, "padding is 'max_length', but max_length is None; give the width"),

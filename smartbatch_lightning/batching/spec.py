@@ -99,7 +99,11 @@ class BatchSpec:
         """Pairs of tokens that attention compares in each batch; arguments and shape as of `tokens`."""
         lengths = np.asarray(lengths, np.int64)
         if self.packed:
-            return np.add.reduceat(lengths**2, offsets[:-1])
+            filled = self.tokens(lengths, offsets) - np.add.reduceat(lengths, offsets[:-1])
+            longest = np.maximum(np.maximum.reduceat(lengths, offsets[:-1]), self.max_length or 0)
+            whole, rest = np.divmod(filled, longest)  # samples of padding, as long as may be
+            pairs: Int64s = np.add.reduceat(lengths**2, offsets[:-1]) + whole * longest**2 + rest**2
+            return pairs
         return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1])) ** 2
 
     def samples_per_batch(self, longest: int, num_samples: int) -> int:

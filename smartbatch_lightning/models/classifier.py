@@ -180,6 +180,8 @@ class SequenceClassifier(L.LightningModule):
         """
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit":
+            check_compilation(self.compiled, self.trainer)
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
@@ -199,7 +201,6 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
-        check_compilation(self.compiled, self.trainer)
         data = text_data_of(self._trainer)
         dropout = 0.0 if self.model is None else attention_dropout(self.model)
         if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
