@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -29,6 +30,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.models.building import BuildModel
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, compile_model
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
@@ -172,6 +174,12 @@ class SequenceClassifier(L.LightningModule):
         return schedule
 
     # --- Lightning's hooks ---
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Puts a callback first that builds the model; what this returns would come last."""
+        if not any(isinstance(callback, BuildModel) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.trainer.callbacks.insert(0, BuildModel())  # type: ignore[attr-defined]
+        return []
 
     def setup(self, stage: str) -> None:
         """Lets checkpoints be read without running code and written atomically, unless the Trainer has its own IO.
