@@ -11,6 +11,7 @@ from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.models.finite import check_weights
 from smartbatch_lightning.storage import atomic_write, check_writable
 
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
@@ -37,11 +38,16 @@ def export_model(
         command: That trained it, for the card.
 
     Raises:
-        ValueError: As `check_export_folder`.
+        ValueError: As `check_export_folder`; or weights are not finite.
     """
     assert model.model is not None, "a model is exported after it has been built"
     folder = Path(folder)
     check_export_folder(folder)
+    check_weights(
+        model.model.state_dict().values(),
+        f"nothing is written to {folder}",
+        "Train again, or take an earlier checkpoint.",
+    )
     model.model.save_pretrained(folder)
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length

@@ -1,16 +1,18 @@
 """The classifier under what Lightning offers: its callbacks, strategies and loops, also interrupted ones."""
 
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import trainer
-from lightning.pytorch.callbacks import Callback, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.utils import parameters_to_vector
 
-from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning.export import export_model
 
 
 def data(**options) -> SmartBatchDataModule:
@@ -88,3 +90,61 @@ def test_a_strategy_that_shards_a_model_while_it_is_built_still_does(tmp_path: P
     run.fit(Built(), data())
     assert inside == [True]
     assert looker.found is None
+
+
+# --- numbers that are no longer finite ---
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.mark.parametrize(("every", "accumulated"), [(1, 1), (5, 1), (50, 2)])
+def test_training_that_diverges_ends_with_the_first_step_whose_loss_is_not_finite(every, accumulated, tmp_path) -> None:
+    class Diverging(SequenceClassifier):
+        def compute_loss(self, output, labels):
+            step = self.trainer.global_step if self.training else 0
+            return super().compute_loss(output, labels) * (float("inf") if step == 3 else 1.0)
+
+    losses = Losses()
+    options = {"log_every_n_steps": every, "accumulate_grad_batches": accumulated, "max_epochs": 4}
+    run = trainer(tmp_path, callbacks=[losses], limit_train_batches=12, limit_val_batches=0, **options)
+    with pytest.raises(
+        ValueError, match=r"the loss of step 3 is nan or infinite\. Lower --model\.learning_rate, which is 5e-05"
+    ):
+        run.fit(Diverging(), data())
+    first = next(number for number, loss in enumerate(losses.losses) if not math.isfinite(loss))
+    assert first // accumulated == 3
+    assert len(losses.losses) == {1: 4, 5: 5, 50: 7}[every]
+
+
+def broken() -> SequenceClassifier:
+    model = SequenceClassifier()
+    model.configure_model()
+    with torch.no_grad():
+        model.model.classifier.weight[0, 0] = float("nan")
+    return model
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported_nor_predicted_from(tmp_path: Path) -> None:
+    module = data()
+    run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "rows.csv"))])
+    with pytest.raises(ValueError, match="the model's logits are nan or infinite, and nothing can be predicted"):
+        run.predict(broken(), module)
+    with pytest.raises(ValueError, match="nothing is written to .*: the model has weights that are nan or infinite"):
+        export_model(broken(), module, tmp_path / "model")
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1)
+    run = trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match="after step 0 no checkpoint is written: .*Lower --model.learning_rate"):
+        run.fit(broken(), module)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".csv", ".safetensors", ".ckpt")]
+
+
+def test_a_rate_that_is_far_too_high_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_val_batches=0, max_epochs=3)
+    with pytest.raises(ValueError, match=r"the loss of step \d+ is nan or infinite. Lower .* which is 1e\+30,"):
+        run.fit(SequenceClassifier(learning_rate=1e30), data())

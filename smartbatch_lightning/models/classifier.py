@@ -33,10 +33,11 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.models.building import BuildModel
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, compile_model
+from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import place_schedule
-from smartbatch_lightning.progress import restore_loaders, total_steps
+from smartbatch_lightning.progress import between_steps, restore_loaders, total_steps
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.single_label import label_names_from_config
 
@@ -46,6 +47,7 @@ Stage = Literal["train", "val", "test"]
 # What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 _NOT_IN_CONFIG = ("attn_implementation", "dtype")
+_MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
 
 class SequenceClassifier(L.LightningModule):
@@ -117,6 +119,7 @@ class SequenceClassifier(L.LightningModule):
         self.architecture = architecture
         self.model = None
         self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
+        self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
 
     # --- what a subclass may want to do differently ---
 
@@ -231,6 +234,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Lets schedule and loaders stand where training goes on, after a checkpoint or in a second `fit`."""
+        self._losses.clear()
         restore_loaders(self.trainer)
         if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
@@ -273,8 +277,17 @@ class SequenceClassifier(L.LightningModule):
         every: int = getattr(self.trainer, "log_every_n_steps", 0)
         if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
+        if self._trainer is not None:
+            self._losses.append((self._trainer.global_step, loss.detach()))
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Looks at the losses where one is logged, so as not to wait for the device in other steps."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
+        if logged or len(self._losses) >= _MOST_LOSSES:
+            self._check_losses()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Metrics of a validation batch."""
@@ -297,7 +310,8 @@ class SequenceClassifier(L.LightningModule):
         self._reset_metrics("test")
 
     def on_train_epoch_end(self) -> None:
-        """Logs the metrics of the epoch."""
+        """Logs the metrics of the epoch, whose losses have to be finite."""
+        self._check_losses()
         self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -314,6 +328,11 @@ class SequenceClassifier(L.LightningModule):
         For single labels `probabilities` (batch, num_labels), float32.
         """
         logits = self(**forward_kwargs(batch)).logits
+        if not logits.isfinite().all():  # Lightning fetches predictions from the device in any case
+            raise UsageError(
+                "the model's logits are nan or infinite, and nothing can be predicted from them. Take a checkpoint of "
+                "before training diverged, or --trainer.precision=32-true where it is half precision that is left."
+            )
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, **self.task.predict(logits)}
 
@@ -327,6 +346,11 @@ class SequenceClassifier(L.LightningModule):
         if isinstance(checkpoint_path, str | Path):
             checkpoint_path = verified_checkpoint(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to save weights that are not finite."""
+        what = f"after step {self.trainer.global_step - 1} no checkpoint is written"
+        check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint for other labels, before its weights are found not to fit."""
@@ -369,6 +393,14 @@ class SequenceClassifier(L.LightningModule):
         if self.model is not None:
             return self.model.config
         return None if self.architecture is None else AutoConfig.for_model(**self.architecture)
+
+    def _check_losses(self) -> None:
+        losses, self._losses = self._losses, []
+        if losses:
+            check_losses(self.trainer, losses, self._how_to_converge())
+
+    def _how_to_converge(self) -> str:
+        return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
 
     def _build(self, task: Task | None) -> PreTrainedModel:
         if self.architecture is None:

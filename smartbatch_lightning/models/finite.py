@@ -1,0 +1,40 @@
+"""Where numbers are no longer finite, training ends, and nothing is saved, exported or predicted."""
+
+from collections.abc import Iterable
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from smartbatch_lightning.errors import UsageError
+
+
+def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: str) -> None:
+    """Refuses losses that are not finite, on all ranks, which all have to call it; waits for the device.
+
+    Args:
+        trainer: Of the ranks.
+        losses: Optimizer step, as loggers count them, and loss, a scalar, of each batch.
+        remedy: What the message ends with.
+
+    Raises:
+        ValueError: One of them is not finite, on one of the ranks.
+    """
+    values = torch.stack([loss for _, loss in losses])
+    steps = torch.tensor([step for step, _ in losses], device=values.device)
+    none = torch.iinfo(steps.dtype).max
+    first = int(trainer.strategy.reduce(steps.where(~values.isfinite(), none).min(), reduce_op="min"))
+    if first < none:
+        raise UsageError(f"the loss of step {first} is nan or infinite. {remedy}")
+
+
+def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:
+    """Refuses weights that are not finite; waits for the device.
+
+    Raises:
+        ValueError: One of them is not; the message begins with `what`.
+    """
+    whole = [weight for weight in weights if type(weight) in (Tensor, torch.nn.Parameter)]  # none of a sharded model
+    finite = [weight.detach().isfinite().all() for weight in whole if weight.is_floating_point()]
+    if finite and not torch.stack(finite).all():
+        raise UsageError(f"{what}: the model has weights that are nan or infinite. {remedy}")
