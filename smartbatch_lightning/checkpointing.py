@@ -35,7 +35,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: It is not there, damaged, or no checkpoint.
         """
-        return super().load_checkpoint(verified_checkpoint(path), *args[:1], **{**options, "weights_only": True})
+        # the weights that Lightning's `ddp_spawn` and its like hand from process to process are no checkpoint
+        local = path if Path(path).name == ".temp.ckpt" else verified_checkpoint(path)
+        return super().load_checkpoint(local, *args[:1], **{**options, "weights_only": True})
 
 
 def verified_checkpoint(path: _PATH) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import trainer
+from helpers import assert_same, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.utils import parameters_to_vector
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.export import export_model
 
 
@@ -148,3 +149,41 @@ def test_a_rate_that_is_far_too_high_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_val_batches=0, max_epochs=3)
     with pytest.raises(ValueError, match=r"the loss of step \d+ is nan or infinite. Lower .* which is 1e\+30,"):
         run.fit(SequenceClassifier(learning_rate=1e30), data())
+
+
+# --- strategies that start processes from a running one ---
+
+
+class Scaled(SequenceClassifier):
+    """Has a weight of its own beside the model's."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "scale"):
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def compute_loss(self, output, labels):
+        return super().compute_loss(output, labels) * self.scale.sum()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "plugins", "model"),
+    [
+        ("ddp_notebook", [], SequenceClassifier),
+        ("ddp_fork", [AtomicCheckpointIO()], Scaled),
+        pytest.param("ddp_spawn", [], Scaled, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_trained_in_processes_of_their_own_come_back(strategy: str, plugins, model, tmp_path: Path) -> None:
+    module, trained = data(), model(learning_rate=1e-3)
+    saver = ModelCheckpoint(tmp_path / "saved")
+    options = {"strategy": strategy, "devices": 2, "plugins": plugins, "callbacks": [saver], "limit_val_batches": 0}
+    run = trainer(tmp_path, enable_checkpointing=True, **options)
+    run.fit(trained, module)
+    saved = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert_same(trained.state_dict(), saved)
+    assert len(saved) > 40
+    after = run.test(trained, module, verbose=False)
+    loaded = model.load_from_checkpoint(saver.best_model_path)
+    [expected] = trainer(tmp_path).test(loaded, module, verbose=False)
+    assert after == [pytest.approx(expected, abs=1e-6)]

@@ -1,14 +1,20 @@
-"""A model that is built before callbacks look at it.
+"""A model that is built where Lightning would come too late, or not at all.
 
 Lightning calls `configure_model` after the `setup` of callbacks, where `StochasticWeightAveraging` copies the module,
 `ModelPruning` looks for weights and finetuning callbacks freeze them; but the data module's `setup`, which tells what
 to build, comes before. So a callback that goes first calls it, with Lightning's own function, and Lightning's call then
 finds nothing to do. Strategies that shard a model while it is built keep Lightning's order.
+
+`ddp_spawn`, `ddp_fork` and `ddp_notebook` build and train it in processes of their own, and Lightning loads the trained
+weights into a module without a model, passing over what does not fit. So those weights bring the architecture along.
 """
+
+import multiprocessing
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
 
@@ -25,3 +31,13 @@ class BuildModel(Callback):
 
 def _is_built() -> None:
     """In place of a module's `configure_model` in a run in which it has been called."""
+
+
+def hands_weights_back(trainer: L.Trainer | None) -> bool:
+    """Whether this process was started for a `fit` that is over, and its weights go to the process that started it."""
+    return (
+        trainer is not None
+        and trainer.state.finished
+        and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        and multiprocessing.parent_process() is not None
+    )

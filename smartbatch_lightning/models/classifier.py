@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.models.building import BuildModel
+from smartbatch_lightning.models.building import BuildModel, hands_weights_back
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, compile_model
 from smartbatch_lightning.models.finite import check_losses, check_weights
@@ -47,6 +48,7 @@ Stage = Literal["train", "val", "test"]
 # What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 _NOT_IN_CONFIG = ("attn_implementation", "dtype")
+_ARCHITECTURE = "architecture"  # among weights that are handed from process to process
 _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
 
@@ -346,6 +348,24 @@ class SequenceClassifier(L.LightningModule):
         if isinstance(checkpoint_path, str | Path):
             checkpoint_path = verified_checkpoint(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As torch's; from a process that was started for training, with the architecture."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if hands_weights_back(self._trainer):
+            state[_ARCHITECTURE] = json.dumps(self.hparams["architecture"])
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """As torch's; builds the model first where its architecture comes along and there is none yet."""
+        weights = {name: value for name, value in state_dict.items() if name != _ARCHITECTURE}
+        if self.model is None and _ARCHITECTURE in state_dict:
+            self.architecture = json.loads(state_dict[_ARCHITECTURE])
+            trainer, self._trainer = self._trainer, None  # whose data is not set up in this process
+            self.configure_model()
+            self._trainer = trainer
+            options["strict"] = True
+        return super().load_state_dict(weights, *args, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to save weights that are not finite."""
