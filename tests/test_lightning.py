@@ -187,3 +187,85 @@ def test_weights_trained_in_processes_of_their_own_come_back(strategy: str, plug
     loaded = model.load_from_checkpoint(saver.best_model_path)
     [expected] = trainer(tmp_path).test(loaded, module, verbose=False)
     assert after == [pytest.approx(expected, abs=1e-6)]
+
+
+# --- loops that are interrupted, and one after the other ---
+
+
+class Recorded(SequenceClassifier):
+    """Keeps logits and labels of what was seen since a pass began."""
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.seen = []
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.seen_before, self.seen = getattr(self, "seen", []), []
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.validated, self.seen = self.seen, self.seen_before
+
+    def compute_loss(self, output, labels):
+        self.seen.append((output.logits.detach().double(), labels))
+        return super().compute_loss(output, labels)
+
+    @staticmethod
+    def loss(seen) -> float:
+        logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        return float((logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]).mean())
+
+
+class Failing(Callback):
+    """Saves after a batch of training or validation, and interrupts once."""
+
+    def __init__(self, stage: str, batch: int, path: Path, error: type[BaseException]) -> None:
+        self.at, self.path, self.error = (stage, batch), path, error
+
+    def _maybe(self, trainer, *at) -> None:
+        if self.at == at:
+            self.at = None
+            trainer.save_checkpoint(self.path)
+            raise self.error
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._maybe(trainer, "train", batch_idx)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._maybe(trainer, "val", batch_idx)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("resumed", [True, False])
+@pytest.mark.parametrize(
+    ("stage", "error"), [("train", RuntimeError), ("val", RuntimeError), ("val", KeyboardInterrupt)]
+)
+def test_figures_after_an_interruption_are_of_what_was_seen_since(stage, error, resumed, precision, tmp_path) -> None:
+    model, module, path = Recorded(learning_rate=1e-3), data(), tmp_path / "a.ckpt"
+    failing = Failing(stage, 2, path, error)
+    options = {"callbacks": [failing], "num_sanity_val_steps": 0, "precision": precision, "limit_val_batches": 4}
+    trainer(tmp_path, precision=precision, limit_val_batches=2).validate(model, module, verbose=False)
+    with pytest.raises((error, SystemExit)):
+        trainer(tmp_path, **options).fit(model, module)
+    model.seen = []
+    assert all(part.training for part in model.modules())
+    run = trainer(tmp_path, **options)
+    run.fit(model, module, ckpt_path=path if resumed else None)
+    assert run.callback_metrics["val_loss"] == pytest.approx(model.loss(model.validated), abs=1e-6)
+    assert len(model.validated) == 4
+    if model.seen:
+        assert run.callback_metrics["train_loss"] == pytest.approx(model.loss(model.seen), abs=1e-6)
+    assert len(model.seen) == (7 if not resumed else 4 if stage == "train" else 0)
+    [again] = trainer(tmp_path, precision=precision, limit_val_batches=4).validate(model, module, verbose=False)
+    assert again["val_loss"] == pytest.approx(model.loss(model.validated), abs=1e-6)
+
+
+def test_metrics_of_one_set_have_plain_names_also_after_those_of_two(tmp_path: Path) -> None:
+    model = SequenceClassifier()
+    run = trainer(tmp_path, limit_val_batches=1)
+    both = data(validation_split=["train", "test"])
+    run.validate(model, both, verbose=False)
+    assert {"val_loss/train", "val_loss/test"} < set(run.callback_metrics)
+    [measured] = run.validate(model, data(), verbose=False)
+    assert set(measured) == {"val_loss", "val_accuracy", "val_f1"}

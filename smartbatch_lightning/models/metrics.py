@@ -1,6 +1,6 @@
 """Loss and metrics of a stage over one data set, counted many batches at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ def summed_in_float32() -> Iterator[None]:
 
 
 class StageMetrics(nn.Module):
-    """Mean loss and metrics of what has been seen since `reset`.
+    """Mean loss and metrics of one pass.
 
     Args:
         metrics: Of logits and labels.
@@ -56,17 +56,6 @@ class StageMetrics(nn.Module):
         self._flush()
         counted: dict[str, Metric] = {"loss": self.loss, **dict(self.metrics.items())}
         return {name: metric for name, metric in counted.items() if metric.update_called}
-
-    def reset(self) -> None:
-        """Forgets everything, also what an interrupted stage has left."""
-        self._pending.clear()
-        self.loss.reset()
-        self.metrics.reset()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StageMetrics":
-        """Follows the module to other devices, not to half precision, to which Lightning converts it whole."""
-        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _flush(self) -> None:
         """Updates the metrics with many batches at once, since most of them wait for the GPU."""

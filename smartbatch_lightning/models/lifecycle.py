@@ -1,4 +1,4 @@
-"""A model that is built where Lightning would come too late, or not at all.
+"""What befalls a model in Lightning's hands: built too late, left in another process, or in evaluation mode.
 
 Lightning calls `configure_model` after the `setup` of callbacks, where `StochasticWeightAveraging` copies the module,
 `ModelPruning` looks for weights and finetuning callbacks freeze them; but the data module's `setup`, which tells what
@@ -7,6 +7,9 @@ finds nothing to do. Strategies that shard a model while it is built keep Lightn
 
 `ddp_spawn`, `ddp_fork` and `ddp_notebook` build and train it in processes of their own, and Lightning loads the trained
 weights into a module without a model, passing over what does not fit. So those weights bring the architecture along.
+
+After an exception or Ctrl-C in an evaluation Lightning leaves the model in evaluation mode, in which the next `fit`
+would train it without dropout.
 """
 
 import multiprocessing
@@ -18,8 +21,8 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
 
-class BuildModel(Callback):
-    """Builds the module's model in `setup`; the first callback of a run."""
+class ModelLifecycle(Callback):
+    """The first callback of a run: builds the model, and takes it out of evaluation mode where that is interrupted."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Calls `configure_model` once a run, where no strategy shards what is made in it."""
@@ -27,6 +30,11 @@ class BuildModel(Callback):
         if type(trainer.strategy).model_sharded_context is Strategy.model_sharded_context:
             _call_configure_model(trainer)
             pl_module.__dict__["configure_model"] = _is_built
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Restores the modes that the model's parts had before the evaluation."""
+        if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
+            trainer._active_loop._module_mode.restore(pl_module)  # type: ignore[union-attr]
 
 
 def _is_built() -> None:
