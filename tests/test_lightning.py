@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same, trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn.utils import parameters_to_vector
 
@@ -269,3 +275,75 @@ def test_metrics_of_one_set_have_plain_names_also_after_those_of_two(tmp_path: P
     assert {"val_loss/train", "val_loss/test"} < set(run.callback_metrics)
     [measured] = run.validate(model, data(), verbose=False)
     assert set(measured) == {"val_loss", "val_accuracy", "val_f1"}
+
+
+# --- what is frozen, and unfrozen later ---
+
+
+class Watch(Callback):
+    """Writes down rates by step and the weights at the start of epochs; saves after a step."""
+
+    def __init__(self, path: Path | None = None, save_after: int = -1) -> None:
+        self.rates, self.backbones = [], []
+        self.path, self.save_after = path, save_after
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.backbones.append(parameters_to_vector(pl_module.model.bert.parameters()).detach().clone())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == self.save_after:
+            trainer.save_checkpoint(self.path)
+
+
+class Unfreeze(Callback):
+    """Trains the backbone in epoch 1 alone."""
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        pl_module.model.base_model.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        pl_module.model.base_model.requires_grad_(trainer.current_epoch == 1)
+
+
+def test_what_a_callback_unfreezes_is_trained_from_then_on(tmp_path: Path) -> None:
+    watch = Watch()
+    run = trainer(tmp_path, callbacks=[Unfreeze(), watch], max_epochs=4, limit_val_batches=0)
+    run.fit(SequenceClassifier(learning_rate=1e-3, weight_decay=0.1), data())
+    changed = [not torch.equal(a, b) for a, b in zip(watch.backbones, watch.backbones[1:], strict=False)]
+    assert changed == [False, True, False]
+
+
+def test_unfreezing_on_several_ranks_is_refused_since_they_would_not_share_its_gradients(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[Unfreeze()], max_epochs=2, limit_val_batches=0, strategy="ddp_fork", devices=2)
+    with pytest.raises(Exception, match="unfrozen while training on several ranks.*Train on one device"):
+        run.fit(SequenceClassifier(), data())
+
+
+def finetuned(folder: Path, watch: Watch, ckpt_path: Path | None = None) -> SequenceClassifier:
+    callback = BackboneFinetuning(1, lambda epoch: 4.0, backbone_initial_ratio_lr=0.1)
+    model = SequenceClassifier(learning_rate=1e-3)
+    run = trainer(folder, callbacks=[callback, watch], max_epochs=4, limit_val_batches=0)
+    run.fit(model, data(), ckpt_path=ckpt_path)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*are frozen")
+def test_backbone_finetuning_trains_the_backbone_at_its_own_rates_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    watch = Watch(tmp_path / "a.ckpt", 10)
+    model = finetuned(tmp_path, watch)
+    head = [1e-3 * (1 - step / 28) for step in range(28)]
+    assert [rates[0] for rates in watch.rates] == pytest.approx(head)
+    assert [len(rates) for rates in watch.rates] == [2] * 7 + [3] * 21
+    # a tenth of the head's at first, then four times what it was, at most the head's; between these it decays likewise
+    set_to = [0.1 * head[7], 0.4 * head[7], head[21]]
+    expected = [set_to[step // 7 - 1] * head[step] / head[step - step % 7] for step in range(7, 28)]
+    assert [rates[2] for rates in watch.rates[7:]] == pytest.approx(expected)
+    changed = [not torch.equal(a, b) for a, b in zip(watch.backbones, watch.backbones[1:], strict=False)]
+    assert changed == [False, True, True]
+    again = Watch()
+    resumed = finetuned(tmp_path, again, tmp_path / "a.ckpt")
+    assert [rates[2] for rates in again.rates] == pytest.approx(expected[3:])
+    assert_same(resumed.state_dict(), model.state_dict())

@@ -142,13 +142,6 @@ def test_weights_decay_but_biases_and_normalisation_do_not() -> None:
         assert value == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.1), name
 
 
-def test_frozen_parameters_are_left_out_of_the_optimizer() -> None:
-    model = SequenceClassifier()
-    model.configure_model()
-    model.model.base_model.requires_grad_(False)
-    assert sum(len(group["params"]) for group in model.configure_optimizer().param_groups) == 2
-
-
 def test_metrics_are_those_of_all_samples_together(data, tmp_path: Path) -> None:
     """Batches are of unequal size, so that a mean over batches would be another number."""
     data.batch_size = 7

@@ -101,6 +101,7 @@ def _optimizer_state_reserved(trainer: L.Trainer) -> Iterator[None]:
         if not optimizer.state
         for group in optimizer.param_groups
         for parameter in group["params"]
+        if parameter.requires_grad
         for _ in range(2)
     ]
     yield

@@ -37,7 +37,7 @@ from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
-from smartbatch_lightning.models.schedule import place_schedule
+from smartbatch_lightning.models.schedule import adds_parameters, follow_rates, place_schedule
 from smartbatch_lightning.progress import between_steps, restore_loaders, total_steps
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.single_label import label_names_from_config
@@ -121,6 +121,7 @@ class SequenceClassifier(L.LightningModule):
         self.architecture = architecture
         self.model = None
         self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
+        self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
 
     # --- what a subclass may want to do differently ---
@@ -157,14 +158,21 @@ class SequenceClassifier(L.LightningModule):
         return self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
-        """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed.
+
+        It has frozen parameters too, which it passes over until they are unfrozen, unless a callback such as
+        `BackboneFinetuning` is there to add them, all of which are then decayed.
+        """
+        added = adds_parameters(self._trainer)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad or not added]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-        optimizer = AdamW(groups, lr=self.learning_rate, eps=self.adam_epsilon, fused=fused)
+        optimizer = AdamW(
+            groups, self.learning_rate, eps=self.adam_epsilon, weight_decay=self.weight_decay, fused=fused
+        )
         # A fused optimizer undoes a gradient scaler's scaling as it steps, too late for clipping, which Lightning
         # therefore refuses in mixed precision, even without a scaler. Without this mark the scaler does it before.
         optimizer._step_supports_amp_scaling = False
@@ -214,6 +222,9 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
+        self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
+        if self._schedules:
+            follow_rates(self.trainer)
         data = text_data_of(self._trainer)
         dropout = 0.0 if self.model is None else attention_dropout(self.model)
         if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
@@ -234,12 +245,16 @@ class SequenceClassifier(L.LightningModule):
         scheduler = self.configure_scheduler(optimizer, int(num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def _schedules(self) -> bool:
+        return type(self).configure_optimizers is SequenceClassifier.configure_optimizers
+
     def on_train_start(self) -> None:
         """Lets schedule and loaders stand where training goes on, after a checkpoint or in a second `fit`."""
         self._losses.clear()
         self._start_metrics("train")  # also where an epoch goes on
         restore_loaders(self.trainer)
-        if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
+        if self._schedules:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
@@ -264,7 +279,15 @@ class SequenceClassifier(L.LightningModule):
         """Draws the random state of the step, that of dropout, from seed, epoch, batch and rank.
 
         A checkpoint holds no random state: without this, a resumed run would go on with another one.
+
+        Raises:
+            ValueError: On several ranks something is trained that was frozen when they were set up.
         """
+        if any(parameter.requires_grad for parameter in self._frozen):
+            raise UsageError(
+                "parameters were unfrozen while training on several ranks, which do not share the gradients of what is "
+                "frozen when fit starts. Train on one device; or unfreeze between two fits."
+            )
         words = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
         # not torch.manual_seed, which takes half a millisecond to remember it for devices that are not in use
@@ -301,8 +324,10 @@ class SequenceClassifier(L.LightningModule):
         self.step(batch, "test", dataloader_idx)
 
     def on_train_epoch_start(self) -> None:
-        """Starts new metrics."""
+        """Starts new metrics; callbacks have been here before, and may have changed rates and what is trained."""
         self._start_metrics("train")
+        if self._schedules:
+            follow_rates(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Starts new metrics."""
@@ -380,6 +405,11 @@ class SequenceClassifier(L.LightningModule):
             check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
 
     # --- what the model is ---
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The model without its head, which `BackboneFinetuning` asks for; None before `configure_model`."""
+        return None if self.model is None else self.model.base_model
 
     @property
     def task(self) -> Task:
