@@ -15,9 +15,11 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils import parameters_to_vector
+from transformers import AutoModelForSequenceClassification, BertConfig
 
-from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning import PadCollator, PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.export import export_model
 
@@ -59,7 +61,7 @@ def test_pruned_weights_are_zero_after_training(tmp_path: Path) -> None:
     assert (weights == 0).double().mean() > 0.7
 
 
-def test_callbacks_find_the_model_in_setup_and_it_is_configured_once_a_run(tmp_path: Path) -> None:
+def test_callbacks_find_the_model_in_setup_and_it_is_configured_once(tmp_path: Path) -> None:
     class Headed(SequenceClassifier):
         def configure_model(self) -> None:
             super().configure_model()
@@ -69,11 +71,51 @@ def test_callbacks_find_the_model_in_setup_and_it_is_configured_once_a_run(tmp_p
     configured: list[torch.nn.Module] = []
     looker = Setup()
     model = Headed()
-    for number, stage in enumerate(("fit", "validate", "test", "predict"), 1):
+    for stage in ("fit", "validate", "test", "predict"):
         run = trainer(tmp_path, callbacks=[looker], fast_dev_run=1)
         getattr(run, stage)(model, data())
         assert looker.found is model.model
-        assert configured == [model.model] * number
+        assert configured == [model.model]
+
+
+def test_a_model_that_is_made_in_a_way_of_its_own_is_configured_in_every_run_and_checked(tmp_path: Path) -> None:
+    class Made(SequenceClassifier):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            config = BertConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, id2label=dict(enumerate(names))
+            )
+            self.model = AutoModelForSequenceClassification.from_config(config)
+
+        def configure_model(self) -> None:
+            calls.append(self.model)
+            super().configure_model()
+
+    calls: list[torch.nn.Module] = []
+    module = data(tokenizer=str(demo.model_dir()))
+    run, model = trainer(tmp_path, fast_dev_run=1), Made("negative", "positive")
+    run.fit(model, module)
+    run.test(model, module, verbose=False)
+    assert calls == [model.model] * 2
+    with pytest.raises(ValueError, match="the model classifies into 'good', 'bad', but the data has"):
+        run.fit(Made("good", "bad"), module)
+
+
+def test_a_model_whose_override_failed_is_built_again(tmp_path: Path) -> None:
+    class Headed(SequenceClassifier):
+        size = "two"
+
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.own = torch.nn.Linear(self.size, self.size)
+
+    model = Headed()
+    run = trainer(tmp_path, fast_dev_run=1)
+    with pytest.raises(TypeError):
+        run.fit(model, data())
+    model.size = 2
+    run.fit(model, data())
+    assert model.own.in_features == 2
 
 
 def test_a_strategy_that_shards_a_model_while_it_is_built_still_does(tmp_path: Path) -> None:
@@ -347,3 +389,53 @@ def test_backbone_finetuning_trains_the_backbone_at_its_own_rates_and_goes_on_af
     resumed = finetuned(tmp_path, again, tmp_path / "a.ckpt")
     assert [rates[2] for rates in again.rates] == pytest.approx(expected[3:])
     assert_same(resumed.state_dict(), model.state_dict())
+
+
+# --- a model that a subclass wraps ---
+
+
+class Lora(SequenceClassifier):
+    """Trains a few weights beside those of the model."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        settings = LoraConfig(task_type="SEQ_CLS", r=4, lora_dropout=0.0, target_modules=["query", "value"])
+        self.model = get_peft_model(self.model, settings)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own affair
+@pytest.mark.parametrize("padding", ["longest", "packed"])
+def test_a_model_with_adapters_is_tested_as_it_was_trained_and_loaded_from_its_checkpoint(padding, tmp_path) -> None:
+    module, model = data(padding=padding), Lora(learning_rate=1e-2)
+    run = trainer(tmp_path, limit_val_batches=1)
+    run.fit(model, module)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora" in name or "classifier" in name for name in trained)
+    [logged] = run.test(model, module, verbose=False)
+    again = Lora.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert run.test(again, module, verbose=False) == [logged]
+    assert_same(again.state_dict(), model.state_dict())
+    batch = PadCollator()([module.test_data[0][row] for row in range(600)])
+    labels = batch.pop("labels")
+    del batch["index"]
+    merged = model.model.eval().merge_and_unload()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(merged(**batch).logits, labels)
+    assert logged["test_loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_attention_is_as_it_was_asked_for_unless_batches_are_packed_which_is_said(tmp_path: Path) -> None:
+    inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "output_attentions": True}
+    for options in ({"attn_implementation": "eager"}, {"output_attentions": True}):
+        model = SequenceClassifier(model_kwargs=options)
+        run = trainer(tmp_path, fast_dev_run=1)
+        run.fit(model, data())
+        run.test(model, data(), verbose=False)
+        attentions = model.model(**inputs).attentions
+        assert [tuple(weights.shape[2:]) for weights in attentions] == [(4, 4)] * model.model.config.num_hidden_layers
+        with pytest.raises(ValueError, match=f"model_kwargs has '{next(iter(options))}', but packed batches take the"):
+            run.test(model, data(padding="packed"), verbose=False)
+    chosen = SequenceClassifier(model_kwargs={"attn_implementation": "sdpa"})
+    trainer(tmp_path, fast_dev_run=1).fit(chosen, data())
+    assert chosen.model.config._attn_implementation == "sdpa"

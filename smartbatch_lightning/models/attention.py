@@ -60,7 +60,7 @@ def attention_forward(
         if attention_mask is None and window_radius >= 0:
             attention_mask = _window(query.shape[2], window_radius, query.device)
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False, **options
         )
         return output, None
     assert cu_seq_lens_k is not None

@@ -57,7 +57,8 @@ class SequenceClassifier(L.LightningModule):
 
     Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; batches may
     be packed where the data module packs them. The model is built in `configure_model`, when the Trainer knows the
-    data: what is learnt, and the names of the labels, come from the data module. A checkpoint carries the architecture,
+    data: what is learnt, and the names of the labels, come from the data module. An override is called once, unless a
+    strategy shards the model in it. A checkpoint carries the architecture,
     so that loading one needs neither the Hub nor the pretrained weights.
 
     To do things differently, override `compute_loss`, `configure_metrics`, `configure_optimizer`,
@@ -206,19 +207,24 @@ class SequenceClassifier(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
-        data = text_data_of(self._trainer)
-        task = None if data is None else data.task
         if self.model is None:
-            self.model = self._build(task)
+            data = text_data_of(self._trainer)
+            self.model = self._build(None if data is None else data.task)
             self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
-        if task is not None:
-            check_labels("the model", self.model.config, task.label_names)
-        if data is not None:
-            check_inputs(self.model, data)
-        if data is not None and data.packed:
-            enable_packing(self.model)
-        elif "attn_implementation" not in self.model_kwargs:
-            avoid_mask_sync(self.model)
+        self.match_data()
+
+    def match_data(self) -> None:
+        """Checks that a model that `configure_model` has built fits the data, and lets it take packed batches."""
+        data = text_data_of(self._trainer)
+        if (
+            data is None or self.model is None or self.hparams["architecture"] is None
+        ):  # or it is of a subclass's making
+            return
+        if data.task is not None:
+            check_labels("the model", self.model.config, data.task.label_names)
+        check_inputs(self.model, data)
+        if data.packed:
+            self._enable_packing()
 
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
@@ -265,7 +271,7 @@ class SequenceClassifier(L.LightningModule):
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
-            enable_packing(self.model)  # also where no data module has announced packed batches
+            self._enable_packing()  # also where no data module has announced packed batches
         num_samples = inputs.pop("num_samples", None)
         output: SequenceClassifierOutput = self.model(**inputs)
         if output.logits is not None:
@@ -409,7 +415,7 @@ class SequenceClassifier(L.LightningModule):
     @property
     def backbone(self) -> nn.Module | None:
         """The model without its head, which `BackboneFinetuning` asks for; None before `configure_model`."""
-        return None if self.model is None else self.model.base_model
+        return None if self.model is None else self._transformer.base_model
 
     @property
     def task(self) -> Task:
@@ -453,6 +459,21 @@ class SequenceClassifier(L.LightningModule):
     def _how_to_converge(self) -> str:
         return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
 
+    @property
+    def _transformer(self) -> PreTrainedModel:
+        """The model, also where a subclass has wrapped it, as `peft` does."""
+        assert self.model is not None
+        return next(part for part in self.model.modules() if isinstance(part, PreTrainedModel))
+
+    def _enable_packing(self) -> None:
+        asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
+        if asked:
+            raise UsageError(
+                f"model_kwargs has {join_quoted(asked)}, but packed batches take the attention of this package, which "
+                "gives out no weights. Leave that out, or set --data.padding=longest."
+            )
+        enable_packing(self._transformer)
+
     def _build(self, task: Task | None) -> PreTrainedModel:
         if self.architecture is None:
             model = self._pretrained_model(task)
@@ -462,6 +483,8 @@ class SequenceClassifier(L.LightningModule):
             model.config.problem_type = "single_label_classification"
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
+        if "attn_implementation" not in self.model_kwargs:
+            avoid_mask_sync(model)
         if self.compiled:
             compile_model(model, self.compiled)
         return model

@@ -13,6 +13,7 @@ would train it without dropout.
 """
 
 import multiprocessing
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -24,12 +25,24 @@ from lightning.pytorch.trainer.call import _call_configure_model
 class ModelLifecycle(Callback):
     """The first callback of a run: builds the model, and takes it out of evaluation mode where that is interrupted."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Calls `configure_model` once a run, where no strategy shards what is made in it."""
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Builds what has not been built, where no strategy shards what is made in `configure_model`.
+
+        An override of that is thus called once, and one that wraps the model does not wrap it again in every run.
+        """
         pl_module.__dict__.pop("configure_model", None)
-        if type(trainer.strategy).model_sharded_context is Strategy.model_sharded_context:
-            _call_configure_model(trainer)
-            pl_module.__dict__["configure_model"] = _is_built
+        if type(trainer.strategy).model_sharded_context is not Strategy.model_sharded_context:
+            return
+        before = pl_module.model
+        if before is not None and pl_module.hparams.get("architecture"):
+            pl_module.match_data()
+        else:
+            try:
+                _call_configure_model(trainer)
+            except BaseException:
+                pl_module.model = before  # it may be half of what an override makes
+                raise
+        pl_module.__dict__["configure_model"] = _is_built
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restores the modes that the model's parts had before the evaluation."""
@@ -38,7 +51,7 @@ class ModelLifecycle(Callback):
 
 
 def _is_built() -> None:
-    """In place of a module's `configure_model` in a run in which it has been called."""
+    """In place of the `configure_model` of a module that is built."""
 
 
 def hands_weights_back(trainer: L.Trainer | None) -> bool:
