@@ -171,6 +171,26 @@ def test_training_that_diverges_ends_with_the_first_step_whose_loss_is_not_finit
     assert len(losses.losses) == {1: 4, 5: 5, 50: 7}[every]
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all_of_them(tmp_path: Path) -> None:
+    class Diverging(SequenceClassifier):
+        def compute_loss(self, output, labels):
+            there = (self.trainer.global_step, self.global_rank) == (3, 1)
+            return super().compute_loss(output, labels) * (float("inf") if there else 1.0)
+
+        def on_train_batch_end(self, *args) -> None:
+            try:
+                super().on_train_batch_end(*args)
+            except ValueError as error:
+                (tmp_path / f"{self.global_rank}.txt").write_text(str(error))
+                raise
+
+    options = {"strategy": "ddp_fork", "devices": 2, "log_every_n_steps": 4, "max_steps": 20}
+    with pytest.raises(Exception, match="the loss of step 3 is nan or infinite"):
+        trainer(tmp_path, limit_val_batches=0, **options).fit(Diverging(), data(batch_size=8))
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == said[1]
+
+
 def broken() -> SequenceClassifier:
     model = SequenceClassifier()
     model.configure_model()

@@ -214,12 +214,11 @@ class SequenceClassifier(L.LightningModule):
         self.match_data()
 
     def match_data(self) -> None:
-        """Checks that a model that `configure_model` has built fits the data, and lets it take packed batches."""
+        """Checks that the model, once it is built, fits the data, and lets it take packed batches."""
         data = text_data_of(self._trainer)
-        if (
-            data is None or self.model is None or self.hparams["architecture"] is None
-        ):  # or it is of a subclass's making
+        if data is None:
             return
+        assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names)
         check_inputs(self.model, data)
