@@ -10,6 +10,7 @@ from helpers import assert_same, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
+    LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
@@ -208,7 +209,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported_nor_predicte
         export_model(broken(), module, tmp_path / "model")
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1)
     run = trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, num_sanity_val_steps=0)
-    with pytest.raises(ValueError, match="after step 0 no checkpoint is written: .*Lower --model.learning_rate"):
+    with pytest.raises(ValueError, match="no checkpoint is written after 1 steps: .*Lower --model.learning_rate"):
         run.fit(broken(), module)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".csv", ".safetensors", ".ckpt")]
 
@@ -409,6 +410,23 @@ def test_backbone_finetuning_trains_the_backbone_at_its_own_rates_and_goes_on_af
     resumed = finetuned(tmp_path, again, tmp_path / "a.ckpt")
     assert [rates[2] for rates in again.rates] == pytest.approx(expected[3:])
     assert_same(resumed.state_dict(), model.state_dict())
+
+
+def test_the_learning_rate_finder_may_try_rates_that_diverge_and_its_rate_lasts(tmp_path: Path) -> None:
+    class Diverging(SequenceClassifier):
+        def compute_loss(self, output, labels):
+            tried.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return super().compute_loss(output, labels) * (float("inf") if tried[-1] > 1 else 1.0)
+
+    tried: list[float] = []
+    watch, model = Watch(), Diverging()
+    finder = LearningRateFinder(min_lr=1e-5, max_lr=1e3, num_training_steps=20, early_stop_threshold=None)
+    run = trainer(tmp_path, callbacks=[finder, watch], limit_val_batches=0, log_every_n_steps=1)
+    run.fit(model, data(batch_size=8))
+    assert max(tried) > 1
+    found = finder.optimal_lr.suggestion()
+    assert 1e-5 <= found < 1
+    assert [rates[0] for rates in watch.rates] == pytest.approx([found * (1 - step / 25) for step in range(25)])
 
 
 # --- a model that a subclass wraps ---

@@ -58,8 +58,8 @@ class SequenceClassifier(L.LightningModule):
     Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; batches may
     be packed where the data module packs them. The model is built in `configure_model`, when the Trainer knows the
     data: what is learnt, and the names of the labels, come from the data module. An override is called once, unless a
-    strategy shards the model in it. A checkpoint carries the architecture,
-    so that loading one needs neither the Hub nor the pretrained weights.
+    strategy shards the model in it. A checkpoint carries the architecture, so that loading one needs neither the Hub
+    nor the pretrained weights.
 
     To do things differently, override `compute_loss`, `configure_metrics`, `configure_optimizer`,
     `configure_scheduler` or the whole `step`.
@@ -190,7 +190,7 @@ class SequenceClassifier(L.LightningModule):
     # --- Lightning's hooks ---
 
     def configure_callbacks(self) -> list[Callback]:
-        """Puts first a callback that has to come before all others; what this returns comes last."""
+        """Puts first a callback that has to come before all others, which an override has to do too."""
         if not any(isinstance(callback, ModelLifecycle) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             self.trainer.callbacks.insert(0, ModelLifecycle())  # type: ignore[attr-defined]
         return []
@@ -228,8 +228,7 @@ class SequenceClassifier(L.LightningModule):
     def on_fit_start(self) -> None:
         """Says so where packed batches go without a dropout that the model's configuration asks for."""
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
-        if self._schedules:
-            follow_rates(self.trainer)
+        follow_rates(self.trainer)
         data = text_data_of(self._trainer)
         dropout = 0.0 if self.model is None else attention_dropout(self.model)
         if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
@@ -250,16 +249,12 @@ class SequenceClassifier(L.LightningModule):
         scheduler = self.configure_scheduler(optimizer, int(num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    @property
-    def _schedules(self) -> bool:
-        return type(self).configure_optimizers is SequenceClassifier.configure_optimizers
-
     def on_train_start(self) -> None:
         """Lets schedule and loaders stand where training goes on, after a checkpoint or in a second `fit`."""
         self._losses.clear()
         self._start_metrics("train")  # also where an epoch goes on
         restore_loaders(self.trainer)
-        if self._schedules:
+        if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
@@ -331,8 +326,7 @@ class SequenceClassifier(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Starts new metrics; callbacks have been here before, and may have changed rates and what is trained."""
         self._start_metrics("train")
-        if self._schedules:
-            follow_rates(self.trainer)
+        follow_rates(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Starts new metrics."""
@@ -389,18 +383,19 @@ class SequenceClassifier(L.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """As torch's; builds the model first where its architecture comes along and there is none yet."""
-        weights = {name: value for name, value in state_dict.items() if name != _ARCHITECTURE}
-        if self.model is None and _ARCHITECTURE in state_dict:
-            self.architecture = json.loads(state_dict[_ARCHITECTURE])
-            trainer, self._trainer = self._trainer, None  # whose data is not set up in this process
-            self.configure_model()
-            self._trainer = trainer
+        if _ARCHITECTURE in state_dict:
+            state_dict = dict(state_dict)
+            self.architecture = json.loads(state_dict.pop(_ARCHITECTURE))
             options["strict"] = True
-        return super().load_state_dict(weights, *args, **options)
+            if self.model is None:
+                trainer, self._trainer = self._trainer, None  # whose data is not set up in this process
+                self.configure_model()
+                self._trainer = trainer
+        return super().load_state_dict(state_dict, *args, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to save weights that are not finite."""
-        what = f"after step {self.trainer.global_step - 1} no checkpoint is written"
+        what = f"no checkpoint is written after {self.trainer.global_step} steps"
         check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -462,7 +457,7 @@ class SequenceClassifier(L.LightningModule):
     def _transformer(self) -> PreTrainedModel:
         """The model, also where a subclass has wrapped it, as `peft` does."""
         assert self.model is not None
-        return next(part for part in self.model.modules() if isinstance(part, PreTrainedModel))
+        return next((part for part in self.model.modules() if isinstance(part, PreTrainedModel)), self.model)
 
     def _enable_packing(self) -> None:
         asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]

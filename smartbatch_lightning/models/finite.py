@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning as L
 import torch
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor
 
 from smartbatch_lightning.errors import UsageError
@@ -11,6 +12,8 @@ from smartbatch_lightning.errors import UsageError
 
 def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: str) -> None:
     """Refuses losses that are not finite, on all ranks, which all have to call it; waits for the device.
+
+    Not while `LearningRateFinder` tries out rates, of which the highest may be too high.
 
     Args:
         trainer: Of the ranks.
@@ -20,6 +23,8 @@ def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: s
     Raises:
         ValueError: One of them is not finite, on one of the ranks.
     """
+    if any(isinstance(callback, _LRCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return
     values = torch.stack([loss for _, loss in losses])
     steps = torch.tensor([step for step, _ in losses], device=values.device)
     none = torch.iinfo(steps.dtype).max
