@@ -57,6 +57,8 @@ def cases(draw) -> dict:
         rooms = 1 if len(lengths) % num_replicas == 0 else 2
         least = rooms * width(int(lengths.max()), case)
         case["max_tokens_per_batch"] = draw(st.integers(least, 20 * least))
+        if case["padding"] == "packed":  # rows are filled up to a multiple, which the budget has to be
+            case["max_tokens_per_batch"] = rounded_up(case["max_tokens_per_batch"], case["pad_to_multiple_of"])
         case["batch_size"] = draw(st.none() | st.integers(1, 40))
     return case
 
@@ -65,7 +67,11 @@ def width(longest: int, case: dict) -> int:
     if case["padding"] == "max_length":
         return case["max_length"]
     multiple = 1 if case["padding"] == "packed" else case["pad_to_multiple_of"]
-    return min(-(-longest // multiple) * multiple, case["max_length"] or 10**9)
+    return min(rounded_up(longest, multiple), case["max_length"] or 10**9)
+
+
+def rounded_up(tokens: int, multiple: int) -> int:
+    return -(-tokens // multiple) * multiple
 
 
 def review_lengths(num_samples: int, seed: int = 0) -> NDArray[np.int64]:
@@ -113,7 +119,8 @@ def test_no_batch_exceeds_the_token_budget(case: dict) -> None:
         return
     for batch in batches(plan_epoch(**case)):
         lengths = case["lengths"][batch]
-        taken = lengths.sum() if case["padding"] == "packed" else len(batch) * width(int(lengths.max()), case)
+        packed = rounded_up(int(lengths.sum()), case["pad_to_multiple_of"])
+        taken = packed if case["padding"] == "packed" else len(batch) * width(int(lengths.max()), case)
         assert taken <= case["max_tokens_per_batch"]
 
 
