@@ -44,7 +44,8 @@ class SmartBatchDataModule(TextDataModule):
         padding: How a batch becomes tensors: `longest`, `max_length`, or `packed` without padding, for models of the
             ALBERT, BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, RoBERTa and XLM-RoBERTa families.
         jitter: Tokens by which `smart` moves lengths at random before sorting, which mixes batches; `auto` chooses it.
-        pad_to_multiple_of: Rounds the width of a batch up; 8 suits tensor cores.
+        pad_to_multiple_of: Rounds the width of a batch up, or the row of a packed one; 8 suits tensor cores, and the
+            token budget makes all packed rows alike, for CUDA graphs.
         seed: Of plans and of the validation split; by default that of `seed_everything`, else 0.
         num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck.
         pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
