@@ -247,6 +247,7 @@ def test_a_compiled_model_is_compiled_once_for_batches_of_all_widths(padding: st
     assert graphs[-1][1] == graphs[0][1] > 0
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_cuda_graphs_and_accumulated_gradients_are_refused_together(data, tmp_path: Path) -> None:
     run = trainer(tmp_path, accumulate_grad_batches=2)
     with pytest.raises(ValueError, match="compile is 'reduce-overhead', whose CUDA graphs write over the gradients"):
