@@ -395,9 +395,8 @@ def timed_steps(bench: Bench, sizes: dict[str, int], budget: int, how: bool | st
     seconds = (perf_counter() - start) / (rounds * len(batches))
     lengths = np.concatenate([batch["cu_seq_lens_q"].diff()[: len(batch["labels"])].cpu().numpy() for batch in batches])
     real = int(lengths.sum()) / len(batches)
-    per_sample, per_token, per_square = training_flops(config, packed=True)
     squares = float((lengths.astype(float) ** 2).sum()) / len(batches)
-    flops = (per_sample * len(lengths) / len(batches) + per_token * real + per_square * squares) / seconds
+    flops = training_flops(config, packed=True).of(len(lengths) / len(batches), real, squares) / seconds
     peak = peak_flops(torch.device(bench.device), "bf16-mixed")
     return {
         "ms": 1e3 * seconds,

@@ -85,7 +85,7 @@ from smartbatch_lightning.data.collators import PackCollator, PadCollator
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.models.classifier import SequenceClassifier
-from smartbatch_lightning.models.flops import peak_flops, training_flops
+from smartbatch_lightning.models.flops import Flops, peak_flops, training_flops
 from smartbatch_lightning.tasks import Task
 
 Int64s = NDArray[np.int64]
@@ -242,27 +242,27 @@ class Contestant:
             inside = lengths[batch] if self.padding == "packed" else np.full(len(batch), self.width(lengths[batch]))
             tokens += int(inside.sum())
             squares += int((inside**2).sum())
-        per_sample, per_token, per_square = training_flops(setting.config, packed=self.padding == "packed")
+        flops = training_flops(setting.config, packed=self.padding == "packed")
         return {
             "steps": len(timed),
             "samples": sum(map(len, timed)),
             "seconds": clock.seconds,
             "real_tokens_per_second": real / clock.seconds,
             "tokens_over_real": tokens / real,
-            "operations": (per_sample * sum(map(len, timed)) + per_token * tokens + per_square * squares) / real,
+            "operations": flops.of(sum(map(len, timed)), tokens, squares) / real,
             "data_wait": clock.data_wait,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
-            "mfu": self._utilization(setting, lengths[np.concatenate(timed)], clock.seconds),
+            "mfu": _utilization(setting, flops, lengths[np.concatenate(timed)], clock.seconds),
             "accuracy": None if setting.test is None else accuracy(model, setting.test, setting.device),
         }
 
-    def _utilization(self, setting: Setting, lengths: Int64s, seconds: float) -> float | None:
-        peak = peak_flops(torch.device(setting.device), setting.precision)
-        if peak is None:
-            return None
-        per_sample, per_token, per_square = training_flops(setting.config, packed=self.padding == "packed")
-        needed = per_sample * len(lengths) + per_token * int(lengths.sum()) + per_square * int((lengths**2).sum())
-        return needed / seconds / peak
+
+def _utilization(setting: Setting, flops: Flops, lengths: Int64s, seconds: float) -> float | None:
+    peak = peak_flops(torch.device(setting.device), setting.precision)
+    if peak is None:
+        return None
+    needed = flops.of(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
+    return needed / seconds / peak
 
 
 @torch.no_grad()
@@ -483,8 +483,9 @@ def lightning_trainer(
     return module.model
 
 
-def contestants(setting: Setting, compiled: bool, tuned: bool) -> list[Contestant]:
-    """All of them, the first being the tutorial's fixed padding; with those that are tuned for a GPU."""
+def contestants(setting: Setting, args: argparse.Namespace) -> list[Contestant]:
+    """All of them, the first being the tutorial's fixed padding; for a GPU or its dry run also those that are tuned."""
+    compiled, tuned = args.compile, setting.gpu or args.dry_run
     lengths = setting.reviews.lengths
     multiple = 8 if setting.gpu else 1
 
@@ -565,9 +566,7 @@ def run_one(args: argparse.Namespace, name: str) -> Row:
     quiet()
     faulthandler.dump_traceback_later(args.patience, exit=True)  # says where it hangs
     setting = made(args)
-    [contestant] = [
-        one for one in contestants(setting, args.compile, args.device == "cuda" or args.dry_run) if one.name == name
-    ]
+    [contestant] = [one for one in contestants(setting, args) if one.name == name]
     with redirect_stdout(StringIO()):  # the monitor's table
         row = contestant.run(setting)
     faulthandler.cancel_dump_traceback_later()
@@ -659,7 +658,7 @@ def main() -> None:
         return
     quiet()
     setting = made(args)
-    names = [one.name for one in contestants(setting, args.compile, args.device == "cuda" or args.dry_run)]
+    names = [one.name for one in contestants(setting, args)]
     rows = compare(args, [name for name in names if args.only is None or re.search(args.only, name)])
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     model = "MiniLM" if setting.pretrained else "BERT-base's shape"

@@ -240,8 +240,7 @@ class TrainingMonitor(Callback):
         if self._loader is not None:
             logged["data_wait"] = window.data_wait_seconds / window.seconds
         if self._peak and self._flops:
-            counted = (window.samples, window.real_tokens, window.sum_squared_lengths)
-            flops = sum(each * number for each, number in zip(self._flops, counted, strict=True))
+            flops = self._flops.of(window.samples, window.real_tokens, window.sum_squared_lengths)
             logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
         # straight to the loggers, as Lightning's LearningRateMonitor does: `log` would move each figure to the device
         # and back, and wait for it every time

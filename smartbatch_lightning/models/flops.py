@@ -1,6 +1,7 @@
 """Floating point operations: those that training takes, and those that a device can do."""
 
 import copy
+from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
@@ -36,8 +37,26 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     )
 
 
-def training_flops(config: PretrainedConfig, *, packed: bool = False) -> tuple[float, float, float]:
-    """Floating point operations of training on a sample: those by sample, by token, and by squared token.
+class Flops(NamedTuple):
+    """Floating point operations of training.
+
+    Attributes:
+        per_sample: Whatever its length.
+        per_token: Of a sample.
+        per_square: By squared token of a sample, as attention takes them.
+    """
+
+    per_sample: float
+    per_token: float
+    per_square: float
+
+    def of(self, samples: float, tokens: float, sum_squared_lengths: float) -> float:
+        """Those of many samples, by their number, their tokens and the sum of the squares of their lengths."""
+        return self.per_sample * samples + self.per_token * tokens + self.per_square * sum_squared_lengths
+
+
+def training_flops(config: PretrainedConfig, *, packed: bool = False) -> Flops:
+    """Floating point operations of training on a sample.
 
     A forward pass takes `a + b * length + c * length**2`, solved for three lengths; with the backward pass it is three
     times as much.
@@ -67,4 +86,4 @@ def training_flops(config: PretrainedConfig, *, packed: bool = False) -> tuple[f
         )
         of_layer = per_square / config.num_hidden_layers
         per_sample, per_token, per_square = per_sample + spared, per_token - spared + of_layer, per_square - of_layer
-    return 3 * per_sample, 3 * per_token, 3 * per_square
+    return Flops(3 * per_sample, 3 * per_token, 3 * per_square)
