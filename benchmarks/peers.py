@@ -15,7 +15,8 @@ that of the full set. On a GPU these are random tokens of IMDB's lengths, and th
 random weights, since neither changes the speed; it needs no network, and besides torch, transformers, accelerate and
 Lightning only this repository and the file of lengths. There every shape of a batch is met once before the clock runs,
 since kernels are chosen and compiled by shape, and transformers is also tried at batches of 64 and 128, without its
-look at every loss, with copies that overlap, and compiled. `--rows` keeps each row in a file as soon as it is measured,
+look at every loss, with copies that overlap, and compiled. A contestant takes one to two minutes there, of which the
+imports of its process may be one; shorter runs than the default show the end of an epoch more than its steps. `--rows` keeps each row in a file as soon as it is measured,
 and skips what is in there, so that several short sessions add up.
 
 `--test_reviews` tells the accuracy after training, for which a part must be trained as a whole (`--reviews`,
@@ -644,7 +645,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, help="timed batches of 16; 0 for the whole plan")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="file that keeps each row; what is in there is not measured again")
-    parser.add_argument("--patience", type=float, default=3600, help="seconds after which a contestant is given up")
+    parser.add_argument("--patience", type=float, default=3600, help="seconds, imports included, until one is given up")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="bf16-mixed on a GPU, else 32-true")
     parser.add_argument("--max_tokens_per_batch", type=int, help="the budget")
     parser.add_argument("--attention_dropout", type=float, help="for all; 0.1 on a CPU, 0 on a GPU")
@@ -692,7 +693,7 @@ def made(args: argparse.Namespace) -> Setting:
         config=config,
         pretrained=pretrained,
         precision=args.precision or ("bf16-mixed" if gpu else "32-true"),
-        batches=args.batches if args.batches is not None else (128 if gpu else 8),
+        batches=args.batches if args.batches is not None else (512 if gpu else 8),
         budget=args.max_tokens_per_batch or (32_768 if gpu else 6_400),
         workers=2 if gpu else 0,
     )

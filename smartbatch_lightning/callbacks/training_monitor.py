@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from smartbatch_lightning.console import command_line, echo, table_of
 from smartbatch_lightning.contract import text_data_of
@@ -249,9 +249,10 @@ class TrainingMonitor(Callback):
             logger.log_metrics(figures, step=trainer.global_step - 1)
 
     def _snapshot(self, trainer: L.Trainer) -> Counts:
-        """What was trained until now; waits for the device, and for the other ranks."""
-        host = torch.tensor([self._samples, self._tokens], device=self._on_device.device)
-        counted = trainer.strategy.reduce(torch.cat((host, self._on_device)), reduce_op="sum")
+        """What was trained until now; waits once for the device, and for the other ranks."""
+        here = nn.functional.pad(self._on_device, (2, 0))
+        here[0], here[1] = self._samples, self._tokens  # without a wait, unlike a copy of a new tensor
+        counted = trainer.strategy.reduce(here, reduce_op="sum")
         assert isinstance(counted, Tensor)
         samples, tokens, real_tokens, squares = counted.tolist()
         seconds = perf_counter() - self._start - self._validating

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-_FLUSH_EVERY = 50  # batches
+_MAX_PENDING = 1000  # batches
+_MAX_PENDING_LOGITS = 2**20
 
 
 @contextmanager
@@ -48,7 +49,8 @@ class StageMetrics(nn.Module):
         # once for each sample: without its checks for NaN, torchmetrics (1.9) ignores weights
         self.loss.update(loss.detach().expand(len(labels)))
         self._pending.append((logits.detach(), labels))
-        if len(self._pending) >= _FLUSH_EVERY:
+        pending = len(self._pending)
+        if pending >= _MAX_PENDING or pending * logits.numel() >= _MAX_PENDING_LOGITS:
             self._flush()
 
     def computable(self) -> dict[str, Metric]:
