@@ -16,8 +16,8 @@ random weights, since neither changes the speed; it needs no network, and beside
 Lightning only this repository and the file of lengths. There every shape of a batch is met once before the clock runs,
 since kernels are chosen and compiled by shape, and transformers is also tried at batches of 64 and 128, without its
 look at every loss, with copies that overlap, and compiled. A contestant takes one to two minutes there, of which the
-imports of its process may be one; shorter runs than the default show the end of an epoch more than its steps. `--rows` keeps each row in a file as soon as it is measured,
-and skips what is in there, so that several short sessions add up.
+imports of its process may be one; shorter runs than the default show the end of an epoch more than its steps. `--rows`
+keeps each row in a file as soon as it is measured, and skips what is in there, so that several short sessions add up.
 
 `--test_reviews` tells the accuracy after training, for which a part must be trained as a whole (`--reviews`,
 `--batches 0`). `--attention_dropout 0` shows how much of a CPU's time is the drawing of dropout masks; on a GPU it is 0
