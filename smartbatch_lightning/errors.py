@@ -1,6 +1,7 @@
 """What a user can mend: the exception, and how its messages name things and causes."""
 
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any
 
 _MOST_NAMES, _LONGEST_NAME = 10, 60
@@ -11,6 +12,19 @@ class UsageError(ValueError):
 
     The command line shows the message alone.
     """
+
+
+def check_at_least(least: int, **arguments: Any) -> None:
+    """Refuses arguments that are less than so much, or no whole numbers.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UsageError(f"{name} is {value!r}; give a whole number, {least} or more.")
+        if int(value) < least:
+            raise UsageError(f"{name} is {value}; give {least} or more.")
 
 
 def join_quoted(names: Iterable[Any]) -> str:

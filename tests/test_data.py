@@ -239,6 +239,15 @@ def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"max_length": 2}, "max_length is 2, .* set --data.max_length to 3 or more"),
         ({"text_columns": ["a", "b", "c"]}, "give one column, or two for pairs"),
+        ({"num_workers": -1}, "num_workers is -1; give 0 or more"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; give a whole number, 1 or more"),
+        ({"batch_size": "8"}, "batch_size is '8'; give a whole number"),
+        ({"max_length": 40.0}, "max_length is 40.0; give a whole number"),
+        ({"max_tokens_per_batch": True}, "max_tokens_per_batch is True; give a whole number"),
+        ({"seed": 0.5}, "seed is 0.5; give a whole number, 0 or more"),
+        ({"validation_split": float("nan")}, "validation_split is nan. Give a share between 0 and 1"),
+        ({"validation_split": True}, "validation_split is True. Give a share between 0 and 1"),
+        ({"test_split": []}, "test_split is .*; give the name of a split"),
     ],
 )
 def test_arguments_out_of_range_are_refused_at_once(module, options: dict, message: str) -> None:

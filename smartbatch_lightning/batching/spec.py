@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from smartbatch_lightning.batching.arrays import Int64s, round_up
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 
 _DEFAULT_BATCH_SIZE = 16
 
@@ -50,9 +50,8 @@ class BatchSpec:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens_per_batch", "pad_to_multiple_of", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give 1 or more.")
+            if (value := getattr(self, name)) is not None:
+                check_at_least(1, **{name: value})
         if self.padding not in PADDING_WIDTHS:
             raise UsageError(f"padding is {self.padding!r}; choose one of {join_quoted(PADDING_WIDTHS)}.")
         if self.packed and self.max_tokens_per_batch and self.max_tokens_per_batch % self.pad_to_multiple_of:
@@ -66,8 +65,7 @@ class BatchSpec:
             raise UsageError(f"jitter is {self.jitter}; give a number of tokens, 0 or more, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:
             object.__setattr__(self, "batch_size", _DEFAULT_BATCH_SIZE)
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; give 0 or more.")
+        check_at_least(0, seed=self.seed)
 
     @property
     def packed(self) -> bool:

@@ -24,6 +24,7 @@ from smartbatch_lightning.data.resume import (
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
+from smartbatch_lightning.errors import check_at_least
 
 
 class SmartBatchDataModule(TextDataModule):
@@ -76,6 +77,7 @@ class SmartBatchDataModule(TextDataModule):
         ignore_fingerprint_mismatch: bool = False,
         **text_options: Any,
     ) -> None:
+        check_at_least(0, num_workers=num_workers)
         super().__init__(dataset, tokenizer, seed=seed, **text_options)
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch

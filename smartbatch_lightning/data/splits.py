@@ -19,12 +19,26 @@ _DEFAULT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class SplitNames:
-    """Names of the splits to train, validate, test and predict on, as a data module takes them."""
+    """Names of the splits to train, validate, test and predict on, as a data module takes them.
+
+    Raises:
+        ValueError: A share is none, or no split is named to test on.
+    """
 
     train: str
     validation: float | str | list[str] | None
     test: str | list[str]
     predict: str | None
+
+    def __post_init__(self) -> None:
+        share = self.validation
+        if isinstance(share, int | float) and (isinstance(share, bool) or not 0 <= share < 1):
+            raise UsageError(
+                f"validation_split is {share}. Give a share between 0 and 1, the name of a split or several, or null "
+                "for no validation."
+            )
+        if not self.test:
+            raise UsageError(f"test_split is {self.test!r}; give the name of a split, or several.")
 
     def validated(self, splits: Collection[str]) -> list[str]:
         """Splits to validate on; none where a share of the training split is set aside, or nothing is validated."""

@@ -16,7 +16,7 @@ from smartbatch_lightning.data.sources import read_dataset
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.tokenizers import find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import TASKS, Task
@@ -86,12 +86,14 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str | None) else ["tokenizer"])
+        check_at_least(1, max_length=max_length)
         if max_length < 3:
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
             )
         if isinstance(text_columns, list) and len(text_columns) not in (1, 2):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
+        SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         self.dataset = dataset
         self.dataset_config = dataset_config
         self.problem_type = problem_type
