@@ -9,6 +9,7 @@ import torch
 from helpers import assert_same, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BatchSizeFinder,
     Callback,
     LearningRateFinder,
     ModelCheckpoint,
@@ -477,3 +478,30 @@ def test_attention_is_as_it_was_asked_for_unless_batches_are_packed_which_is_sai
     chosen = SequenceClassifier(model_kwargs={"attn_implementation": "sdpa"})
     trainer(tmp_path, fast_dev_run=1).fit(chosen, data())
     assert chosen.model.config._attn_implementation == "sdpa"
+
+
+# --- batch size finders ---
+
+
+class Sizes(SequenceClassifier):
+    """Takes down how many samples each training batch has, in trials too."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen = [*getattr(self, "seen", []), len(batch["labels"])]
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 5}])
+def test_training_goes_on_with_the_batch_size_that_lightning_found(tmp_path: Path, options: dict) -> None:
+    model, finder = Sizes(), BatchSizeFinder(steps_per_trial=1, init_val=3, max_trials=3)
+    module = SmartBatchDataModule(validation_split=0.9, max_length=16, **options)
+    run = trainer(tmp_path, callbacks=[finder], max_steps=2, limit_val_batches=0)
+    run.fit(model, module)
+    assert finder.optimal_batch_size == module.batch_size == 12
+    assert model.seen[1:] == [6, 12, 12, 12]  # the loader of the first trial was made before Lightning set its size
+
+
+def test_a_batch_size_finder_beside_a_token_budget_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[BatchSizeFinder()], max_steps=2)
+    with pytest.raises(ValueError, match="bounded by max_tokens_per_batch, 500. Use one of the two"):
+        run.fit(SequenceClassifier(), data(max_tokens_per_batch=500))

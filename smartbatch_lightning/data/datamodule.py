@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
@@ -19,12 +21,13 @@ from smartbatch_lightning.data.resume import (
     check_ranks_agree,
     dataset_fingerprint,
     go_on,
+    has_trained,
     training_state,
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
-from smartbatch_lightning.errors import check_at_least
+from smartbatch_lightning.errors import UsageError, check_at_least
 
 
 class SmartBatchDataModule(TextDataModule):
@@ -92,6 +95,8 @@ class SmartBatchDataModule(TextDataModule):
         self._train_sampler: SmartBatchSampler | None = None
         self._restored: dict[str, Any] | None = None
         self.batch_size = self.spec.batch_size  # which refuses arguments that are out of range
+        if "batch_size" in self.hparams:
+            self.hparams["batch_size"] = self.batch_size  # where Lightning's BatchSizeFinder looks for it
 
     # --- what a subclass may want to do differently ---
 
@@ -145,6 +150,11 @@ class SmartBatchDataModule(TextDataModule):
         super().setup(stage)
         if stage == "fit":
             self._train_sampler = self._restored = None
+            if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
+                raise UsageError(
+                    f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "
+                    f"{self.max_tokens_per_batch}. Use one of the two."
+                )
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
         check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
 
@@ -188,7 +198,7 @@ class SmartBatchDataModule(TextDataModule):
         if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
-        if not self.ignore_fingerprint_mismatch:
+        if has_trained(state) and not self.ignore_fingerprint_mismatch:
             check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
         go_on(self.trainer, sampler, state)
         self._restored = state
@@ -226,3 +236,8 @@ class SmartBatchDataModule(TextDataModule):
             "pin_memory": self.pin_memory,
         }
         return SmartBatchLoader(data, batch_sampler=sampler, **options, **{**defaults, **self.loader_kwargs})
+
+
+def _finds_batch_size(trainer: L.Trainer | None) -> bool:
+    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, BatchSizeFinder) for callback in callbacks)

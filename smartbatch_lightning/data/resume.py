@@ -86,6 +86,15 @@ def training_state(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, 
     return {**state, "epoch": at.epoch, "validation_due": at.validation_due}
 
 
+def has_trained(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was written after its first batch; before it, as in a batch size finder, no plan holds yet.
+
+    Args:
+        state: What `training_state` gave.
+    """
+    return bool(state["epoch"] or any(batches for _, batches in state["consumed"]))
+
+
 def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any]) -> None:
     """Lets Lightning go on where a checkpoint stood, counted in batches of the ranks there are now.
 
