@@ -1,6 +1,8 @@
 """Checkpoints that are written atomically, and read only when they are whole and hold weights and plain values."""
 
 import zipfile
+from mmap import ACCESS_READ, mmap
+from os import SEEK_END
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,9 +11,13 @@ import fsspec
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from xxhash import xxh3_128
 
 from smartbatch_lightning.errors import UsageError, root_cause_message
-from smartbatch_lightning.storage import atomic_write
+from smartbatch_lightning.storage import atomic_write, refused
+
+
+_MARK = b"xxh3:"  # before the checksum of a file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,9 +31,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            # not by Lightning's function, which writes to $TMPDIR first, where there may be no room
-            atomic_write(Path(path), lambda tmp_path: torch.save(checkpoint, tmp_path))
+            with refused(path, "Make room, or give ModelCheckpoint another dirpath."):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(Path(path), lambda tmp_path: _save(checkpoint, tmp_path))
 
     def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
         """Reads a checkpoint, with `weights_only` whatever is asked for.
@@ -38,6 +44,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # the weights that Lightning's `ddp_spawn` and its like hand from process to process are no checkpoint
         local = path if Path(path).name == ".temp.ckpt" else verified_checkpoint(path)
         return super().load_checkpoint(local, *args[:1], **{**options, "weights_only": True})
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Not by Lightning's function, which writes to $TMPDIR first, where there may be no room.
+
+    The comment of the zip file that a checkpoint is holds a checksum of all before it: those that zip files have by
+    themselves leave out their directory.
+    """
+    with path.open("wb") as file:  # given a path, torch does not say what went wrong
+        torch.save(checkpoint, file)
+    comment = _checksum(path, -2)
+    with path.open("r+b") as file:
+        file.seek(-2, SEEK_END)  # where the length of the comment stands, which is the last entry
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _find_damage(path: str) -> str | None:
+    """What is wrong with a checkpoint's file; None where nothing is."""
+    with zipfile.ZipFile(path) as file:
+        comment = file.comment
+        if not comment.startswith(_MARK):  # not of this package
+            damaged = file.testzip()
+            return damaged and f"wrong checksum of {damaged}"
+    return None if comment == _checksum(Path(path), -2 - len(comment)) else "wrong checksum"
+
+
+def _checksum(path: Path, end: int) -> bytes:
+    """Of a file's content up to there."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return _MARK + xxh3_128(memoryview(content)[:end]).hexdigest().encode()
 
 
 def verified_checkpoint(path: _PATH) -> str:
@@ -58,10 +94,8 @@ def verified_checkpoint(path: _PATH) -> str:
     try:
         local = fsspec.open_local(f"simplecache::{path}") if remote else str(path)
         assert isinstance(local, str)
-        with zipfile.ZipFile(local) as file:
-            damaged = file.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        if damage := _find_damage(local):
+            raise zipfile.BadZipFile(damage)
         content = torch.load(local, map_location="meta", weights_only=True, mmap=True)
         if not isinstance(content, dict) or "state_dict" not in content:
             raise KeyError("no state_dict in it")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -56,7 +57,8 @@ class SmartBatchTrainer(L.Trainer):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
         super().__init__(logger=logger, callbacks=callbacks, **options)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
-            self.loggers.append(CSVLogger(self.logger.log_dir, name="csv"))
+            # what was logged is there after a kill; by itself it is written every hundredth step
+            self.loggers.append(CSVLogger(self.logger.log_dir, name="csv", flush_logs_every_n_steps=1))
 
     def prepare(
         self,
@@ -230,12 +232,33 @@ class SmartBatchCLI(LightningCLI):
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Keeps the arguments too, for `_parse_ckpt_path`."""
+        self._args = args
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the hyperparameters of a local checkpoint here, before any plugin for checkpoints."""
-        options = self.config.get(self.config.get("subcommand") or "") or {}
-        if (path := options.get("ckpt_path")) and Path(path).is_file():
-            verified_checkpoint(path)
+        """Takes the model's arguments from a local checkpoint where they are not given, and its architecture always.
+
+        Lightning takes all of them, silently also in place of those that are given, before any plugin for checkpoints.
+        """
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if not path or not Path(path).is_file():
+            return
+        verified_checkpoint(path)
+        given = self.config
         super()._parse_ckpt_path()
+        saved = self.config
+        if saved is given:
+            return
+        if isinstance(self._args, dict | Namespace):
+            self.config = self.parser.parse_object(self._args, saved)
+        else:
+            self.config = self.parser.parse_args(self._args, saved)
+        architecture = f"{command}.model.init_args.architecture"
+        if architecture in saved:
+            self.config[architecture] = saved[architecture]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Writes checkpoints atomically unless a `CheckpointIO` is given; here, since a list in a config replaces."""

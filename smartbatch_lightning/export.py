@@ -1,18 +1,19 @@
 """A trained classifier as an ordinary `transformers` folder, which needs nothing of this package."""
 
 import copy
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from smartbatch_lightning.console import echo
+from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
-from smartbatch_lightning.storage import atomic_write, check_writable
+from smartbatch_lightning.storage import check_writable, write_into
 
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
@@ -38,7 +39,7 @@ def export_model(
         command: That trained it, for the card.
 
     Raises:
-        ValueError: As `check_export_folder`; or weights are not finite.
+        ValueError: As `check_export_folder`; or weights are not finite, or there is no room.
     """
     assert model.model is not None, "a model is exported after it has been built"
     folder = Path(folder)
@@ -48,12 +49,17 @@ def export_model(
         f"nothing is written to {folder}",
         "Train again, or take an earlier checkpoint.",
     )
-    model.model.save_pretrained(folder)
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
-    tokenizer.save_pretrained(folder)
     card = _card(model, data, folder.resolve().name, metrics or {}, command)
-    atomic_write(folder / "README.md", card.save)
+    exported = model.model
+
+    def write(tmp_folder: Path) -> None:
+        exported.save_pretrained(tmp_folder)
+        tokenizer.save_pretrained(tmp_folder)
+        card.save(tmp_folder / "README.md")
+
+    write_into(folder, write)
     echo(f"Wrote the model to {folder}")
 
 
@@ -106,23 +112,40 @@ def _card(
         }
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {name}",
-        f"`{pretrained}` fine-tuned on `{data.source}` to tell {join_quoted(model.label_names)} apart, {_MARK}.",
-        "```python\nfrom transformers import pipeline\n\n"
-        f'classify = pipeline("text-classification", "{name}", truncation=True)  # at {data.max_length} tokens\n```',
+        f"# {_escaped(name)}",
+        f"{_escaped(pretrained)} fine-tuned on {_escaped(data.source)} to tell "
+        f"{_escaped(join_quoted(model.label_names))} apart, {_MARK}.",
+        _code(
+            "python",
+            "from transformers import pipeline\n\n"
+            f"classify = pipeline('text-classification', {name!r}, truncation=True)  # at {data.max_length} tokens",
+        ),
         "## Metrics",
         _table("metric", evaluated) if evaluated else "Not measured.",
         "## Settings",
         _table("setting", settings),
     ]
     if command:
-        sections += ["## Command", f"```bash\n{command}\n```"]
+        sections += ["## Command", _code("bash", command)]
     return ModelCard("\n\n".join(sections) + "\n")
 
 
 def _table(heading: str, values: dict[str, Any]) -> str:
     rows = [
-        f"| {name} | {f'{value:.4f}' if isinstance(value, float) and heading == 'metric' else value} |"
+        [name, f"{value:.4f}" if isinstance(value, float) and heading == "metric" else str(value)]
         for name, value in values.items()
     ]
-    return "\n".join([f"| {heading} | value |", "| --- | --- |", *rows])
+    lines = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows]
+    return "\n".join([f"| {heading} | value |", "| --- | --- |", *lines])
+
+
+def _escaped(text: str) -> str:
+    """Text as it stands, whatever it would mean in Markdown."""
+    special = r"[\\`*{}\[\]<>|#~&$]|\b_|_\b"  # an underscore within a word means nothing
+    return re.sub(f"({special})", r"\\\1", " ".join(printable(text).split()))
+
+
+def _code(language: str, lines: str) -> str:
+    """A block of code, fenced by more backticks than stand in a row in it."""
+    fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", lines)), 3)
+    return f"{fence}{language}\n{printable(lines)}\n{fence}"

@@ -7,7 +7,8 @@ Lightning keeps how many epochs, batches and optimizer steps were trained in cou
   the epoch without validation and without the hooks of its end; a validation that was due is skipped for good; after an
   exception a batch is repeated. So they are rewritten before Lightning restores them: to those of a run that stands
   between two batches.
-- No `on_train_epoch_start` is called in an epoch that goes on, so `GradientAccumulationScheduler` is asked here.
+- No `on_train_epoch_start` is called in an epoch that goes on, so `GradientAccumulationScheduler` is asked here, and
+  `StochasticWeightAveraging` called, which makes its schedule there.
 - `estimated_stepping_batches` knows neither that callback's later epochs nor where a second `fit` begins.
 """
 
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
 from smartbatch_lightning.errors import UsageError
@@ -70,9 +72,10 @@ def trained_steps(trainer: L.Trainer) -> int:
 
 
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
-    """Whether the batch that starts is the first of an optimizer step, or of every so many."""
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return bool(batches.processed % (trainer.accumulate_grad_batches * every_n_steps) == 0)
+    """Whether the batches that were trained end an optimizer step, or every so many; an epoch's last ends one."""
+    trained = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    every = trainer.accumulate_grad_batches * every_n_steps
+    return bool(trained % every == 0 or trained == trainer.num_training_batches)
 
 
 def position(trainer: L.Trainer) -> Position:
@@ -164,8 +167,19 @@ def restore_loaders(trainer: L.Trainer) -> None:
 
 
 def begin_epoch(trainer: L.Trainer) -> None:
-    """Sets how many batches are accumulated in the epoch that begins or goes on; called before its first batch."""
+    """Does what callbacks do as an epoch begins, also where it goes on; called before its first batch."""
     trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
+    for callback in trainer.callbacks if stands_in_epoch(trainer) else []:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            callback.on_train_epoch_start(trainer, trainer.lightning_module)
+
+
+def stay_stopped(trainer: L.Trainer) -> None:
+    """Ends a run that goes on from a checkpoint of after its early stopping; Lightning would train another epoch."""
+    stopped = [one for one in trainer.early_stopping_callbacks if one.wait_count >= one.patience or one.stopped_epoch]
+    if trainer.ckpt_path and stopped:
+        trainer.should_stop = True
+        rank_zero_info("Early stopping has ended this training. Without that callback it goes on.")
 
 
 def stands_in_epoch(trainer: L.Trainer) -> bool:

@@ -1,23 +1,25 @@
 """Where derived files live, and how each is written atomically, with a checksum, by one process for all."""
 
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError
 from xxhash import xxh3_128
 
 from smartbatch_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-_PATIENCE = 5.0  # seconds to wait for a lock before saying so
+_SILENCE = 5.0  # seconds to wait for a lock before saying so
+_ENDING = 30.0  # seconds in which a process that was killed, and its workers, give up a lock
 
 
 def cache_dir() -> Path:
@@ -44,31 +46,49 @@ def write_if_missing(path: Path, write: Callable[[Path], None]) -> Path:
     noted = path.with_name(f"{path.name}.xxh3")
     if _is_valid(path, noted):
         return path
-    try:
+    with refused(path, "Make room or set SMARTBATCH_CACHE to a folder that can be written."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(FileLock(f"{path}.lock")):
+        lock = _locked(path)
+        try:
             if not _is_valid(path, noted):
                 if path.exists():
                     log.warning("%s is damaged, or of another version. It is made again.", path)
                 noted.unlink(missing_ok=True)
                 atomic_write(path, write)
                 atomic_write(noted, lambda tmp_path: tmp_path.write_text(_checksum(path)))
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error}. Make room or set SMARTBATCH_CACHE to a folder that can be written."
-        ) from error
+        finally:
+            lock.release()
     return path
 
 
-def _locked(lock: BaseFileLock) -> AbstractContextManager[Any]:
-    """Takes a lock, and says every few seconds which one is waited for."""
-    waited = 0.0
+def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
+    """Takes a folder until the lock is released or the process ends.
+
+    Another process that holds it is waited for half a minute: it may have been killed, and be ending.
+
+    Raises:
+        ValueError: It still holds it, or the lock cannot be written; the message ends with the remedy.
+    """
+    with refused(folder, remedy):
+        Path(folder).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _locked(Path(folder), patience=_ENDING)
+        except Timeout:
+            raise UsageError(f"another process is writing to {folder}. Wait until it ends. {remedy}") from None
+
+
+def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
+    """Takes the lock beside a file or folder, and says every few seconds which one is waited for."""
+    lock, waited = FileLock(f"{path}.lock"), 0.0
     while True:
         try:
-            return lock.acquire(timeout=_PATIENCE)
+            lock.acquire(timeout=_SILENCE)
+            return lock
         except Timeout:
-            waited += _PATIENCE
+            waited += _SILENCE
             log.warning("Waiting for another process that holds %s, for %.0f seconds now.", lock.lock_file, waited)
+            if waited >= patience:
+                raise
 
 
 def _is_valid(path: Path, noted: Path) -> bool:
@@ -91,16 +111,47 @@ def _checksum(path: Path) -> str:
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file or folder beside its place, flushes it to the disk and renames it: a kill leaves the one before."""
-    tmp_path = path.with_name(f"{path.name}.unfinished")
-    _remove(tmp_path)
-    write(tmp_path)
-    for written in [tmp_path, *tmp_path.rglob("*")]:
-        if written.is_file():
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
+    tmp_path = _written(path, write)
     if path.is_dir():
         _remove(path)
     tmp_path.replace(path)
+
+
+def write_into(folder: Path, write: Callable[[Path], object]) -> list[Path]:
+    """Writes files into a folder, where others may be: each replaces its like when all have been written.
+
+    Args:
+        folder: The folder.
+        write: Writes them into the folder that it is given.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ValueError: That fails, for want of room for example. The files before are left.
+    """
+    with refused(folder, "Make room, or give another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+        tmp_path = _written(folder / "files", write)
+        paths = [path.replace(folder / path.name) for path in sorted(tmp_path.iterdir())]
+        tmp_path.rmdir()
+    return paths
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> Path:
+    """Where a file or folder has been written that is to be renamed to its path."""
+    tmp_path = path.with_name(f"{path.name}.unfinished")
+    _remove(tmp_path)
+    try:
+        write(tmp_path)
+        for written in [tmp_path, *tmp_path.rglob("*")]:
+            if written.is_file():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+    except BaseException:
+        _remove(tmp_path)
+        raise
+    return tmp_path
 
 
 def check_writable(folder: str | Path, remedy: str) -> None:
@@ -109,12 +160,24 @@ def check_writable(folder: str | Path, remedy: str) -> None:
     Raises:
         ValueError: That fails; the message ends with the remedy.
     """
-    try:
+    with refused(folder, remedy):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written: {error}. {remedy}") from error
+
+
+@contextmanager
+def refused(path: str | Path, remedy: str) -> Iterator[None]:
+    """Turns what the system has against writing, such as a full disk, into one line that ends with the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be written: {error}. {remedy}") from error
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
+            raise
+        # torch ends a file that cannot be written, and fails at that
+        raise UsageError(f"{path} cannot be written: {error.__context__}. {remedy}") from error
 
 
 def _remove(path: Path) -> None:

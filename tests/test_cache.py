@@ -75,7 +75,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished_and_says_what_to_
 def test_a_lock_that_another_process_holds_is_named_while_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "_PATIENCE", 0.2)
+    monkeypatch.setattr(storage, "_SILENCE", 0.2)
     context = multiprocessing.get_context("fork")
     held = context.Event()
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import FAST, ROOT, cli
+from helpers import FAST, QUIET, ROOT, cli
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
@@ -169,6 +169,25 @@ def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_p
     )
     tested = cli("test", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics["test_accuracy"]
     assert accuracy / 600 == pytest.approx(float(tested))
+
+
+@pytest.mark.parametrize("written", ["flag", "config", "object"])
+def test_an_argument_of_the_model_counts_beside_a_checkpoint_whose_own_fill_in_the_rest(
+    written, tmp_path: Path
+) -> None:
+    fitted = cli("fit", *FAST, "--trainer.default_root_dir=run", "--model.learning_rate=1e-4", "--model.warmup_steps=3")
+    checkpoint = fitted.trainer.checkpoint_callback.best_model_path
+    Path("rate.yaml").write_text("model: {learning_rate: 2e-4, architecture: null}\n")
+    given = {"flag": ["--model.learning_rate=2e-4"], "config": ["--config=rate.yaml"]}.get(written, [])
+    args = ["validate", *given, "--data.max_length=24", f"--ckpt_path={checkpoint}", *QUIET]
+    if written == "object":
+        trainer = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        options = {"data": {"max_length": 24}, "ckpt_path": checkpoint, "trainer": trainer}
+        args = {"subcommand": "validate", "validate": {"model": {"learning_rate": 2e-4}, **options}}
+    run = SmartBatchCLI(args=args)
+    assert (run.model.learning_rate, run.model.warmup_steps) == (2e-4, 3)
+    assert run.model.architecture == fitted.model.hparams["architecture"]
+    assert run.trainer.callback_metrics["val_accuracy"] == fitted.trainer.callback_metrics["val_accuracy"]
 
 
 def test_new_files_take_tokenizer_and_classes_from_the_checkpoint(tmp_path: Path) -> None:

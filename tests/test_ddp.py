@@ -39,6 +39,16 @@ def test_two_ranks_share_every_epoch_and_step_together(batching: str, accumulate
     assert len(plans) == 3
 
 
+@pytest.mark.slow
+def test_ranks_whose_seeds_differ_train_rank_0s_plan_of_rank_0s_split(tmp_path: Path) -> None:
+    """As after `seed_everything(7 + rank)`, which is a way to let dropout differ."""
+    finish(start(tmp_path, devices=2, seed_by_rank=1), tmp_path)
+    runs = [diaries(tmp_path, rank)[0] for rank in range(2)]
+    for epoch in range(3):
+        rows = [row for run in runs for number, _, ids in run for row in ids if number == epoch]
+        assert len(rows) == len(set(rows)) == 200
+
+
 @pytest.mark.parametrize("padding", ["longest", pytest.param("packed", marks=pytest.mark.slow)])
 def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Path) -> None:
     """501 reviews, which two ranks cannot share evenly."""

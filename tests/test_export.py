@@ -1,5 +1,6 @@
 """Tests of the exported folder: an ordinary transformers model."""
 
+import resource
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,8 @@ from smartbatch_lightning import (
     demo,
 )
 from smartbatch_lightning.callbacks.model_export import ModelExport
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO
+from smartbatch_lightning.export import export_model
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -129,6 +132,34 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_has_run(tmp_
         cli("report", f"--folder={tmp_path / 'file' / 'report'}")
     with pytest.raises(ValueError, match="file/out cannot be written: .*--predictions.path"):
         cli("predict", f"--predictions.path={tmp_path / 'file' / 'out' / 'labels.csv'}")
+
+
+def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(minilm: str, tmp_path: Path) -> None:
+    names = ["<script>alert(1)</script>", "a|b`c", "*bold*\n# heading"]
+    rows = [{"text": f"a fine film {number}", "label": name} for number in range(4) for name in names]
+    pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    data = SmartBatchDataModule({"train": str(tmp_path / "train.parquet")}, validation_split=0.25)
+    model, folder = SequenceClassifier(minilm), tmp_path / "model"
+    trainer(tmp_path, limit_train_batches=1).fit(model, data)
+    export_model(model, data, folder, {"val_loss": 0.5}, "smartbatch fit ```")
+    card = (folder / "README.md").read_text()
+    body = card.partition("\n---\n")[2]
+    assert r"\<script\>alert(1)\</script\>" in body
+    assert r"a\|b\`c" in body
+    assert "<script" not in body.replace(r"\<", "")
+    assert "````bash\nsmartbatch fit ```\n````" in body
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ValueError, match="model cannot be written: .*Make room, or give another folder"):
+            export_model(model, data, folder)
+        with pytest.raises(ValueError, match="a.ckpt cannot be written: .*Make room"):
+            AtomicCheckpointIO().save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "a.ckpt.unfinished").exists()
 
 
 def test_labels_that_a_spreadsheet_would_run_are_quoted_in_csv_alone(tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ class Sizes(SequenceClassifier):
 @pytest.mark.parametrize("options", [{}, {"batch_size": 5}])
 def test_training_goes_on_with_the_batch_size_that_lightning_found(tmp_path: Path, options: dict) -> None:
     model, finder = Sizes(), BatchSizeFinder(steps_per_trial=1, init_val=3, max_trials=3)
-    module = SmartBatchDataModule(validation_split=0.9, max_length=16, **options)
+    module = SmartBatchDataModule(validation_split=0.9, max_length=16, seed=0, **options)
     run = trainer(tmp_path, callbacks=[finder], max_steps=2, limit_val_batches=0)
     run.fit(model, module)
     assert finder.optimal_batch_size == module.batch_size == 12

@@ -113,13 +113,21 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
         {"every_n_train_steps": STEPS},
         {"every_n_epochs": 1},
         {"every_n_epochs": 1, "monitor": "val_loss"},
+        {"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3},
     ],
-    ids=["in the middle", "at the last step", "at the end of an epoch", "after validation"],
+    ids=["in the middle", "at the last step", "at the end of an epoch", "after validation", "in an accumulation"],
 )
 def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_path: Path) -> None:
     def epochs(name: str, checkpoint: Path | None = None) -> list[tuple[int, ...]]:
-        monitor, saver = TrainingMonitor(), ModelCheckpoint(tmp_path / name, save_top_k=-1, **saved)
+        how = dict(saved)
         options = {"max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True}
+        if accumulated := how.pop("accumulated", None):
+            options |= {
+                "accumulate_grad_batches": accumulated,
+                "val_check_interval": 4,
+                "check_val_every_n_epoch": None,
+            }
+        monitor, saver = TrainingMonitor(), ModelCheckpoint(tmp_path / name, save_top_k=-1, **how)
         run = trainer(tmp_path, callbacks=[monitor, saver], **options)
         run.fit(SequenceClassifier(), data(), ckpt_path=checkpoint)
         return [

@@ -12,13 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Seen, assert_same, diaries, finish, kill_after, start, trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from run_to_be_killed import Dropped
 
-from smartbatch_lightning import BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch
+from smartbatch_lightning import BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch, storage
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
+from smartbatch_lightning.storage import lock_folder
 
 BATCHINGS = ["smart", "tutorial", "random"]
 BUDGET = {"max_tokens_per_batch": 80}
@@ -47,7 +54,9 @@ def data(**options) -> SmartBatchDataModule:
     )
 
 
-def train(folder: Path, *callbacks: Callback, ckpt_path=None, module=None, **options) -> tuple[list, dict]:
+def train(
+    folder: Path, *callbacks: Callback, ckpt_path=None, module=None, torch_seed=0, **options
+) -> tuple[list, dict]:
     """Batches by epoch, and the final weights."""
     seen, model = Seen(), Dropped(learning_rate=1e-3)
     run = trainer(folder, **{"max_epochs": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0, **options})
@@ -57,7 +66,7 @@ def train(folder: Path, *callbacks: Callback, ckpt_path=None, module=None, **opt
     seen.on_train_batch_end = lambda t, m, o, batch, i: seen.epochs[t.current_epoch].append(
         tuple(batch["index"].tolist())
     )
-    torch.manual_seed(0)
+    torch.manual_seed(torch_seed)
     try:
         run.fit(model, module or data(), ckpt_path=ckpt_path)
     except InterruptionError:
@@ -208,6 +217,70 @@ def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
     third, resumed = train(tmp_path, ckpt_path=tmp_path / "2.ckpt", **rescue)
     assert [a + b + c for a, b, c in zip(first, second, third, strict=True)] == whole
     assert_same(resumed, weights)
+
+
+def test_a_run_without_a_seed_is_torchs_and_goes_on_as_itself_under_another(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    whole = train(tmp_path, module=data(seed=None), torch_seed=1)
+    again = train(tmp_path, module=data(seed=None), torch_seed=1)
+    assert whole[0] == again[0]
+    assert whole[0] != train(tmp_path, module=data(seed=None), torch_seed=2)[0]
+    stopped, _ = train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=data(seed=None), torch_seed=1)
+    resumed, weights = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(seed=None), torch_seed=2)
+    assert [a + b for a, b in zip(stopped, resumed, strict=True)] == whole[0]
+    assert_same(weights, whole[1])
+
+
+def test_what_was_set_aside_without_a_seed_is_what_the_checkpoint_is_validated_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    first, second = data(seed=None), data(seed=None)
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=first, torch_seed=1)
+    torch.manual_seed(2)
+    run = trainer(tmp_path, limit_val_batches=1)
+    run.validate(Dropped(), second, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize("at", [(1, 3), (2, 0), (2, 3)])
+def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(at, tmp_path: Path) -> None:
+    def averaging() -> StochasticWeightAveraging:
+        return StochasticWeightAveraging(5e-4, swa_epoch_start=2, annealing_epochs=3)
+
+    _, whole = train(tmp_path, averaging(), max_epochs=4)
+    train(tmp_path, averaging(), SaveAndStop(tmp_path / "a.ckpt", *at), max_epochs=4)
+    _, resumed = train(tmp_path, averaging(), ckpt_path=tmp_path / "a.ckpt", max_epochs=4)
+    assert_same(resumed, whole)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_a_run_that_was_stopped_early_trains_no_further_when_it_is_started_again(tmp_path: Path) -> None:
+    def stopping() -> list[Callback]:
+        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", save_last=True)
+        return [EarlyStopping("val_loss", min_delta=9.0, patience=1), saver]
+
+    seen, weights = train(tmp_path, *stopping(), max_epochs=5)
+    assert [len(epoch) for epoch in seen] == [STEPS, STEPS, 0, 0, 0]
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    again, resumed = train(tmp_path, *stopping(), ckpt_path=last, max_epochs=5)
+    assert not any(again)
+    assert_same(resumed, weights)
+    seen, _ = train(tmp_path, ckpt_path=last, max_epochs=3)
+    assert [len(epoch) for epoch in seen] == [0, 0, STEPS]
+
+
+def test_two_runs_do_not_write_to_one_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_SILENCE", 0.1)
+    monkeypatch.setattr(storage, "_ENDING", 0.2)
+    savers = {"enable_checkpointing": True}
+    first = lock_folder(tmp_path / "checkpoints", "")
+    with pytest.raises(ValueError, match="another process is writing to .*checkpoints. Wait until it ends. Give Model"):
+        train(tmp_path, CheckpointPreflight(), ModelCheckpoint(tmp_path / "checkpoints"), **savers)
+    first.release()
+    for _ in range(2):  # which gives it back when it ends, whether well or not
+        train(tmp_path, CheckpointPreflight(), ModelCheckpoint(tmp_path / "checkpoints"), **savers, max_epochs=1)
+        stop = SaveAndStop(tmp_path / "a.ckpt", 0, 1)
+        train(tmp_path, CheckpointPreflight(), ModelCheckpoint(tmp_path / "checkpoints"), stop, **savers)
 
 
 def test_workers_change_nothing_on_resume(tmp_path: Path) -> None:

@@ -1,17 +1,41 @@
 """Checks before a run that checkpoints can be written, or that one was read."""
 
 import lightning as L
+from filelock import BaseFileLock
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.compatibility import is_fine_tuned
-from smartbatch_lightning.storage import check_writable
+from smartbatch_lightning.storage import check_writable, lock_folder
+
+_REMEDY = "Give ModelCheckpoint another dirpath, or set --trainer.default_root_dir."
 
 
 class CheckpointPreflight(Callback):
     """Finds out before training whether checkpoints can be written, and before predicting whether one was read."""
+
+    def __init__(self) -> None:
+        self._locks: list[BaseFileLock] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Takes the folders whose names are given, so that two runs do not go on from one checkpoint at once.
+
+        Raises:
+            ValueError: Another run has one of them.
+        """
+        if stage == "fit":
+            self._locks = [lock_folder(folder, _REMEDY) for folder in _checkpoint_folders(trainer)]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives them back."""
+        for lock in self._locks:
+            lock.release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives them back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes a file to each local folder of a `ModelCheckpoint`, and removes it.
@@ -19,11 +43,8 @@ class CheckpointPreflight(Callback):
         Raises:
             ValueError: A folder cannot be written.
         """
-        for callback in trainer.checkpoint_callbacks:
-            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
-            if not trainer.is_global_zero or not folder or "://" in str(folder):
-                continue
-            check_writable(folder, "Give ModelCheckpoint another dirpath, or set --trainer.default_root_dir.")
+        for folder in _checkpoint_folders(trainer):
+            check_writable(folder, _REMEDY)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses to measure a model that was never trained to classify, unless it is about to be."""
@@ -37,6 +58,13 @@ class CheckpointPreflight(Callback):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses to predict with a model that was never trained to classify."""
         _check_trained(trainer, pl_module)
+
+
+def _checkpoint_folders(trainer: L.Trainer) -> list[str]:
+    """The local ones that rank 0 writes to, as far as they are known by now."""
+    callbacks = trainer.checkpoint_callbacks if trainer.is_global_zero else []
+    folders = {str(one.dirpath) for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath}
+    return sorted(folder for folder in folders if "://" not in folder)
 
 
 def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:

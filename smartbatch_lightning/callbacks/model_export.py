@@ -3,6 +3,7 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
 from smartbatch_lightning.console import command_line
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -43,4 +44,7 @@ class ModelExport(Callback):
         assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not metrics and isinstance(callback, TrainingMonitor) and callback.epochs:
+                metrics = callback.epochs[-1][1]  # where a run that had ended was started again
         export_model(pl_module, datamodule, self.folder, metrics, command_line())

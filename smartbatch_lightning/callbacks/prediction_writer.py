@@ -16,7 +16,7 @@ from torch import Tensor
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
-from smartbatch_lightning.storage import atomic_write, check_writable
+from smartbatch_lightning.storage import atomic_write, check_writable, refused
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -74,11 +74,12 @@ class PredictionWriter(BasePredictionWriter):
         order = predicted["index"].argsort()
         rows = {name: values[order].numpy() for name, values in predicted.items()}
         table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})
-        if self.path.suffix == ".csv":
-            safe = _without_formulas(table)
-            atomic_write(self.path, lambda tmp_path: pyarrow.csv.write_csv(safe, tmp_path))
-        else:
-            atomic_write(self.path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
+        with refused(self.path, "Make room, or give another path by --predictions.path."):
+            if self.path.suffix == ".csv":
+                safe = _without_formulas(table)
+                atomic_write(self.path, lambda tmp_path: pyarrow.csv.write_csv(safe, tmp_path))
+            else:
+                atomic_write(self.path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
         echo(f"Wrote {len(table):,} predictions to {self.path}")
 
 

@@ -21,6 +21,7 @@ from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
+from smartbatch_lightning.progress import between_steps
 
 
 @dataclass
@@ -102,6 +103,7 @@ class TrainingMonitor(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts counting."""
         self._samples = self._tokens = 0
+        self._accumulated: list[tuple[int, int, Tensor]] = []  # batches whose optimizer step is still to come
         self._on_device = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         self._validating = 0.0
         self._last_step = trainer.global_step
@@ -138,13 +140,22 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a batch, without waiting for the device; logs where Lightning does."""
+        """Counts the batches of an optimizer step, without waiting for the device; logs where Lightning does.
+
+        A resume trains again what was accumulated of one, so that is not counted.
+        """
         lengths = batch_lengths(batch)
         if lengths is None:
             return
-        self._samples += len(lengths)
-        self._tokens += batch["input_ids"].numel()
-        self._on_device += torch.stack((lengths.sum(), lengths.square().sum()))
+        sums = torch.stack((lengths.sum(), lengths.square().sum()))
+        self._accumulated.append((len(lengths), batch["input_ids"].numel(), sums))
+        if not between_steps(trainer):
+            return
+        for samples, tokens, sums in self._accumulated:
+            self._samples += samples
+            self._tokens += tokens
+            self._on_device += sums
+        self._accumulated.clear()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
         if trainer.loggers and every and step % every == 0 and step != self._last_step:

@@ -28,6 +28,7 @@ from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
+from smartbatch_lightning.seeds import seed_is_given
 
 
 class SmartBatchDataModule(TextDataModule):
@@ -50,7 +51,8 @@ class SmartBatchDataModule(TextDataModule):
         jitter: Tokens by which `smart` moves lengths at random before sorting, which mixes batches; `auto` chooses it.
         pad_to_multiple_of: Rounds the width of a batch up, or the row of a packed one; 8 suits tensor cores, and the
             token budget makes all packed rows alike, for CUDA graphs.
-        seed: Of plans and of the validation split; by default that of `seed_everything`, else 0.
+        seed: Of plans and of the validation split; by default that of `seed_everything`, else that of torch, which
+            checkpoints keep.
         num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck.
         pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
         loader_kwargs: What else `DataLoader` takes, such as `prefetch_factor`.
@@ -190,12 +192,21 @@ class SmartBatchDataModule(TextDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, on any number of ranks.
+        """Goes on from there, on any number of ranks, with the checkpoint's seed where none is given.
 
         Raises:
             ValueError: The checkpoint is of other data, another seed or another batching.
         """
-        if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        if not state or self.trainer is None:
+            return
+        stage = self.trainer.state.fn
+        if stage not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
+            return
+        seed = state["fingerprint"]["seed"]
+        if seed != self.seed and self._given_seed is None and not seed_is_given():
+            self._seed = seed
+            self.setup(stage.value)  # which may set other samples aside
+        if stage != TrainerFn.FITTING:
             return
         sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
         if has_trained(state) and not self.ignore_fingerprint_mismatch:

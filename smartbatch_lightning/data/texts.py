@@ -1,6 +1,5 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import lightning as L
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import text_model_of
@@ -18,6 +18,7 @@ from smartbatch_lightning.data.tokenizers import find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import TASKS, Task
 
@@ -54,7 +55,8 @@ class TextDataModule(L.LightningDataModule):
         predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split
             there is.
         max_length: Longest sample, in tokens with special tokens; longer text is cut.
-        seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else 0.
+        seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else that of torch,
+            which checkpoints keep.
         cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
 
     Raises:
@@ -104,7 +106,7 @@ class TextDataModule(L.LightningDataModule):
         self.test_split = test_split
         self.predict_split = predict_split
         self.max_length = max_length
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed
         self.cache_dir = cache_dir
         self._task_class = look_up(problem_type, TASKS, "problem_type")
         self._given_task = None if label_names is None else self._task_class.from_names(label_names)
@@ -148,6 +150,15 @@ class TextDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the given one, else the model's."""
         return self._load().tokenizer
+
+    @property
+    def seed(self) -> int:
+        """Of the validation split: the given one, else the run's, which `setup` settles."""
+        return run_seed() if self._seed is None else self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._seed = self._given_seed = seed
 
     @property
     def task(self) -> Task | None:
@@ -200,8 +211,12 @@ class TextDataModule(L.LightningDataModule):
             self.token_table(self._split(split))
 
     def setup(self, stage: str) -> None:
-        """Makes the data sets of a stage out of what `prepare_data` left."""
+        """Makes the data sets of a stage out of what `prepare_data` left, with rank 0's seed where none is given."""
         self._loaded = None
+        if self._seed is None:
+            self._seed = run_seed(self.trainer)
+            if not seed_is_given():
+                rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints keep it.")
         if stage == "fit":
             self.train_data, self.validation_data = self._train_and_validation()
         elif stage == "validate":

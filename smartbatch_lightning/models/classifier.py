@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,8 @@ from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import adds_parameters, follow_rates, place_schedule
-from smartbatch_lightning.progress import between_steps, restore_loaders, total_steps
+from smartbatch_lightning.progress import between_steps, restore_loaders, stay_stopped, total_steps
+from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.single_label import label_names_from_config
 
@@ -124,6 +124,7 @@ class SequenceClassifier(L.LightningModule):
         self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
         self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
+        self._seed = run_seed()
 
     # --- what a subclass may want to do differently ---
 
@@ -204,6 +205,7 @@ class SequenceClassifier(L.LightningModule):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":
             check_compilation(self.compiled, self.trainer)
+            self._seed = run_seed(self.trainer)
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
@@ -250,7 +252,8 @@ class SequenceClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Lets schedule and loaders stand where training goes on, after a checkpoint or in a second `fit`."""
+        """Lets schedule and loaders stand where training goes on after a checkpoint or in a second `fit`."""
+        stay_stopped(self.trainer)
         self._losses.clear()
         self._start_metrics("train")  # also where an epoch goes on
         restore_loaders(self.trainer)
@@ -288,7 +291,7 @@ class SequenceClassifier(L.LightningModule):
                 "parameters were unfrozen while training on several ranks, which do not share the gradients of what is "
                 "frozen when fit starts. Train on one device; or unfreeze between two fits."
             )
-        words = (int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)
+        words = (self._seed, self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
         # not torch.manual_seed, which takes half a millisecond to remember it for devices that are not in use
         torch.default_generator.manual_seed(seed)
@@ -394,12 +397,15 @@ class SequenceClassifier(L.LightningModule):
         return super().load_state_dict(state_dict, *args, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to save weights that are not finite."""
+        """Adds the seed of dropout, and refuses to save weights that are not finite."""
+        checkpoint["dropout_seed"] = self._seed
         what = f"no checkpoint is written after {self.trainer.global_step} steps"
         check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint for other labels, before its weights are found not to fit."""
+        """Goes on with its seed unless one is given; refuses one for other labels, whose weights would not fit."""
+        if not seed_is_given():
+            self._seed = checkpoint.get("dropout_seed", self._seed)
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)

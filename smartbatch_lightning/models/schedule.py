@@ -28,6 +28,8 @@ def place_schedule(
         configure_optimizer: Makes a fresh optimizer.
         configure_scheduler: Makes a schedule, of an optimizer and the number of steps.
     """
+    if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has taken them away, and will bring its own
+        return
     [config] = trainer.lr_scheduler_configs
     position = trained_steps(trainer)
     if not position or isinstance(config.scheduler, ReduceLROnPlateau):

@@ -23,6 +23,7 @@ from smartbatch_lightning.report.measure import (
     measure_strategy,
     training_operations,
 )
+from smartbatch_lightning.storage import write_into
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,14 +128,14 @@ class PaddingReport:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes `report.json` and a PNG for each figure; returns their paths."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "report.json"]
-        paths[0].write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        for name, figure in self.figures().items():
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=150)
-        return paths
+
+        def write(tmp_folder: Path) -> None:
+            tmp_folder.mkdir(parents=True)
+            (tmp_folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            for name, figure in self.figures().items():
+                figure.savefig(tmp_folder / f"{name}.png", dpi=150)
+
+        return write_into(Path(folder), write)
 
     def figures(self) -> "dict[str, Figure]":
         """Figures of classes, lengths, tokens and widths."""

@@ -1,0 +1,23 @@
+"""The seed of a run: drawn once, the same on every rank, and kept in its checkpoints."""
+
+import os
+
+import lightning as L
+import torch
+
+_SEED_EVERYTHING = "PL_GLOBAL_SEED"  # where Lightning's `seed_everything` leaves its seed
+
+
+def seed_is_given() -> bool:
+    """Whether `seed_everything` was called."""
+    return _SEED_EVERYTHING in os.environ
+
+
+def run_seed(trainer: L.Trainer | None = None) -> int:
+    """The seed of `seed_everything`, else that of `torch.manual_seed`, else the one that torch has drawn.
+
+    Args:
+        trainer: Of the run, in `setup` or later, which every rank has reached; rank 0's seed is then that of all.
+    """
+    seed = int(os.environ[_SEED_EVERYTHING]) if seed_is_given() else torch.initial_seed() % 2**32
+    return seed if trainer is None else trainer.strategy.broadcast(seed)

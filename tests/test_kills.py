@@ -1,0 +1,135 @@
+"""Runs of random settings, killed at random and at aimed moments: what they leave is what an uninterrupted run leaves.
+
+`pytest -m slow tests/test_kills.py` kills 200 times and takes about half an hour on two cores. Processes are forked from one that
+has imported everything, which saves most of the time; runs on two ranks start anew.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from helpers import assert_same, diaries, finish, start
+
+RUNS, KILLS = 40, 5
+MOMENTS = ["first step", "step", "validation", "end of validation", "end of epoch", "start of epoch"]
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["run_to_be_killed"])
+
+
+def _run(folder: Path, arguments: list[str]) -> None:
+    os.setsid()
+    log = os.open(folder / "log.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["run_to_be_killed.py", str(folder), *arguments]
+    for name in [name for name in os.environ if name.startswith(("SLURM", "PL_"))]:
+        del os.environ[name]
+    from run_to_be_killed import main
+
+    main(folder, *arguments)
+
+
+class _Fork:
+    """What `subprocess.Popen` has, for a forked run."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        folder.mkdir(exist_ok=True)
+        self.process = _FORKS.Process(
+            target=_run, args=(folder, [f"{name}={value}" for name, value in options.items()])
+        )
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+def _begin(folder: Path, **options):
+    return _Fork(folder, **options) if options["devices"] == 1 else start(folder, **options)
+
+
+def settings(rng: random.Random) -> dict:
+    """Of a run; packed ones have a token budget."""
+    packed = rng.random() < 0.3
+    return {
+        "devices": 2 if rng.random() < 0.15 else 1,
+        "batching": rng.choice(["smart", "random"] if packed else ["smart", "tutorial", "random"]),
+        "padding": "packed" if packed else "longest",
+        "budget": 160 if packed else 0,
+        "workers": rng.choice([0, 0, 0, 2]),
+        "accumulate": rng.choice([1, 1, 2, 3]),
+        "every": rng.randint(1, 5),
+        "stopping": rng.choice([0, 1, 2]),
+        "averaging": rng.choice(["none", "none", "ema", "swa"]),
+        "best": rng.choice([0, 1]),
+        "logged": rng.choice([0, 1]),
+        "val_interval": rng.choice([1.0, 1.0, 0.5, 7.0]),
+    }
+
+
+def kill(folder: Path, options: dict, rng: random.Random) -> None:
+    """Starts a run, or goes on, and kills all its ranks at some moment; it may end before that."""
+    moment = rng.choice([*MOMENTS, "any", "any", "writing", "writing"])
+    passed = 0 if moment == "first step" else rng.randint(0, 8 if moment == "step" else 2)
+    aimed = {} if moment in ("any", "writing") else {"kill": moment, "passed": passed}
+    before = len(diaries(folder))
+    run = _begin(folder, **options, **aimed)
+    delay = rng.uniform(0, 1.5)
+    while run.poll() is None and len(diaries(folder)) == before:
+        time.sleep(0.001)
+    until = time.monotonic() + (delay if moment == "any" else 60)
+    while run.poll() is None and time.monotonic() < until:
+        if moment == "writing" and list(folder.glob("checkpoints/*.unfinished")) and rng.random() < 0.3:
+            break
+        time.sleep(0.0005)
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
+    assert run.wait(timeout=120) in (0, -signal.SIGKILL, 1 if options["devices"] > 1 else 0), (
+        folder / "log.txt"
+    ).read_text()[-3000:]
+
+
+def curves(folder: Path) -> dict[tuple[int, str], float]:
+    """What was logged by step; what a later start logged replaces what an earlier one did. Of speed and time nothing."""
+    found: dict[tuple[int, str], float] = {}
+    logs = sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    for path in logs:
+        table = pd.read_csv(path) if path.stat().st_size else pd.DataFrame({"step": []})
+        for name in table:
+            if name.startswith(("lr", "val_", "train_loss_step")):
+                column = table[["step", name]].dropna()
+                found |= {(int(step), name): value for step, value in zip(column["step"], column[name], strict=True)}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_run_of_random_settings_that_is_killed_again_and_again_leaves_what_an_uninterrupted_one_does(
+    seed: int, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    options = settings(rng)
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    finish(_begin(whole, **options), whole)
+    for _ in range(KILLS):
+        kill(folder, options, rng)
+    finish(_begin(folder, **options), folder)
+    for rank in range(options["devices"]):
+        [expected] = diaries(whole, rank)
+        assert {step for run in diaries(folder, rank) for step in run} == set(expected), options
+    assert (folder / "end.json").read_text() == (whole / "end.json").read_text(), options
+    assert curves(folder) == curves(whole), options
+    weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
+    assert_same(resumed, weights)
