@@ -16,7 +16,6 @@ from xxhash import xxh3_128
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.storage import atomic_write, refused
 
-
 _MARK = b"xxh3:"  # before the checksum of a file
 
 
