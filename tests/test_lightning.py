@@ -306,7 +306,7 @@ class Failing(Callback):
         self._maybe(trainer, "val", batch_idx)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resumed", [True, False])
 @pytest.mark.parametrize(
     ("stage", "error"), [("train", RuntimeError), ("val", RuntimeError), ("val", KeyboardInterrupt)]

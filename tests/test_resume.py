@@ -157,7 +157,7 @@ def test_batches_whose_gradients_were_being_accumulated_are_trained_again(tmp_pa
         {"every_n_epochs": 1, "monitor": "val_loss"},
     ],
 )
-@pytest.mark.parametrize("val_check_interval", [1.0, 3])
+@pytest.mark.parametrize("val_check_interval", [1.0, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_interval, tmp_path: Path) -> None:
     checks = {"val_check_interval": val_check_interval, "enable_checkpointing": True}
     whole, weights = train(tmp_path, ModelCheckpoint(tmp_path / "all", save_top_k=-1, **options), **checks)
