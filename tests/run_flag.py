@@ -144,7 +144,7 @@ def train(folder: Path, name: str, devices: int) -> L.Trainer:
         "logger": CSVLogger(folder),
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(one, of_lightning.ModelCheckpoint) for one in case.callbacks),
+        "enable_checkpointing": any(isinstance(one, of_lightning.Checkpoint) for one in case.callbacks),
         "default_root_dir": folder,
     }
     if case.options.get("barebones"):
