@@ -77,11 +77,27 @@ def test_a_plan_that_breaks_a_promise_is_refused(make, message: str, monkeypatch
         ("sorted", "batching is 'sorted'; choose one of 'random', 'tutorial', 'smart', or give an import path"),
         ("test_strategies.nothing", "which cannot be imported: .*Check the path"),
         ("no_such_module.strategy", "which cannot be imported: No module named"),
+        ("os.getcwd", "is no function of a PlanRequest"),
+        ("os.sep", "is no function of a PlanRequest"),
     ],
 )
-def test_a_strategy_that_is_not_there_is_refused_with_those_that_are(name: str, message: str) -> None:
+def test_a_strategy_that_is_not_there_is_refused_when_it_is_given(name: str, message: str) -> None:
+    for use in (lambda: plan_epoch(LENGTHS, BatchSpec(name)), lambda: SmartBatchDataModule(batching=name)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("multi", "problem_type is 'multi'; choose one of 'single_label_classification'"),
+        ("os.getcwd", "problem_type is 'os.getcwd', which lacks 'label_names', 'from_dataset'"),
+        ("os.nothing", "which cannot be imported"),
+    ],
+)
+def test_a_task_that_is_not_there_is_refused_when_it_is_given(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_epoch(LENGTHS, BatchSpec(name))
+        SmartBatchDataModule(problem_type=name)
 
 
 # --- jitter: auto ---

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 
 import numpy as np
 
@@ -68,9 +69,11 @@ def find_strategy(batching: str) -> Strategy:
     """The strategy of a name or an import path; one that is not the package's own is checked whenever it plans.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it is no function of one argument.
     """
     strategy = look_up(batching, STRATEGIES, "batching")
+    if not _takes_one_argument(strategy):
+        raise UsageError(f"batching is {batching!r}, which is no function of a PlanRequest; give a strategy.")
     if strategy in _OWN:
         return strategy
 
@@ -81,6 +84,18 @@ def find_strategy(batching: str) -> Strategy:
         return plan
 
     return checked
+
+
+def _takes_one_argument(strategy: object) -> bool:
+    if not callable(strategy):
+        return False
+    try:
+        signature(strategy).bind(None)
+    except ValueError:  # some of those written in C do not tell
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:

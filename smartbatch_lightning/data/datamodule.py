@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
+from smartbatch_lightning.batching.strategies import find_strategy
 from smartbatch_lightning.contract import TextData, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
@@ -96,7 +97,8 @@ class SmartBatchDataModule(TextDataModule):
         self.ignore_fingerprint_mismatch = ignore_fingerprint_mismatch
         self._train_sampler: SmartBatchSampler | None = None
         self._restored: dict[str, Any] | None = None
-        self.batch_size = self.spec.batch_size  # which refuses arguments that are out of range
+        find_strategy(batching)
+        self.batch_size = self.spec.batch_size  # both of which refuse what cannot be used
         if "batch_size" in self.hparams:
             self.hparams["batch_size"] = self.batch_size  # where Lightning's BatchSizeFinder looks for it
 

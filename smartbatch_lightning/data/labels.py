@@ -5,7 +5,25 @@ from collections.abc import Mapping
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from smartbatch_lightning.tasks import Task
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.tasks import TASKS, Task
+
+
+def find_task_class(problem_type: str) -> type[Task]:
+    """The class of a task, by its name or import path.
+
+    Raises:
+        ValueError: There is none, or it lacks something of the protocol `Task`.
+    """
+    task_class = look_up(problem_type, TASKS, "problem_type")
+    lacking = [name for name in vars(Task) if not name.startswith("_") and not hasattr(task_class, name)]
+    if lacking or not isinstance(task_class, type):
+        lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
+        raise UsageError(
+            f"problem_type is {problem_type!r}, which {lacks}; give a class with all of smartbatch_lightning.tasks.Task."
+        )
+    return task_class
 
 
 def find_task(

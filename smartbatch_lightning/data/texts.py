@@ -11,16 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import text_model_of
-from smartbatch_lightning.data.labels import find_task
+from smartbatch_lightning.data.labels import find_task, find_task_class
 from smartbatch_lightning.data.sources import read_dataset
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.tokenizers import find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
 from smartbatch_lightning.errors import UsageError, check_at_least
-from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
-from smartbatch_lightning.tasks import TASKS, Task
+from smartbatch_lightning.tasks import Task
 
 _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
@@ -108,7 +107,7 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.seed = seed
         self.cache_dir = cache_dir
-        self._task_class = look_up(problem_type, TASKS, "problem_type")
+        self._task_class = find_task_class(problem_type)
         self._given_task = None if label_names is None else self._task_class.from_names(label_names)
         self._given_tokenizer = tokenizer
         self._loaded: _Loaded | None = None
