@@ -21,7 +21,7 @@ def find_task_class(problem_type: str) -> type[Task]:
     if lacking or not isinstance(task_class, type):
         lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
         raise UsageError(
-            f"problem_type is {problem_type!r}, which {lacks}; give a class with all of smartbatch_lightning.tasks.Task."
+            f"problem_type is {problem_type!r}, which {lacks}; give a class with all of `tasks.Task`."
         )
     return task_class
 
