@@ -9,9 +9,8 @@ import pytest
 
 # before torch, datasets and transformers are imported by the package
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # small models; on a busy machine threads that wait for others take minutes
+# small models, and pytest-xdist uses all cores: with two threads a process the suite takes five times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

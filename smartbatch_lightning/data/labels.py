@@ -20,9 +20,7 @@ def find_task_class(problem_type: str) -> type[Task]:
     lacking = [name for name in vars(Task) if not name.startswith("_") and not hasattr(task_class, name)]
     if lacking or not isinstance(task_class, type):
         lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
-        raise UsageError(
-            f"problem_type is {problem_type!r}, which {lacks}; give a class with all of `tasks.Task`."
-        )
+        raise UsageError(f"problem_type is {problem_type!r}, which {lacks}; give a class with all of `tasks.Task`.")
     return task_class
 
 
