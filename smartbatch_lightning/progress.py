@@ -7,6 +7,8 @@ Lightning keeps how many epochs, batches and optimizer steps were trained in cou
   the epoch without validation and without the hooks of its end; a validation that was due is skipped for good; after an
   exception a batch is repeated. So they are rewritten before Lightning restores them: to those of a run that stands
   between two batches.
+- An epoch that `max_steps`, `max_time` or a callback cuts short counts as one that has ended; resumed with more steps,
+  the rest of it would never be trained.
 - No `on_train_epoch_start` is called in an epoch that goes on, so `GradientAccumulationScheduler` is asked here, and
   `StochasticWeightAveraging` called, which makes its schedule there.
 - `estimated_stepping_batches` knows neither that callback's later epochs nor where a second `fit` begins.
@@ -84,11 +86,14 @@ def position(trainer: L.Trainer) -> Position:
     epochs: Any = loop.epoch_progress.current
     progress = loop.epoch_loop.batch_progress
     batches: Any = progress.current
-    if epochs.started <= epochs.processed:
+    trained, ended = batches.processed, epochs.started <= epochs.processed
+    cut_short = ended and 0 < trained < trainer.num_training_batches  # by max_steps, max_time or a callback
+    if ended and not cut_short:
         return Position(epochs.processed, None, False)
-    trained = batches.processed
     if trained < trainer.num_training_batches:
         trained -= trained % trainer.accumulate_grad_batches
+    if cut_short:
+        return Position(epochs.processed - 1, trained, False)
     # the next batch is begun only when a validation that was due is over
     due = trained == batches.ready and _validation_due(trainer) and not _validation_over(trainer)
     return Position(epochs.processed, trained, due)

@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -72,6 +74,15 @@ class KillsItself(Callback):
         self._reach("start of epoch")
 
 
+class TokenizesSlowly(SmartBatchDataModule):
+    """Tells that it tokenizes, and takes its time."""
+
+    def tokenize(self, dataset) -> Any:
+        (Path(sys.argv[1]) / "tokenizing.txt").touch()
+        time.sleep(5)
+        return super().tokenize(dataset)
+
+
 class Dropped(SequenceClassifier):
     """The demo's model with dropout, so that the random state matters."""
 
@@ -101,11 +112,12 @@ def main(folder: Path, *arguments: str) -> None:
         "seed_by_rank": 0,
         "kill": "never",
         "passed": 0,
+        "tokenizing": 0,
     }
     options |= {name: type(options[name])(value) for name, value in (argument.split("=") for argument in arguments)}
     L.seed_everything(7 + options["seed_by_rank"] * int(os.environ.get("LOCAL_RANK", 0)))
     torch.set_num_threads(1)
-    data = SmartBatchDataModule(
+    data = (TokenizesSlowly if options["tokenizing"] else SmartBatchDataModule)(
         validation_split=0.9,
         max_length=24,
         batch_size=None if options["budget"] else 8,

@@ -1,4 +1,4 @@
-"""InterruptionError runs: what follows is what would have followed, to the last bit."""
+"""Interrupted runs: what follows is what would have followed, to the last bit."""
 
 import os
 import random
@@ -21,7 +21,14 @@ from lightning.pytorch.callbacks import (
 )
 from run_to_be_killed import Dropped
 
-from smartbatch_lightning import BatchSpec, SmartBatchDataModule, SmartBatchSampler, plan_epoch, storage
+from smartbatch_lightning import (
+    BatchSpec,
+    SmartBatchDataModule,
+    SmartBatchSampler,
+    TrainingMonitor,
+    plan_epoch,
+    storage,
+)
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
@@ -123,6 +130,20 @@ def test_an_epoch_that_is_all_trained_leaves_nothing_to_any_number_of_ranks() ->
     sampler.load_state_dict({"epoch": 0, "consumed": [(1, 10)]})
     assert list(sampler) == []
     assert sampler.start_step == len(sampler) == 5
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+@pytest.mark.parametrize("steps", [STEPS - 2, STEPS, STEPS + 3])
+def test_the_rest_of_an_epoch_that_max_steps_cut_short_is_trained_by_a_run_with_more(
+    steps: int, tmp_path: Path
+) -> None:
+    whole, _ = train(tmp_path / "whole")
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    before, _ = train(tmp_path, TrainingMonitor(), saver, max_steps=steps)
+    monitor = TrainingMonitor()
+    after, _ = train(tmp_path, monitor, ckpt_path=tmp_path / f"step={steps}.ckpt")
+    assert [a + b for a, b in zip(before, after, strict=True)] == whole
+    assert [counts.samples for counts, _ in monitor.epochs] == [sum(map(len, epoch)) for epoch in whole]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -583,23 +604,6 @@ def test_a_signal_saves_at_the_next_step_requeues_and_goes_on_exactly(
         first, second = diaries(folder, rank)
         assert [first + second] == diaries(whole, rank)
         assert len(first) < len(second)
-    weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
-    assert_same(resumed, weights)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_every_signal_that_ends_a_run_saves_says_how_to_go_on_and_is_no_success(number, devices, reference, tmp_path):
-    whole, folder = reference(devices, 2), tmp_path / "run"
-    options = {"devices": devices, "accumulate": 2, "every": 1000}
-    run = start(folder, **options)
-    kill_after(run, folder, 9, 0.0, number)
-    log = (folder / "log.txt").read_text()
-    assert run.returncode == 128 + number, log[-3000:]
-    assert f"Stopped by {number.name} after step" in log
-    assert f"--ckpt_path={folder}/checkpoints/last.ckpt" in log
-    finish(start(folder, **options), folder)
     weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
     assert_same(resumed, weights)
 

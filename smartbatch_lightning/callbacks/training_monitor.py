@@ -21,7 +21,7 @@ from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
-from smartbatch_lightning.progress import between_steps
+from smartbatch_lightning.progress import between_steps, stands_in_epoch
 
 
 @dataclass
@@ -126,6 +126,8 @@ class TrainingMonitor(Callback):
                 self._before_epoch -= counts
             else:  # that was its last step
                 self.epochs.append((counts, {}))
+        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # cut short before, goes on
+            self._before_epoch -= self.epochs.pop()[0]
         self._trainer, self._epoch = trainer, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
