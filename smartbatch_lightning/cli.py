@@ -2,9 +2,12 @@
 
 import logging
 import os
+import re
 import sys
+import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck
@@ -29,8 +32,9 @@ from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_chec
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
-from smartbatch_lightning.export import check_export_folder, export_model
+from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.progress import check_flags
 from smartbatch_lightning.storage import check_writable
 
 
@@ -56,6 +60,7 @@ class SmartBatchTrainer(L.Trainer):
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
         super().__init__(logger=logger, callbacks=callbacks, **options)
+        check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # what was logged is there after a kill; by itself it is written every hundredth step
             self.loggers.append(CSVLogger(self.logger.log_dir, name="csv", flush_logs_every_n_steps=1))
@@ -78,6 +83,7 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)  # whose tokenizer the data module takes
         datamodule.prepare_data()
+        echo("The data is prepared: the same arguments find it tokenized.")
 
     def report(
         self,
@@ -124,6 +130,7 @@ class SmartBatchTrainer(L.Trainer):
             folder: Where to.
             weights_only: Not used: a checkpoint is never loaded in a way that could run code.
         """
+        check_exportable(model, datamodule)
         check_export_folder(folder)
         datamodule.trainer = self
         self.strategy.connect(model)
@@ -173,7 +180,7 @@ class SmartBatchCLI(LightningCLI):
         model_class: Class of the model, or what its `class_path` must be a subclass of.
         datamodule_class: Class of the data module, likewise.
         trainer_defaults: As `LightningCLI` takes it; what it leaves out stays as here.
-        args: Arguments instead of those of the command line.
+        args: Arguments instead of those of the command line, of which mistakes are told in one line.
         options: Everything else that `LightningCLI` takes.
     """
 
@@ -200,19 +207,16 @@ class SmartBatchCLI(LightningCLI):
             **options,
         }
         self._classes = {"model": model_class, "data": datamodule_class}
-        super().__init__(
-            model_class,
-            datamodule_class,
-            trainer_defaults={
-                "max_epochs": 2,
-                "gradient_clip_val": 1.0,
-                **(trainer_defaults or {}),
-            },
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=args,
-            **options,
-        )
+        with _as_a_command() if args is None else nullcontext():
+            super().__init__(
+                model_class,
+                datamodule_class,
+                trainer_defaults={"max_epochs": 2, "gradient_clip_val": 1.0, **(trainer_defaults or {})},
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=args,
+                **options,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -296,22 +300,40 @@ _IGNORED_WARNINGS = (
 )
 
 
-def main() -> None:
-    """Entry point of `smartbatch` and `train.py`."""
+@contextmanager
+def _as_a_command() -> Iterator[None]:
+    """Leaves out warnings that a user cannot act on, and tells a mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip: " not in record.getMessage()
     )
+    try:
+        yield
+    except Exception as error:
+        mistake = _told_to_user(error)
+        if mistake is None:
+            raise
+        sys.exit(f"error: {mistake}")
+
+
+def _told_to_user(error: Exception) -> str | None:
+    """What a user is told of an error instead of a traceback; None where it is no mistake of the user's.
+
+    Lightning refuses some arguments by exceptions that say nothing of their kind but where they come from.
+    """
+    for one in exception_chain(error):  # jsonargparse wraps what a constructor raises
+        *_, (frame, _) = traceback.walk_tb(one.__traceback__)
+        refusal = isinstance(one, ValueError | RuntimeError) and frame.f_globals["__name__"].startswith("lightning.")
+        if isinstance(one, UsageError | MisconfigurationException) or refusal:
+            return str(one).strip()
+    if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]
+        return "another rank has ended, and with it this one; what it says tells why."
+    return None
+
+
+def main() -> None:
+    """Entry point of `smartbatch` and `train.py`."""
     # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
     sys.path.insert(0, os.getcwd())
-    try:
-        SmartBatchCLI()
-    except Exception as error:
-        # jsonargparse wraps what a constructor raises
-        user_error = next(
-            (one for one in exception_chain(error) if isinstance(one, UsageError | MisconfigurationException)), None
-        )
-        if user_error is None:
-            raise
-        sys.exit(f"error: {user_error}")
+    SmartBatchCLI()

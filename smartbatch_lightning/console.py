@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from rich.table import Table
 
 
 def command_line() -> str:
-    """The command that was started, by the name of its program alone."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that was started."""
+    return _command(sys.argv[1:])
 
 
 def command_to_go_on(checkpoint: str) -> str:
@@ -23,7 +24,14 @@ def command_to_go_on(checkpoint: str) -> str:
         if not skip and argument.partition("=")[0] != "--ckpt_path":
             kept.append(argument)
         skip = argument == "--ckpt_path"  # its value comes next
-    return shlex.join([Path(sys.argv[0]).name, *kept, f"--ckpt_path={checkpoint}"])
+    return _command([*kept, f"--ckpt_path={checkpoint}"])
+
+
+def _command(arguments: list[str]) -> str:
+    """A program on the PATH goes by its name alone, a script by that of Python and its path as it was given."""
+    program = Path(sys.argv[0]).name
+    started = [program] if shutil.which(program) and not program.endswith(".py") else ["python", sys.argv[0]]
+    return shlex.join([*started, *arguments])
 
 
 def echo(what: str | Table) -> None:

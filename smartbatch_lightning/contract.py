@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks import Task
+
+# What `enable_packing` sets on a model: an attribute of that one, not of the configuration that others may share.
+TAKES_PACKED_BATCHES = "takes_packed_batches"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,20 @@ def text_data_of(trainer: L.Trainer | None) -> TextData | None:
     """What the run's data module tells; None for a foreign one or none."""
     datamodule = datamodule_of(trainer)
     return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
+
+
+def check_takes_packed_batches(module: L.LightningModule) -> None:
+    """Refuses a module whose `transformers` models would read a packed batch as one sample.
+
+    Raises:
+        ValueError: None of them was given to `enable_packing`.
+    """
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    if models and not any(TAKES_PACKED_BATCHES in vars(model) for model in models):
+        raise UsageError(
+            f"batches are packed, which {type(models[0]).__name__} of {type(module).__name__} does not take yet. Call "
+            "enable_packing(model) of smartbatch_lightning.models.packing, or set --data.padding=longest."
+        )
 
 
 def text_model_of(trainer: L.Trainer | None) -> TextModel | None:

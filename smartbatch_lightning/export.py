@@ -63,6 +63,20 @@ def export_model(
     echo(f"Wrote the model to {folder}")
 
 
+def check_exportable(module: Any, datamodule: Any) -> None:
+    """Refuses what `export_model` cannot write.
+
+    Raises:
+        ValueError: It is no `SequenceClassifier` trained on a `SmartBatchDataModule`.
+    """
+    if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
+        raise UsageError(
+            "what is exported is a SequenceClassifier trained on a SmartBatchDataModule, but this run has "
+            f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of the "
+            "tokenizer instead."
+        )
+
+
 def check_export_folder(folder: str | Path) -> None:
     """Refuses a folder that cannot be written, or whose README.md is not of an export.
 

@@ -42,6 +42,18 @@ class Position:
     validation_due: bool
 
 
+def check_flags(trainer: L.Trainer) -> None:
+    """Refuses flags of the Trainer with which Lightning would divide by zero, or train nothing.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise UsageError(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
+    if trainer.val_check_interval == 0:
+        raise UsageError("val_check_interval is 0; give more, or set limit_val_batches to 0 for no validation.")
+
+
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
     """Batches whose gradients are accumulated for an optimizer step, in an epoch."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

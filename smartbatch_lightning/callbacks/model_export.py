@@ -7,8 +7,7 @@ from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
 from smartbatch_lightning.console import command_line
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.export import check_export_folder, export_model
+from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
@@ -27,12 +26,7 @@ class ModelExport(Callback):
         datamodule = datamodule_of(trainer)
         if self.folder is None:
             return
-        if not isinstance(pl_module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
-            raise UsageError(
-                "ModelExport writes a SequenceClassifier trained on a SmartBatchDataModule, but this run has "
-                f"{type(pl_module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of "
-                "the tokenizer instead."
-            )
+        check_exportable(pl_module, datamodule)
         if trainer.is_global_zero:
             check_export_folder(self.folder)
 

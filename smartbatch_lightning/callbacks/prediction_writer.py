@@ -42,17 +42,19 @@ class PredictionWriter(BasePredictionWriter):
             )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses predictions whose columns are unknown, before any is made.
+        """Refuses predictions whose columns are unknown, before any is made, unless another callback writes them.
 
         Raises:
             ValueError: The module is no `SequenceClassifier`.
         """
         if stage == "predict" and not isinstance(pl_module, SequenceClassifier):
-            raise UsageError(
-                f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
-                f"{type(pl_module).__name__}. Write what trainer.predict returns instead."
-            )
-        if stage == "predict" and trainer.is_global_zero:
+            writers = [one for one in trainer.callbacks if isinstance(one, BasePredictionWriter)]  # type: ignore[attr-defined]
+            if all(isinstance(writer, PredictionWriter) for writer in writers):
+                raise UsageError(
+                    f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
+                    f"{type(pl_module).__name__}. Give a BasePredictionWriter of your own by --trainer.callbacks."
+                )
+        elif stage == "predict" and trainer.is_global_zero:
             check_writable(self.path.parent, "Give another path by --predictions.path.")
 
     def write_on_epoch_end(
@@ -63,6 +65,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Gathers all ranks' predictions, brings them into order and writes them, on rank 0."""
+        if not isinstance(pl_module, SequenceClassifier):
+            return  # another callback writes them
         predicted = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
@@ -70,7 +74,6 @@ class PredictionWriter(BasePredictionWriter):
             predicted = {name: torch.cat([part[name] for part in parts]) for name in predicted}
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, SequenceClassifier)  # setup has seen to it
         order = predicted["index"].argsort()
         rows = {name: values[order].numpy() for name, values in predicted.items()}
         table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})

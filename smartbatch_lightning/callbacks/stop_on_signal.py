@@ -11,10 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from smartbatch_lightning.console import command_to_go_on, echo
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.progress import between_steps
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,9 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self, requeue_signal: str = "SIGUSR1", every_n_steps: int = 1) -> None:
-        if requeue_signal not in signal.Signals.__members__:
-            raise UsageError(f"requeue_signal is {requeue_signal!r}; give a name such as SIGUSR1.")
-        if every_n_steps < 1:
-            raise UsageError(f"every_n_steps is {every_n_steps}; give 1 or more.")
+        if requeue_signal not in signal.Signals.__members__ or requeue_signal in ("SIGKILL", "SIGSTOP"):
+            raise UsageError(f"requeue_signal is {requeue_signal!r}; give one that can be handled, such as SIGUSR1.")
+        check_at_least(1, every_n_steps=every_n_steps)
         self.requeue_signal = signal.Signals[requeue_signal]
         self.every_n_steps = every_n_steps
         self._received: signal.Signals | None = None
@@ -79,7 +79,7 @@ class StopOnSignal(Callback):
         received = _on_all_ranks(trainer, self._received)
         path = _save_last(trainer)
         if trainer.is_global_zero:
-            _announce(f"Stopped by {received.name} after step {trainer.global_step}.", path)
+            _announce(trainer, f"Stopped by {received.name} after step {trainer.global_step}.", path)
             if received == self.requeue_signal:
                 _requeue()
         trainer.strategy.barrier("stop on signal")
@@ -94,7 +94,7 @@ class StopOnSignal(Callback):
         ):
             saver = trainer.checkpoint_callback
             path = (saver.last_model_path or saver.best_model_path) if isinstance(saver, ModelCheckpoint) else None
-            _announce(f"Interrupted after step {trainer.global_step}.", path)
+            _announce(trainer, f"Interrupted after step {trainer.global_step}.", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the trained model where the last one is to be kept."""
@@ -137,11 +137,13 @@ def _save_last(trainer: L.Trainer) -> str | None:
     return path
 
 
-def _announce(what: str, checkpoint: str | None) -> None:
-    if checkpoint and ("://" in checkpoint or Path(checkpoint).exists()):
-        echo(f"{what} Checkpoint: {checkpoint}\nGo on with: {command_to_go_on(checkpoint)}")
-    else:
+def _announce(trainer: L.Trainer, what: str, checkpoint: str | None) -> None:
+    if not checkpoint or not ("://" in checkpoint or Path(checkpoint).exists()):
         echo(f"{what} There is no checkpoint.")
+        return
+    is_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    how = command_to_go_on(checkpoint) if is_command else f"trainer.fit(..., ckpt_path={checkpoint!r})"
+    echo(f"{what} Checkpoint: {checkpoint}\nGo on with: {how}")
 
 
 def _requeue() -> None:

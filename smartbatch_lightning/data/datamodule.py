@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.batching.strategies import find_strategy
-from smartbatch_lightning.contract import TextData, text_model_of
+from smartbatch_lightning.contract import TextData, check_takes_packed_batches, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
 from smartbatch_lightning.data.resume import (
@@ -93,7 +93,7 @@ class SmartBatchDataModule(TextDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.loader_kwargs = check_loader_kwargs(loader_kwargs or {})
+        self.loader_kwargs = check_loader_kwargs(loader_kwargs or {}, num_workers)
         self.ignore_fingerprint_mismatch = ignore_fingerprint_mismatch
         self._train_sampler: SmartBatchSampler | None = None
         self._restored: dict[str, Any] | None = None
@@ -151,6 +151,8 @@ class SmartBatchDataModule(TextDataModule):
         Raises:
             ValueError: No batch can hold a sample, or the ranks have other data or settings than each other.
         """
+        if stage == "fit" and self.trainer is not None:
+            progress.check_flags(self.trainer)
         super().setup(stage)
         if stage == "fit":
             self._train_sampler = self._restored = None
@@ -242,6 +244,9 @@ class SmartBatchDataModule(TextDataModule):
         return self._loader(data, self.configure_sampler(data.lengths, shuffle=False))
 
     def _loader(self, data: TokenDataset, sampler: SmartBatchSampler, **options: Any) -> SmartBatchLoader:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if self.spec.packed and module is not None and text_model_of(self.trainer) is None:
+            check_takes_packed_batches(module)
         defaults = {
             "collate_fn": self.configure_collator(),
             "num_workers": self.num_workers,

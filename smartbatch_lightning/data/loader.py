@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from time import perf_counter
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.errors import UsageError, join_quoted
@@ -137,8 +138,8 @@ class SmartBatchLoader(DataLoader[Any]):
             self.plan_sampler.load_state_dict(state)
 
 
-def check_loader_kwargs(options: dict[str, Any]) -> dict[str, Any]:
-    """Refuses options of a `DataLoader` that batches decide; else returns them.
+def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, Any]:
+    """Refuses options that batches decide or that a `DataLoader` does not take; else returns them.
 
     Raises:
         ValueError: One of them is there.
@@ -148,4 +149,10 @@ def check_loader_kwargs(options: dict[str, Any]) -> dict[str, Any]:
             f"loader_kwargs has {join_quoted(sorted(fixed))}, which the batches decide. Set --data.batch_size and "
             "--data.batching, or override configure_sampler."
         )
+    try:
+        loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": num_workers, **options})
+        if not loader.num_workers:
+            iter(loader)  # which knows options that workers alone have
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"loader_kwargs is {options}, which a DataLoader does not take: {error}") from error
     return options

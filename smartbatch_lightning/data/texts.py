@@ -92,13 +92,14 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
             )
-        if isinstance(text_columns, list) and len(text_columns) not in (1, 2):
+        columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
+        if len(columns) not in (1, 2) or len(set(columns)) < len(columns):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         self.dataset = dataset
         self.dataset_config = dataset_config
         self.problem_type = problem_type
-        self.text_columns = [text_columns] if isinstance(text_columns, str) else text_columns
+        self.text_columns = columns
         self.label_column = label_column
         self.train_split = train_split
         self.validation_split = validation_split

@@ -31,7 +31,7 @@ from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_chec
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
-from smartbatch_lightning.models.compilation import check_compilation, compile_model
+from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
@@ -110,6 +110,14 @@ class SequenceClassifier(L.LightningModule):
                 f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
                 "between 0 and 1."
             )
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("adam_epsilon", adam_epsilon),
+            ("weight_decay", weight_decay),
+        ):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
+        check_mode(compile)
         self.pretrained = pretrained
         self.num_labels = num_labels
         self.learning_rate = learning_rate
@@ -520,6 +528,11 @@ class SequenceClassifier(L.LightningModule):
             config.update(task.config_fields())
         elif self.num_labels is not None:
             config.num_labels = self.num_labels
+        elif self._trainer is not None and not is_fine_tuned(config):
+            raise UsageError(
+                "num_labels is not given, and there is no SmartBatchDataModule to tell how many classes there are. "
+                "Set --model.num_labels."
+            )
         passed = (*_WHERE, *_NOT_IN_CONFIG)
         options = {option: value for option, value in self.model_kwargs.items() if option in passed}
         try:
@@ -529,6 +542,8 @@ class SequenceClassifier(L.LightningModule):
                 config=config,
                 **{"dtype": torch.float32, **options},
             )
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"model_kwargs is {self.model_kwargs}: {root_cause_message(error)} Correct it.") from error
         except OSError as error:
             raise UsageError(
                 f"the weights of {name!r} were not found locally or on the Hub: {root_cause_message(error)} Give "

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, join_quoted
 
 _GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -24,6 +24,19 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
         return
     for module in layers or [model]:
         module.compile(dynamic=True)
+
+
+def check_mode(how: bool | str) -> None:
+    """Refuses a mode that `torch.compile` does not have.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(how, str):
+        from torch._inductor import list_mode_options  # a second of imports
+
+        if how not in list_mode_options():
+            raise UsageError(f"compile is {how!r}; give true, false, or one of {join_quoted(list_mode_options())}.")
 
 
 def check_compilation(how: bool | str, trainer: L.Trainer) -> None:

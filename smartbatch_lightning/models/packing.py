@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smartbatch_lightning.contract import TAKES_PACKED_BATCHES
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.attention import ATTENTION, attention_forward
 from smartbatch_lightning.models.pooling import POOLINGS, first_token
 
-_ENABLED = "takes_packed_batches"
 # Families by `model_type`, and the part of the base model whose output the head, or a pooler before it, reads.
 _ENCODERS = {
     "albert": "encoder",
@@ -65,9 +65,9 @@ def enable_packing(model: PreTrainedModel) -> None:
         ValueError: It is of another family.
     """
     check_packing(model)
-    if _ENABLED in model.__dict__:  # not by the configuration, which other models may share
+    if TAKES_PACKED_BATCHES in model.__dict__:
         return
-    model.__dict__[_ENABLED] = True
+    model.__dict__[TAKES_PACKED_BATCHES] = True
     model.set_attn_implementation(ATTENTION)
     model.register_forward_pre_hook(_shift_positions, with_kwargs=True)
     encoder = model.base_model.get_submodule(_ENCODERS[model.config.model_type])
