@@ -1,6 +1,8 @@
 """Checkpoints that are written atomically, and read only when they are whole and hold weights and plain values."""
 
 import zipfile
+from collections.abc import MutableMapping
+from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from os import SEEK_END
 from pathlib import Path
@@ -8,15 +10,23 @@ from pickle import UnpicklingError
 from typing import Any
 
 import fsspec
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_info
 from xxhash import xxh3_128
 
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.storage import atomic_write, refused
 
 _MARK = b"xxh3:"  # before the checksum of a file
+
+# Numbers and arrays of numpy and paths, of which arguments are made and which run no code: loaded too, wherever.
+_NUMPY_TYPES = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"]
+_PLAIN: list[Any] = [np.ndarray, np.dtype, *_NUMPY_TYPES, type(Path())]
+_PLAIN += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # what they are rebuilt by
+torch.serialization.add_safe_globals(_PLAIN)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,6 +53,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # the weights that Lightning's `ddp_spawn` and its like hand from process to process are no checkpoint
         local = path if Path(path).name == ".temp.ckpt" else verified_checkpoint(path)
         return super().load_checkpoint(local, *args[:1], **{**options, "weights_only": True})
+
+
+def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
+    """Leaves arguments that a checkpoint cannot hold out of those that it keeps, and says so.
+
+    Args:
+        of: Whose arguments they are.
+        hparams: By name; what is no plain value is taken out.
+    """
+    for name, value in list(hparams.items()):
+        content = BytesIO()
+        try:
+            torch.save(value, content)
+            content.seek(0)
+            torch.load(content, weights_only=True)
+        except Exception:  # pickle and what is pickled may raise anything
+            del hparams[name]
+            rank_zero_info(
+                f"Checkpoints are loaded without running code and cannot hold {name}={type(value).__name__} of "
+                f"{type(of).__name__}: give it to load_from_checkpoint again."
+            )
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:

@@ -256,10 +256,10 @@ class SmartBatchCLI(LightningCLI):
         saved = self.config
         if saved is given:
             return
-        if isinstance(self._args, dict | Namespace):
-            self.config = self.parser.parse_object(self._args, saved)
-        else:
-            self.config = self.parser.parse_args(self._args, saved)
+        parse: Any = self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
+        # of all else what is parsed already: lists to which `+=` adds would get it twice
+        self.config = given
+        self.config[command].model = parse(self._args, saved.clone())[command].model
         architecture = f"{command}.model.init_args.architecture"
         if architecture in saved:
             self.config[architecture] = saved[architecture]

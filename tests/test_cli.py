@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 from smartbatch_lightning.cli import main
+from smartbatch_lightning.console import command_to_go_on
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -220,6 +221,19 @@ def test_a_mistake_is_told_in_one_line() -> None:
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].startswith("error: the text column 'sentence' is not in the split 'train'")
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [
+        ("/usr/bin/env", "env"),
+        ("train.py", "python train.py"),
+        ("/home/us/our project/cli.py", "python '/home/us/our project/cli.py'"),
+    ],
+)
+def test_the_command_that_goes_on_is_one_that_can_be_typed(started: str, shown: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "fit", "--ckpt_path", "old.ckpt", "--ckpt_path=older.ckpt", "--x=a b"])
+    assert command_to_go_on("new.ckpt") == f"{shown} fit '--x=a b' --ckpt_path=new.ckpt"
 
 
 def test_a_predictions_file_of_another_kind_is_refused() -> None:

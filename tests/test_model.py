@@ -369,6 +369,10 @@ def test_a_finetuned_folder_for_another_number_of_labels_is_refused(data, tmp_pa
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps is 5 and warmup_ratio 0.1; set one of them to 0"),
         ({"warmup_steps": -1}, "give steps of 0 or more"),
         ({"warmup_ratio": 1.5}, "a share between 0 and 1"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0; give a number that is 0 or more"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; give a number"),
+        ({"adam_epsilon": float("inf")}, "adam_epsilon is inf; give a number"),
+        ({"compile": "quick"}, "compile is 'quick'; give true, false, or one of 'default'"),
     ],
 )
 def test_warm_ups_that_make_no_sense_are_refused(options: dict, message: str) -> None:

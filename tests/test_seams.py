@@ -3,13 +3,15 @@
 import ast
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import QUIET, trainer
-from lightning.pytorch.callbacks import Callback
-from transformers import AutoTokenizer, BertConfig, ModernBertConfig
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, BertConfig, DataCollatorWithPadding, ModernBertConfig
 from transformers.models.auto import AutoModelForSequenceClassification
 
 import smartbatch_lightning
@@ -269,6 +271,14 @@ def test_model_kwargs_reach_the_configuration_and_the_attention(tmp_path: Path) 
         trainer(tmp_path).fit(SequenceClassifier(model_kwargs={"hiden_dropout_prob": 0.1}), data())
 
 
+@pytest.mark.parametrize("options", [{"no_such": 1}, {"prefetch_factor": 2}, {"timeout": 5}])
+def test_loader_kwargs_that_a_loader_does_not_take_are_refused_at_once(options: dict) -> None:
+    with pytest.raises(
+        ValueError, match=f"loader_kwargs is .*{next(iter(options))}.*, which a DataLoader does not take"
+    ):
+        data(loader_kwargs=options)
+
+
 def test_loader_kwargs_reach_the_loader_and_may_not_decide_batches() -> None:
     module = data(num_workers=1, loader_kwargs={"prefetch_factor": 7, "persistent_workers": False})
     module.setup("fit")
@@ -342,6 +352,95 @@ class MyData(SmartBatchDataModule):
 
     def __init__(self, max_length: int = 16, **options) -> None:
         super().__init__(max_length=max_length, **options)
+
+
+class Bare(L.LightningModule):
+    """A module of a user's own, around a model of transformers."""
+
+    def __init__(self, packs: bool = False) -> None:
+        super().__init__()
+        self.bert = AutoModelForSequenceClassification.from_pretrained(demo.model_dir())
+        if packs:
+            enable_packing(self.bert)
+
+    def training_step(self, batch, batch_idx):
+        loss_weight = batch.pop("loss_weight")
+        return loss_weight * self.bert(**batch).loss
+
+    def predict_step(self, batch, batch_idx):
+        return batch["index"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def test_packed_batches_for_a_model_of_ones_own_that_would_read_them_as_one_sample_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"which BertForSequenceClassification of Bare does not take yet. Call enable"):
+        trainer(tmp_path).fit(Bare(), data(padding="packed", validation_split=0))
+
+
+def test_a_module_of_ones_own_without_a_tokenizer_is_told_so(tmp_path: Path) -> None:
+    module = data(dataset={"train": "reviews.csv"}, validation_split=0)
+    Path("reviews.csv").write_text("text,label\na fine film,yes\na dull film,no\n")
+    with pytest.raises(
+        ValueError, match="no tokenizer is given for reviews.csv, and the module that runs .*data.tokenizer"
+    ):
+        trainer(tmp_path).fit(Bare(), module)
+
+
+def test_a_classifier_with_loaders_of_ones_own_is_told_the_number_of_classes(tmp_path: Path, minilm: str) -> None:
+    rows = [{"input_ids": [101, 2000 + n, 102], "labels": n % 3} for n in range(6)]
+    loader = DataLoader(rows, batch_size=3, collate_fn=DataCollatorWithPadding(AutoTokenizer.from_pretrained(minilm)))
+    with pytest.raises(ValueError, match=r"num_labels is not given, and there is no SmartBatchDataModule"):
+        trainer(tmp_path).fit(SequenceClassifier(minilm), loader)
+    run = trainer(tmp_path)
+    run.fit(SequenceClassifier(minilm, num_labels=3), loader)
+    assert run.global_step == 2
+
+
+class OwnWriter(BasePredictionWriter):
+    def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices) -> None:
+        Path("own.txt").write_text(str(sorted(int(row) for rows in predictions for row in rows)))
+
+
+def test_predictions_and_exports_of_a_module_of_ones_own_are_refused_unless_it_has_a_writer() -> None:
+    args = ["predict", "--data.max_length=16", "--predictions.path=other.csv", *QUIET]
+    with pytest.raises(
+        ValueError, match="this run has Bare. Give a BasePredictionWriter of your own by --trainer.callb"
+    ):
+        SmartBatchCLI(Bare, SmartBatchDataModule, args=args)
+    writer = ["--trainer.callbacks=test_seams.OwnWriter", "--trainer.callbacks.write_interval=epoch"]
+    run = SmartBatchCLI(Bare, SmartBatchDataModule, args=[*args, *writer])
+    assert Path("own.txt").read_text() == str(list(range(len(run.datamodule.predict_data))))
+    assert not Path("other.csv").exists()
+    with pytest.raises(
+        ValueError, match="exported is a SequenceClassifier .* this run has Bare and SmartBatchDataModule"
+    ):
+        SmartBatchCLI(Bare, SmartBatchDataModule, args=["export", "--ckpt_path=any.ckpt", *QUIET])
+
+
+def test_a_mistake_in_a_command_line_of_ones_own_is_told_in_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["ours.py", "fit", "--data.text_columns=sentence", "--trainer.fast_dev_run=1", *QUIET]
+    )
+    with pytest.raises(SystemExit, match="error: the text column 'sentence' is not in the split 'train'"):
+        SmartBatchCLI(MyModel, MyData)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("accumulate_grad_batches=0", "accumulate_grad_batches is 0; give 1 or more"),
+        ("val_check_interval=0", "val_check_interval is 0; give more"),
+        ("val_check_interval=10000", r"`val_check_interval` \(10000\) must be less than or equal to the number of"),
+        ("max_epochs=-2", "`max_epochs` must be a non-negative integer or -1"),
+    ],
+)
+def test_what_lightning_refuses_or_divides_by_is_told_in_one_line(flag: str, message: str, monkeypatch) -> None:
+    args = ["fit", "--data.max_length=16", "--data.train_split=test", "--data.validation_split=0.5", *QUIET]
+    monkeypatch.setattr("sys.argv", ["smartbatch", *args, f"--trainer.{flag}"])
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        SmartBatchCLI()
 
 
 def test_the_command_line_is_made_for_classes_of_ones_own() -> None:

@@ -36,7 +36,7 @@ def test_a_signal_at_any_moment_saves_says_how_to_go_on_and_is_no_success(number
         log = (folder / "log.txt").read_text()
         assert run.returncode == 128 + number, log[-3000:]
         assert f"Stopped by {number.name} after step" in log
-        assert f"--ckpt_path={folder}/checkpoints/last.ckpt" in log
+        assert f"ckpt_path='{folder}/checkpoints/last.ckpt'" in log
         finish(begin(folder, **options), folder)
         for rank in range(devices):
             assert [[step for steps in diaries(folder, rank) for step in steps]] == diaries(whole, rank)
@@ -69,7 +69,7 @@ def test_a_signal_under_torchrun_saves_and_is_no_success_whoever_receives_it(num
         assert run.wait(timeout=100) != 0
         assert not psutil.wait_procs(ranks, timeout=60)[1]
         said = (folder / "log.txt").read_text()
-        assert f"--ckpt_path={folder}/checkpoints/last.ckpt" in said, said[-3000:]
+        assert f"ckpt_path='{folder}/checkpoints/last.ckpt'" in said, said[-3000:]
         assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 

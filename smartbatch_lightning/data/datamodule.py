@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.batching.strategies import find_strategy
+from smartbatch_lightning.checkpointing import forget_objects
 from smartbatch_lightning.contract import TextData, check_takes_packed_batches, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
@@ -155,6 +156,7 @@ class SmartBatchDataModule(TextDataModule):
             progress.check_flags(self.trainer)
         super().setup(stage)
         if stage == "fit":
+            forget_objects(self, self.hparams)
             self._train_sampler = self._restored = None
             if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
                 raise UsageError(

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
@@ -213,6 +213,7 @@ class SequenceClassifier(L.LightningModule):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":
             check_compilation(self.compiled, self.trainer)
+            forget_objects(self, self.hparams)
             self._seed = run_seed(self.trainer)
 
     def configure_model(self) -> None:
@@ -417,6 +418,8 @@ class SequenceClassifier(L.LightningModule):
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
+        elif saved is not None:  # a subclass may not take it as an argument
+            self.architecture = saved
 
     # --- what the model is ---
 
