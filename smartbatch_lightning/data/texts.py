@@ -191,13 +191,19 @@ class TextDataModule(L.LightningDataModule):
         """Token ids of one split, as `tokenize` gives them.
 
         Raises:
-            ValueError: There are not as many as samples, a sample has none, or an id is not the tokenizer's.
+            ValueError: There are not as many as samples, a sample has none or too many, or an id is not the
+                tokenizer's.
         """
         tokenized = self.tokenize(dataset)
         table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
         if len(table) != len(dataset):
             raise UsageError(
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
+            )
+        if len(table) and (longest := int(table.lengths.max())) > self.max_length:
+            raise UsageError(
+                f"tokenize gave {longest} tokens for row {int(table.lengths.argmax())}, more than max_length, "
+                f"{self.max_length}. Cut them, or set --data.max_length."
             )
         table.check_ids(len(self.tokenizer))
         return table

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -49,10 +49,12 @@ class TokenTable:
     def from_rows(cls, rows: Iterable[Any]) -> "TokenTable":
         """Keeps rows in memory: lists of ids, or mappings with `input_ids` and perhaps `token_type_ids`.
 
+        Where a mapping has an `attention_mask`, tokens that it leaves out are left out.
+
         Raises:
             ValueError: A row has no tokens, or holds something else than whole numbers.
         """
-        kept = [row if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
+        kept = [_without_padding(row) if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
         columns: dict[str, _Slices] = {}
         for name in [name for name in _COLUMN_TYPES if kept and name in kept[0]]:
             arrays = [np.asarray(row[name]) for row in kept]
@@ -206,8 +208,11 @@ def tokenize_to_cache(
 
     def write(path: Path) -> None:
         with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
+            first = 0
             for texts in _texts(dataset, text_columns):
                 encodings = backend.encode_batch_fast(texts)
+                _check_encodings(encodings, first, max_length)
+                first += len(encodings)
                 columns = {
                     "input_ids": [encoding.ids for encoding in encodings],
                     "token_type_ids": [encoding.type_ids for encoding in encodings],
@@ -219,6 +224,22 @@ def tokenize_to_cache(
                 )
 
     return TokenFile(write_if_missing(cache_dir / f"tokens-{key}.arrow", write))
+
+
+def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a row with an attention mask what it is to be attended to."""
+    mask = row.get("attention_mask")
+    if mask is None:
+        return row
+    attended = np.asarray(mask, bool)
+    return {name: np.asarray(row[name])[attended] for name in _COLUMN_TYPES if name in row}
+
+
+def _check_encodings(encodings: list[Encoding], first_row: int, max_length: int) -> None:
+    for row, encoding in enumerate(encodings, first_row):
+        if not 0 < len(encoding.ids) <= max_length:
+            what = "has no tokens. Drop it" if not encoding.ids else "has more special tokens than that. Raise it"
+            raise UsageError(f"with max_length {max_length} row {row} (counted from 0) {what}.")
 
 
 def _slices(content: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> _Slices:
@@ -251,6 +272,11 @@ def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
 
 def _texts(dataset: Dataset, text_columns: Sequence[str]) -> Iterator[list[str] | list[tuple[str, str]]]:
     """Blocks of texts or pairs of texts, with a progress bar over samples."""
+    if dataset.format["type"] == "custom":
+        raise UsageError(
+            "the data set has a transform, which datasets runs whenever rows are read, while texts are tokenized once. "
+            "Use Dataset.map instead of set_transform."
+        )
     columns = dataset.select_columns(list(text_columns)).with_format("arrow")
     with tqdm(total=len(dataset), desc="Tokenizing", unit=" samples") as bar:
         for start in range(0, len(dataset), _ROWS_PER_WRITE):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import adds_parameters, follow_rates, place_schedule
 from smartbatch_lightning.progress import between_steps, restore_loaders, stay_stopped, total_steps
+from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.single_label import label_names_from_config
@@ -312,7 +314,7 @@ class SequenceClassifier(L.LightningModule):
         loss = self.step(batch, "train")
         # where Lightning hands it to a logger; in every other step the call alone would cost 0.3 ms
         # 0 also where another loop than Lightning's Trainer runs this module
-        every: int = getattr(self.trainer, "log_every_n_steps", 0)
+        every: int = getattr(self._trainer, "log_every_n_steps", 0)
         if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
         if self._trainer is not None:
@@ -413,6 +415,12 @@ class SequenceClassifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with its seed unless one is given; refuses one for other labels, whose weights would not fit."""
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if fitting and "optimizer_states" not in checkpoint:
+            raise UsageError(
+                "the checkpoint holds weights alone, as save_weights_only=True writes them, and no training can go on "
+                "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
+            )
         if not seed_is_given():
             self._seed = checkpoint.get("dropout_seed", self._seed)
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
@@ -435,7 +443,8 @@ class SequenceClassifier(L.LightningModule):
         if data is not None and data.task is not None:
             return data.task
         assert self.model is not None, "a model has a task once it is built"
-        kind = TASKS[self.model.config.problem_type or "single_label_classification"]
+        problem_type = self.model.config.problem_type or "single_label_classification"
+        kind = look_up(problem_type, TASKS, "the model's problem_type")
         return kind.from_config(self.model.config) or kind.from_names(self.label_names)
 
     @property
@@ -489,7 +498,7 @@ class SequenceClassifier(L.LightningModule):
         if self.architecture is None:
             model = self._pretrained_model(task)
         else:
-            model = _model_from_config(AutoConfig.for_model(**self.architecture), self.model_kwargs)
+            model = _model_from_config(self._architecture_config(), self.model_kwargs)
         if model.config.problem_type is None and len(label_names_from_config(model.config)) > 1:
             model.config.problem_type = "single_label_classification"
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
@@ -499,6 +508,15 @@ class SequenceClassifier(L.LightningModule):
         if self.compiled:
             compile_model(model, self.compiled)
         return model
+
+    def _architecture_config(self) -> PretrainedConfig:
+        """Configuration of a checkpoint's model, with what `model_kwargs` changes of it, such as a dropout."""
+        config = AutoConfig.for_model(**self.architecture or {})
+        changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
+        if unknown := [name for name in changed if not hasattr(config, name)]:
+            raise _unknown_options(unknown, "the checkpoint")
+        config.update(changed)
+        return config
 
     def _pretrained_config(self) -> PretrainedConfig:
         name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
@@ -511,10 +529,7 @@ class SequenceClassifier(L.LightningModule):
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
         if unknown := set(unknown) - set(_WHERE):
-            raise UsageError(
-                f"model_kwargs has {join_quoted(sorted(unknown))}, which the configuration of {self.pretrained!r} does "
-                "not know. Correct the name."
-            )
+            raise _unknown_options(unknown, repr(self.pretrained))
         assert isinstance(config, PretrainedConfig)
         return config
 
@@ -595,6 +610,13 @@ class SequenceClassifier(L.LightningModule):
 def forward_kwargs(batch: Batch) -> Batch:
     """What of a batch is for the model: all but labels, row numbers and the weight of its loss."""
     return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", "labels")}
+
+
+def _unknown_options(names: Collection[str], of: str) -> UsageError:
+    return UsageError(
+        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know. Correct the "
+        "name."
+    )
 
 
 def _model_from_config(config: PretrainedConfig, model_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from smartbatch_lightning.errors import UsageError
+
 _MAX_PENDING = 1000  # batches
 _MAX_PENDING_LOGITS = 2**20
 
@@ -30,10 +32,15 @@ class StageMetrics(nn.Module):
 
     Args:
         metrics: Of logits and labels.
+
+    Raises:
+        ValueError: A metric is named `loss`.
     """
 
     def __init__(self, metrics: MetricCollection) -> None:
         super().__init__()
+        if "loss" in metrics:
+            raise UsageError("configure_metrics gives a metric the name 'loss', which the mean loss has. Rename it.")
         self.loss = MeanMetric(nan_strategy="disable")  # its checks wait for the GPU
         self.metrics = metrics
         self._pending: list[tuple[Tensor, Tensor]] = []

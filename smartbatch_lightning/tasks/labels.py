@@ -136,18 +136,24 @@ def read_labels(dataset: "Dataset", column: str, split: str) -> tuple[pa.Chunked
         )
     if is_class_label(feature):
         return labels.cast(pa.string()), _type_of_names(feature.names)
-    if pa.types.is_floating(kind) and pc.all(pc.equal(labels, pc.floor(labels))).as_py():
+    if pa.types.is_floating(kind) and pc.all(_is_exact_integer(labels)).as_py():
         labels, kind = labels.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):
         return pc.if_else(labels, "True", "False").cast(pa.string()), "boolean"
     if pa.types.is_integer(kind):
-        return labels.cast(pa.string()), "integer"
+        fits = len(labels) == 0 or pc.max(labels).as_py() < 2**63  # as which they are written again
+        return labels.cast(pa.string()), "integer" if fits else "text"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return labels.cast(pa.string()), "text"
     raise UsageError(
         f"the label column {column!r} of the split {split!r} holds {kind}; labels are whole numbers, strings or "
         "booleans. Set --data.label_column, or turn them into classes."
     )
+
+
+def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether floats are whole numbers that floats of that size still tell apart."""
+    return pc.and_(pc.equal(labels, pc.floor(labels)), pc.less(pc.abs(labels), 2.0**53))
 
 
 def _type_of_names(names: list[str]) -> LabelType:
@@ -157,7 +163,7 @@ def _type_of_names(names: list[str]) -> LabelType:
 
 def _is_whole_number(name: str) -> bool:
     """Whether a name is a number as `str` writes it: "07" and "+7" are words."""
-    return name.lstrip("-").isdecimal() and name == str(int(name))
+    return name.removeprefix("-").isdecimal() and name == str(int(name))
 
 
 def _warn_of_near_duplicates(names: list[str]) -> None:

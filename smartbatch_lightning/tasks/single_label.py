@@ -21,6 +21,7 @@ from smartbatch_lightning.tasks.task import Task
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_PROBLEM_TYPE = "single_label_classification"
 _LABEL_TYPE = "label_type"  # of a model's configuration, beside `id2label`
 
 
@@ -51,8 +52,17 @@ class SingleLabelClassification:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "SingleLabelClassification | None":
-        """The classes that a model was trained for; None where its names are `LABEL_0`, `LABEL_1` and so on."""
+        """The classes that a model was trained for; None where its names are `LABEL_0`, `LABEL_1` and so on.
+
+        Raises:
+            ValueError: It was trained for another task.
+        """
         names = label_names_from_config(config)
+        if config.problem_type not in (None, _PROBLEM_TYPE) or len(names) < 2:
+            raise UsageError(
+                f"the model was trained for {config.problem_type or 'regression'}, not for {_PROBLEM_TYPE}. Give a "
+                "model that was, or one that is not fine-tuned."
+            )
         if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             return None
         label_type: LabelType = getattr(config, _LABEL_TYPE, "text")
@@ -74,7 +84,7 @@ class SingleLabelClassification:
         return {
             "id2label": dict(enumerate(self.label_names)),
             "label2id": {name: number for number, name in enumerate(self.label_names)},
-            "problem_type": "single_label_classification",
+            "problem_type": _PROBLEM_TYPE,
             _LABEL_TYPE: self.labels.label_type,
         }
 
