@@ -45,12 +45,14 @@ class TextModel:
         tokenizer_kwargs: What of the model's options is for its tokenizer, such as `revision`.
         trained_config: Configuration of what it was trained to classify; None where it has not been.
         is_demo: It is the embedded demo's, which knows few words.
+        trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None where none tells.
     """
 
     tokenizer_name: str
     tokenizer_kwargs: dict[str, Any]
     trained_config: PretrainedConfig | None
     is_demo: bool
+    trained_on: dict[str, Any] | None = None
 
 
 @runtime_checkable
@@ -69,6 +71,12 @@ class SupportsTextModel(Protocol):
     def text_model(self) -> TextModel:
         """What a data module needs to know."""
         ...
+
+
+def fingerprint_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What a data module has left in a checkpoint of the data that it was trained on."""
+    states = [state for state in checkpoint.values() if isinstance(state, dict)]
+    return next((state["fingerprint"] for state in states if "fingerprint" in state), None)
 
 
 def datamodule_of(trainer: L.Trainer | None) -> Any:

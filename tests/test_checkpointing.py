@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from helpers import QUIET, cli, damaged, trainer
+from helpers import QUIET, assert_same, cli, damaged, trainer
+from lightning.pytorch.callbacks import Callback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
@@ -41,6 +44,85 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         options = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=1", f"--trainer.default_root_dir={folder}"]
         run = cli("fit", *SHORT, *options)
     return Path(run.trainer.checkpoint_callback.best_model_path)
+
+
+class Weighted(SequenceClassifier):
+    """Takes arguments of its own, and neither `architecture` nor `model_kwargs`."""
+
+    def __init__(self, pretrained: str = "demo", class_weights=None, learning_rate: float = 1e-3) -> None:
+        super().__init__(pretrained, learning_rate=learning_rate)
+        self.class_weights = class_weights
+
+
+class Framed(SmartBatchDataModule):
+    def __init__(self, dataset: str = "demo", reviewers: pd.DataFrame | None = None, **options) -> None:
+        super().__init__(dataset, **options)
+        self.reviewers = reviewers
+
+
+class Best(Callback):
+    """Keeps a number of numpy's, as many users' callbacks do."""
+
+    best = np.float64(0.25)
+
+    def state_dict(self) -> dict:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = state["best"] + 1
+
+
+def test_arguments_of_numpy_and_paths_come_back_from_a_checkpoint_and_objects_are_told_of(
+    tmp_path: Path, caplog
+) -> None:
+    caplog.set_level("INFO")
+    module = Framed(
+        reviewers=pd.DataFrame({"a": [1]}),
+        max_length=16,
+        batch_size=np.int64(64),
+        seed=np.int64(1),
+        validation_split=np.float64(0.5),
+        cache_dir=Path("tokens"),
+        loader_kwargs={"worker_init_fn": print},
+    )
+    model = Weighted(class_weights=np.array([1.0, 3.0]), learning_rate=np.logspace(-5, -3, 3)[1])
+    run = trainer(tmp_path, callbacks=[Best()], limit_val_batches=1)
+    run.fit(model, module)
+    told = [record.message for record in caplog.records if "cannot hold" in record.message]
+    assert {line.split(" cannot hold ")[1].split(" of ")[0] for line in told} == {
+        "reviewers=DataFrame",
+        "loader_kwargs=dict",
+    }
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = Weighted.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.class_weights.tolist() == [1.0, 3.0]
+    assert loaded.learning_rate == 1e-4
+    assert_same(loaded.state_dict(), model.state_dict())
+    again = Framed.load_from_checkpoint(tmp_path / "run.ckpt", reviewers=module.reviewers)
+    assert (again.batch_size, again.cache_dir, again.validation_split) == (64, Path("tokens"), 0.5)
+    best = Best()
+    trainer(tmp_path, callbacks=[best], max_epochs=2, limit_val_batches=1).fit(
+        model, module, ckpt_path=tmp_path / "run.ckpt"
+    )
+    assert best.best == 1.25
+
+
+def test_model_kwargs_beside_a_checkpoint_change_its_configuration_or_are_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    loaded = SequenceClassifier.load_from_checkpoint(checkpoint, model_kwargs={"hidden_dropout_prob": 0.77})
+    assert {part.p for part in loaded.modules() if isinstance(part, torch.nn.Dropout)} >= {0.77}
+    with pytest.raises(
+        UsageError, match="model_kwargs has 'hiden_dropout_prob', which the configuration of the checkpoin"
+    ):
+        SequenceClassifier.load_from_checkpoint(checkpoint, model_kwargs={"hiden_dropout_prob": 0.77})
+
+
+def test_callbacks_that_are_added_beside_a_checkpoint_are_added_once(checkpoint: Path) -> None:
+    added = "--trainer.callbacks+=test_checkpointing.Best"
+    run = cli("validate", *SHORT, added, f"--ckpt_path={checkpoint}", "--trainer.limit_val_batches=1")
+    [best] = [callback for callback in run.trainer.callbacks if isinstance(callback, Best)]
+    assert best.best == 0.25  # the checkpoint is of before
 
 
 @pytest.fixture

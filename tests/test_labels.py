@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.data.splits import stratified_split
+from smartbatch_lightning.tasks import SingleLabelClassification
 
 
 def model_folder() -> str:
@@ -164,6 +166,25 @@ def test_no_validation_is_a_share_of_nothing(nothing, tmp_path: Path) -> None:
     data = module(write(tmp_path / "t.csv", [("a dull film", 0), ("a fine film", 1)] * 5), validation_split=nothing)
     data.setup("fit")
     assert (len(data.train_data), data.validation_data, data.val_dataloader()) == (10, [], [])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["--5", "4"], ["--5", "4"]),
+        (pa.array([2**63 + 1, 7], pa.uint64()), ["7", "9223372036854775809"]),
+    ],
+)
+def test_labels_that_are_almost_numbers_come_back_as_they_were(labels, names: list[str]) -> None:
+    task = SingleLabelClassification.from_dataset(Dataset(pa.table({"label": labels})), "label", "train")
+    assert task.label_names == names
+    assert [str(label) for label in task.decode(np.arange(2)).to_pylist()] == names
+
+
+@pytest.mark.parametrize("label", [float("inf"), 1e20, 0.5])
+def test_floats_that_are_no_classes_are_refused(label: float) -> None:
+    with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):
+        SingleLabelClassification.from_dataset(Dataset.from_dict({"label": [1.0, label]}), "label", "train")
 
 
 def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ from helpers import trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForSequenceClassification,
     CamembertConfig,
     DistilBertConfig,
     ElectraConfig,
@@ -338,6 +341,38 @@ def test_a_checkpoint_loads_without_the_pretrained_model_and_with_weights_only(
     data = SmartBatchDataModule(tokenizer=str(demo.model_dir()), max_length=64, seed=1)
     first = trainer(tmp_path).test(model, data, weights_only=True)
     assert first == trainer(tmp_path).test(model, data, ckpt_path=checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels"), [("multi_label_classification", 3), ("regression", 1), (None, 1)]
+)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_model_of_another_task_is_not_taken_for_one_of_single_labels(
+    problem_type, num_labels, by_hand, tmp_path
+) -> None:
+    config = BertConfig(**SMALL, vocab_size=2000, problem_type=problem_type, num_labels=num_labels)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    data = SmartBatchDataModule(tokenizer=str(demo.model_dir()), max_length=64)
+    data.setup("predict")
+    given = {"dataloaders": data.predict_dataloader()} if by_hand else {"datamodule": data}
+    with pytest.raises(ValueError, match=f"{problem_type or 'regression'}"):
+        trainer(tmp_path).predict(SequenceClassifier(str(tmp_path / "model")), **given)
+
+
+def test_a_metric_with_the_name_of_the_loss_is_refused(data, tmp_path: Path) -> None:
+    class Named(SequenceClassifier):
+        def configure_metrics(self, num_labels: int) -> MetricCollection:
+            return MetricCollection({"loss": MulticlassAccuracy(num_labels)})
+
+    with pytest.raises(ValueError, match="the name 'loss', which the mean loss has"):
+        trainer(tmp_path, fast_dev_run=1).fit(Named(), data)
+
+
+def test_a_module_that_another_loop_trains_needs_no_trainer(data) -> None:
+    data.setup("fit")
+    model = SequenceClassifier(num_labels=2)
+    model.configure_model()
+    assert model.training_step(next(iter(data.train_dataloader())), 0).isfinite()
 
 
 def test_a_checkpoint_for_other_labels_is_refused(checkpoint: Path, minilm: str, tmp_path: Path) -> None:

@@ -262,6 +262,37 @@ def test_what_was_set_aside_without_a_seed_is_what_the_checkpoint_is_validated_o
     assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
 
 
+@pytest.mark.parametrize("how", ["ckpt_path", "loaded"])
+def test_samples_that_a_checkpoint_may_have_been_trained_on_are_not_validated_on(how: str, tmp_path: Path) -> None:
+    first = data()
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=first)
+    model = Dropped() if how == "ckpt_path" else Dropped.load_from_checkpoint(tmp_path / "a.ckpt")
+    options = {"ckpt_path": tmp_path / "a.ckpt"} if how == "ckpt_path" else {}
+
+    def validated(**changed) -> list[int]:
+        module = data(**changed)
+        trainer(tmp_path, limit_val_batches=1).validate(model, module, **options, verbose=False)
+        return module.validation_data[0].rows.tolist()
+
+    assert validated() == first.validation_data[0].rows.tolist()
+    for changed in ({"seed": 6}, {"max_length": 12}, {"validation_split": 0.5}):
+        with pytest.raises(
+            ValueError, match="which may have been trained on them. Give its config, .* seed, 5; or name"
+        ):
+            validated(**changed)
+    assert len(validated(seed=6, validation_split="test")) == len(first.splits["test"])
+
+
+def test_a_second_data_module_without_a_seed_sets_the_same_samples_aside_in_the_same_process(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    first, second = data(seed=None), data(seed=None)
+    train(tmp_path, module=first, max_epochs=1)
+    trainer(tmp_path, limit_val_batches=1).validate(Dropped(), second, verbose=False)
+    assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 @pytest.mark.parametrize("at", [(1, 3), (2, 0), (2, 3)])
 def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(at, tmp_path: Path) -> None:
@@ -275,6 +306,25 @@ def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_early_stopping_without_patience_that_has_not_stopped_yet_goes_on_after_a_resume(tmp_path: Path) -> None:
+    class Improves(Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            trainer.callback_metrics["better"] = torch.tensor(float(trainer.current_epoch))
+
+    def callbacks() -> list[Callback]:
+        return [Improves(), EarlyStopping("better", mode="max", patience=0), ModelCheckpoint(tmp_path, save_last=True)]
+
+    train(tmp_path, *callbacks(), max_epochs=2)
+    resumed, _ = train(tmp_path, *callbacks(), ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+    assert [len(epoch) for epoch in resumed] == [0, 0, STEPS]
+
+
+def test_a_checkpoint_of_weights_alone_is_refused_where_training_is_to_go_on(tmp_path: Path) -> None:
+    train(tmp_path, ModelCheckpoint(tmp_path, "weights", save_weights_only=True), max_epochs=1)
+    with pytest.raises(ValueError, match="the checkpoint holds weights alone, as save_weights_only=True writes them"):
+        train(tmp_path, ckpt_path=tmp_path / "weights.ckpt", max_epochs=2)
+
+
 def test_a_run_that_was_stopped_early_trains_no_further_when_it_is_started_again(tmp_path: Path) -> None:
     def stopping() -> list[Callback]:
         saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", save_last=True)

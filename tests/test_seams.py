@@ -367,6 +367,9 @@ class Bare(L.LightningModule):
         loss_weight = batch.pop("loss_weight")
         return loss_weight * self.bert(**batch).loss
 
+    def validation_step(self, batch, batch_idx):
+        pass
+
     def predict_step(self, batch, batch_idx):
         return batch["index"]
 
@@ -376,11 +379,11 @@ class Bare(L.LightningModule):
 
 def test_packed_batches_for_a_model_of_ones_own_that_would_read_them_as_one_sample_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"which BertForSequenceClassification of Bare does not take yet. Call enable"):
-        trainer(tmp_path).fit(Bare(), data(padding="packed", validation_split=0))
+        trainer(tmp_path).fit(Bare(), data(padding="packed"))
 
 
 def test_a_module_of_ones_own_without_a_tokenizer_is_told_so(tmp_path: Path) -> None:
-    module = data(dataset={"train": "reviews.csv"}, validation_split=0)
+    module = data(dataset={"train": "reviews.csv"})
     Path("reviews.csv").write_text("text,label\na fine film,yes\na dull film,no\n")
     with pytest.raises(
         ValueError, match="no tokenizer is given for reviews.csv, and the module that runs .*data.tokenizer"

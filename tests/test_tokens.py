@@ -1,5 +1,6 @@
 """Tests of the token cache."""
 
+import copy
 import pickle
 import random
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_dataset
 from helpers import damaged
+from tokenizers import processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
@@ -178,6 +180,29 @@ def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
 def test_a_column_without_text_is_refused(tokenize, column: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenize(Dataset.from_dict({"text": column}))
+
+
+def test_a_data_set_with_a_transform_is_refused(tokenize) -> None:
+    dataset = Dataset.from_dict({"text": ["a dull film"]}).with_transform(lambda rows: {"text": ["z"]})
+    with pytest.raises(ValueError, match=r"has a transform.* Use Dataset.map instead of set_transform"):
+        tokenize(dataset)
+
+
+def test_what_an_attention_mask_leaves_out_is_left_out() -> None:
+    rows = [
+        {"input_ids": [2, 5, 3, 0, 0], "attention_mask": [1, 1, 1, 0, 0]},
+        {"input_ids": [2, 3], "attention_mask": [1, 1]},
+    ]
+    table = TokenTable.from_rows(rows)
+    assert [table[row]["input_ids"].tolist() for row in range(2)] == [[2, 5, 3], [2, 3]]
+
+
+def test_a_row_without_tokens_is_told_by_its_number(tokenize, tokenizer) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
+    dataset = Dataset.from_dict({"text": ["a dull film", "", "fine"]})
+    with pytest.raises(ValueError, match="row 1 .counted from 0. has no tokens. Drop it"):
+        tokenize(dataset, tokenizer=bare)
 
 
 def test_a_slow_tokenizer_is_refused(tokenize) -> None:

@@ -165,6 +165,10 @@ class SmartBatchDataModule(TextDataModule):
                 )
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
         check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
+        model = text_model_of(self.trainer)
+        before = None if model is None or self.trainer is None or self.trainer.ckpt_path else model.trained_on
+        if stage == "validate" and before is not None:
+            self._set_aside_as_trained(before)
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches in a new plan every epoch; the same ones under `overfit_batches`."""
@@ -206,14 +210,11 @@ class SmartBatchDataModule(TextDataModule):
         if not state or self.trainer is None:
             return
         stage = self.trainer.state.fn
-        if stage not in (TrainerFn.FITTING, TrainerFn.VALIDATING):
-            return
-        seed = state["fingerprint"]["seed"]
-        if seed != self.seed and self._given_seed is None and not seed_is_given():
-            self._seed = seed
-            self.setup(stage.value)  # which may set other samples aside
+        if stage == TrainerFn.VALIDATING:
+            self._set_aside_as_trained(state["fingerprint"])
         if stage != TrainerFn.FITTING:
             return
+        self._adopt_seed(state["fingerprint"]["seed"], "fit")
         sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
         if has_trained(state) and not self.ignore_fingerprint_mismatch:
             check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
@@ -221,6 +222,24 @@ class SmartBatchDataModule(TextDataModule):
         self._restored = state
 
     # --- the rest ---
+
+    def _adopt_seed(self, seed: int, stage: str) -> None:
+        """Takes a checkpoint's seed where none is given."""
+        if seed != self.seed and self._given_seed is None and not seed_is_given():
+            self._seed = seed
+            self.setup(stage)  # which may set other samples aside
+
+    def _set_aside_as_trained(self, fingerprint: dict[str, Any]) -> None:
+        """Sets the samples aside that a checkpoint's training did, or refuses: others may have been trained on."""
+        if not self.validates_share or self.ignore_fingerprint_mismatch:
+            return
+        self._adopt_seed(fingerprint["seed"], "validate")
+        if dataset_fingerprint(self.train_data, self.spec)["data"] != fingerprint["data"]:
+            raise UsageError(
+                f"{self.source}'s samples to validate on are set aside from its training split, but not as for this "
+                f"checkpoint, which may have been trained on them. Give its config, data, max_length "
+                f"and seed, {fingerprint['seed']}; or name a split by --data.validation_split; or test."
+            )
 
     def _on_epoch(self, sampler: SmartBatchSampler) -> None:
         assert self.trainer is not None
@@ -249,6 +268,7 @@ class SmartBatchDataModule(TextDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         if self.spec.packed and module is not None and text_model_of(self.trainer) is None:
             check_takes_packed_batches(module)
+        check_loader_kwargs(self.loader_kwargs, self.num_workers)
         defaults = {
             "collate_fn": self.configure_collator(),
             "num_workers": self.num_workers,

@@ -96,6 +96,7 @@ class TextDataModule(L.LightningDataModule):
         if len(columns) not in (1, 2) or len(set(columns)) < len(columns):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
+        find_task_class(problem_type)
         self.dataset = dataset
         self.dataset_config = dataset_config
         self.problem_type = problem_type
@@ -108,8 +109,7 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.seed = seed
         self.cache_dir = cache_dir
-        self._task_class = find_task_class(problem_type)
-        self._given_task = None if label_names is None else self._task_class.from_names(label_names)
+        self._given_task = find_task_class(problem_type).from_names(label_names) if label_names is not None else None
         self._given_tokenizer = tokenizer
         self._loaded: _Loaded | None = None
 
@@ -181,6 +181,11 @@ class TextDataModule(L.LightningDataModule):
         return self._names.used(self.splits)
 
     @property
+    def validates_share(self) -> bool:
+        """Validation samples are set aside from the training split."""
+        return bool(self._names.validation_share(self.splits))
+
+    @property
     def source(self) -> str:
         """The data set, as messages name it."""
         if self._loads_by_itself:
@@ -225,8 +230,10 @@ class TextDataModule(L.LightningDataModule):
                 rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints keep it.")
         if stage == "fit":
             self.train_data, self.validation_data = self._train_and_validation()
+        elif stage == "validate" and not self.validates_share:
+            self.validation_data = [self._labelled(split) for split in self._names.validated(self.splits)]
         elif stage == "validate":
-            self.validation_data = self._train_and_validation()[1]
+            self.train_data, self.validation_data = self._train_and_validation()
         elif stage == "test":
             self.test_data = [self._labelled(split) for split in self._names.tested]
         elif stage == "predict":
@@ -248,7 +255,7 @@ class TextDataModule(L.LightningDataModule):
             splits, model = self.load_dataset(), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
             task = find_task(
-                self._task_class,
+                find_task_class(self.problem_type),
                 self._given_task,
                 splits,
                 self.train_split,
@@ -281,7 +288,9 @@ class TextDataModule(L.LightningDataModule):
     def _labelled(self, split: str) -> TokenDataset:
         dataset = self._split(split)
         if self.task is None and self.train_split in self.splits:
-            self._task_class.from_dataset(self._split(self.train_split), self.label_column, self.train_split)
+            find_task_class(self.problem_type).from_dataset(
+                self._split(self.train_split), self.label_column, self.train_split
+            )
         if self.task is None:
             raise UsageError(
                 f"the label classes are unknown: {self.source} has no training split {self.train_split!r} with labels, "

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
-from smartbatch_lightning.contract import TextModel, text_data_of
+from smartbatch_lightning.contract import TextModel, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
@@ -135,6 +135,8 @@ class SequenceClassifier(L.LightningModule):
         self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
         self._seed = run_seed()
+        self._random_state: Tensor | None = None  # of before a fit, which draws from states of its own
+        self._trained_on: dict[str, Any] | None = None
 
     # --- what a subclass may want to do differently ---
 
@@ -217,6 +219,12 @@ class SequenceClassifier(L.LightningModule):
             check_compilation(self.compiled, self.trainer)
             forget_objects(self, self.hparams)
             self._seed = run_seed(self.trainer)
+            self._random_state = torch.get_rng_state()
+
+    def teardown(self, stage: str) -> None:
+        """Gives back the random state, from which a later run without a seed takes its own."""
+        if stage == "fit" and self._random_state is not None:
+            torch.set_rng_state(self._random_state)
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
@@ -423,6 +431,7 @@ class SequenceClassifier(L.LightningModule):
             )
         if not seed_is_given():
             self._seed = checkpoint.get("dropout_seed", self._seed)
+        self._trained_on = fingerprint_in(checkpoint)
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
@@ -463,6 +472,7 @@ class SequenceClassifier(L.LightningModule):
             tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
             trained_config=config,
             is_demo=self.pretrained == "demo",
+            trained_on=self._trained_on,
         )
 
     def _own_config(self) -> PretrainedConfig | None:
