@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -39,9 +40,14 @@ def export_model(
         command: That trained it, for the card.
 
     Raises:
-        ValueError: As `check_export_folder`; or weights are not finite, or there is no room.
+        ValueError: As `check_export_folder`; or the model is wrapped, weights are not finite, or there is no room.
     """
     assert model.model is not None, "a model is exported after it has been built"
+    if not isinstance(model.model, PreTrainedModel):
+        raise UsageError(
+            f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the names of the "
+            "classes. Unwrap it before, with peft by model.model = model.model.merge_and_unload()."
+        )
     folder = Path(folder)
     check_export_folder(folder)
     check_weights(

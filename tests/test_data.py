@@ -274,11 +274,11 @@ def test_the_demos_tokenizer_is_refused_for_other_data(tmp_path: Path, reviews) 
         def load_dataset(self) -> DatasetDict:
             return reviews
 
-    with pytest.raises(ValueError, match=r"For Own.load_dataset\(\) set --model.pretrained"):
+    with pytest.raises(ValueError, match=r"no tokenizer is given for Own.load_dataset\(\).* Set --data.tokenizer"):
         Own().prepare_data()
     path = write_csv(tmp_path / "mine.csv", REVIEWS)
     with pytest.raises(ValueError, match="know few words but the demo's. For .*mine.csv set --model.pretrained"):
-        SmartBatchDataModule(path).prepare_data()
+        SmartBatchDataModule(Path(path), "demo").prepare_data()
 
 
 def test_a_length_beyond_the_tokenizers_is_refused(module) -> None:

@@ -458,6 +458,10 @@ def test_a_model_with_adapters_is_tested_as_it_was_trained_and_loaded_from_its_c
     batch = PadCollator()([module.test_data[0][row] for row in range(600)])
     labels = batch.pop("labels")
     del batch["index"]
+    with pytest.raises(
+        ValueError, match=r"wrapped in PeftModel.* with peft by model.model = model.model.merge_and_unload"
+    ):
+        export_model(model, module, tmp_path / "exported")
     merged = model.model.eval().merge_and_unload()
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(merged(**batch).logits, labels)

@@ -386,7 +386,7 @@ def test_a_module_of_ones_own_without_a_tokenizer_is_told_so(tmp_path: Path) -> 
     module = data(dataset={"train": "reviews.csv"})
     Path("reviews.csv").write_text("text,label\na fine film,yes\na dull film,no\n")
     with pytest.raises(
-        ValueError, match="no tokenizer is given for reviews.csv, and the module that runs .*data.tokenizer"
+        ValueError, match="no tokenizer is given for reviews.csv, and there is no model that .*data.tokenizer"
     ):
         trainer(tmp_path).fit(Bare(), module)
 

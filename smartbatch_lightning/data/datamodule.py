@@ -1,6 +1,7 @@
 """SmartBatchDataModule: labelled token ids -> batches of similar length for the Lightning Trainer."""
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any, Literal
 
 import lightning as L
@@ -68,7 +69,7 @@ class SmartBatchDataModule(TextDataModule):
 
     def __init__(
         self,
-        dataset: str | dict[str, str] = "demo",
+        dataset: str | PathLike[str] | dict[str, str] = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int | None = None,

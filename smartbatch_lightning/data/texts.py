@@ -1,5 +1,6 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | dict[str, str] = "demo",
+        dataset: str | os.PathLike[str] | dict[str, str] = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         dataset_config: str | None = None,
@@ -97,7 +98,11 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         find_task_class(problem_type)
-        self.dataset = dataset
+        self.dataset: str | dict[str, str] = (
+            {split: os.fspath(file) for split, file in dataset.items()}
+            if isinstance(dataset, dict)
+            else os.fspath(dataset)
+        )
         self.dataset_config = dataset_config
         self.problem_type = problem_type
         self.text_columns = columns

@@ -28,8 +28,8 @@ def find_tokenizer(
         return given
     if given is None and model is None and not is_demo:
         raise UsageError(
-            f"no tokenizer is given for {source}, and the module that runs does not tell its own. Set "
-            "--data.tokenizer, or tokenizer= in Python, for example to bert-base-uncased."
+            f"no tokenizer is given for {source}, and there is no model that tells its own. Set --data.tokenizer, or "
+            "tokenizer= in Python, for example to bert-base-uncased."
         )
     name = given or (model.tokenizer_name if model else "demo")
     if name == "demo" and not is_demo:
