@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
+    EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -53,6 +54,24 @@ def test_averaged_weights_are_the_mean_over_the_starts_of_epochs(tmp_path: Path)
     expected = torch.stack(weights[1:]).mean(0)
     assert (expected - weights[-1]).abs().max() > 1e-3
     torch.testing.assert_close(parameters_to_vector(model.parameters()).detach(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_a_moving_average_is_that_of_the_weights_and_leaves_the_position_ids_alone(tmp_path: Path) -> None:
+    class Weights(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            weights.append(parameters_to_vector(pl_module.parameters()).detach().clone())
+
+    weights: list[torch.Tensor] = []
+    model = SequenceClassifier(learning_rate=1e-3)
+    averaging = EMAWeightAveraging(decay=0.9)
+    trainer(tmp_path, callbacks=[Weights(), averaging], limit_train_batches=5, limit_val_batches=1).fit(model, data())
+    expected = weights[0]
+    for one in weights[1:]:
+        expected = 0.9 * expected + 0.1 * one
+    torch.testing.assert_close(parameters_to_vector(model.parameters()).detach(), expected)
+    positions = model.model.bert.embeddings.position_ids[0]
+    assert positions.tolist() == list(range(len(positions)))
 
 
 def test_pruned_weights_are_zero_after_training(tmp_path: Path) -> None:

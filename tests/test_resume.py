@@ -306,6 +306,18 @@ def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
+def test_the_table_of_a_run_that_was_stopped_within_an_epoch_is_the_same_after_a_restart(tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        stopping = EarlyStopping("val_loss", min_delta=100.0, patience=1)
+        return [TrainingMonitor(), stopping, ModelCheckpoint(tmp_path, save_last=True)]
+
+    first, again = callbacks(), callbacks()
+    trained, _ = train(tmp_path, *first, val_check_interval=3, max_epochs=3)
+    assert [len(epoch) for epoch in trained] == [6, 0, 0]
+    train(tmp_path, *again, ckpt_path=tmp_path / "last.ckpt", val_check_interval=3, max_epochs=3)
+    assert [counts.samples for counts, _ in again[0].epochs] == [sum(map(len, trained[0]))]
+
+
 def test_early_stopping_without_patience_that_has_not_stopped_yet_goes_on_after_a_resume(tmp_path: Path) -> None:
     class Improves(Callback):
         def on_validation_end(self, trainer, pl_module) -> None:

@@ -87,7 +87,10 @@ class TrainingMonitor(Callback):
         self.command = command_line()
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
-        self._unfinished_epoch: tuple[int, Counts] | None = None
+        self._unfinished_epoch: tuple[int, Counts, dict[str, float]] | None = None
+        self._goes_on: list[
+            tuple[Counts, dict[str, float]]
+        ] = []  # the epoch of before a resume, until it is trained on
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
@@ -120,14 +123,17 @@ class TrainingMonitor(Callback):
         self._loader_seconds = 0.0 if self._loader is None else self._loader.data_wait_seconds
         self._before_log = Counts()
         self._before_epoch = Counts()
+        self._goes_on.clear()
         if self._unfinished_epoch is not None:
-            (epoch, counts), self._unfinished_epoch = self._unfinished_epoch, None
+            (epoch, counts, metrics), self._unfinished_epoch = self._unfinished_epoch, None
             if epoch == trainer.current_epoch:  # goes on, without an on_train_epoch_start
-                self._before_epoch -= counts
+                self._goes_on.append((counts, metrics))
             else:  # that was its last step
                 self.epochs.append((counts, {}))
-        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # cut short before, goes on
-            self._before_epoch -= self.epochs.pop()[0]
+        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # one that had ended early
+            self._goes_on.append(self.epochs.pop())
+        for counts, _ in self._goes_on:
+            self._before_epoch -= counts
         self._trainer, self._epoch = trainer, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -151,6 +157,7 @@ class TrainingMonitor(Callback):
             return
         sums = torch.stack((lengths.sum(), lengths.square().sum()))
         self._accumulated.append((len(lengths), batch["input_ids"].numel(), sums))
+        self._goes_on.clear()
         if not between_steps(trainer):
             return
         for samples, tokens, sums in self._accumulated:
@@ -175,6 +182,7 @@ class TrainingMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the epoch."""
+        self._goes_on.clear()
         self._epoch = epoch = self._snapshot(trainer) - self._before_epoch
         if epoch.real_tokens:
             pl_module.log_dict(
@@ -187,8 +195,9 @@ class TrainingMonitor(Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes down the last epoch."""
+        """Takes down the last epoch, also where a restarted run had nothing left to train of it."""
         self._close_epoch()
+        self.epochs += self._goes_on
         self._trainer = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -222,21 +231,26 @@ class TrainingMonitor(Callback):
         }
         if self._trainer is not None and not ended:
             started = self._snapshot(self._trainer) - self._before_epoch
-            state["unfinished_epoch"] = (self._trainer.current_epoch, asdict(started))
+            state["unfinished_epoch"] = (self._trainer.current_epoch, asdict(started), self._metrics())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores them."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
         if "unfinished_epoch" in state:
-            epoch, counts = state["unfinished_epoch"]
-            self._unfinished_epoch = (epoch, Counts(**counts))
+            epoch, counts, metrics = state["unfinished_epoch"]
+            self._unfinished_epoch = (epoch, Counts(**counts), metrics)
 
     def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
         """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""
         if self._epoch is None or self._trainer is None:
             return []
-        return [(self._epoch, {name: float(value) for name, value in self._trainer.callback_metrics.items()})]
+        return [(self._epoch, self._metrics())]
+
+    def _metrics(self) -> dict[str, float]:
+        """Those that are known by now."""
+        assert self._trainer is not None
+        return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
 
     def _close_epoch(self) -> None:
         self.epochs += self._ended_epoch()

@@ -1,4 +1,4 @@
-"""What befalls a model in Lightning's hands: built too late, left in another process, or in evaluation mode.
+"""What befalls a model in Lightning's hands: built too late, left in another process, averaged by halves.
 
 Lightning calls `configure_model` after the `setup` of callbacks, where `StochasticWeightAveraging` copies the module,
 `ModelPruning` looks for weights and finetuning callbacks freeze them; but the data module's `setup`, which tells what
@@ -8,6 +8,9 @@ finds nothing to do. Strategies that shard a model while it is built keep Lightn
 `ddp_spawn`, `ddp_fork` and `ddp_notebook` build and train it in processes of their own, and Lightning loads the trained
 weights into a module without a model, passing over what does not fit. So those weights bring the architecture along.
 
+`WeightAveraging` averages buffers too, among them the position ids of most models: whole numbers, which are rounded down
+again and again, so that the averaged model reads texts at other positions.
+
 After an exception or Ctrl-C in an evaluation Lightning leaves the model in evaluation mode, in which the next `fit`
 would train it without dropout.
 """
@@ -16,7 +19,7 @@ import multiprocessing
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
@@ -43,6 +46,10 @@ class ModelLifecycle(Callback):
                 pl_module.model = before  # it may be half of what an override makes
                 raise
         pl_module.__dict__["configure_model"] = _is_built
+        if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback._use_buffers = False  # they are copied then
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restores the modes that the model's parts had before the evaluation."""
