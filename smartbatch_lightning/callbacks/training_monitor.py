@@ -129,7 +129,7 @@ class TrainingMonitor(Callback):
             if epoch == trainer.current_epoch:  # goes on, without an on_train_epoch_start
                 self._goes_on.append((counts, metrics))
             else:  # that was its last step
-                self.epochs.append((counts, {}))
+                self.epochs.append((counts, metrics))
         elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # one that had ended early
             self._goes_on.append(self.epochs.pop())
         for counts, _ in self._goes_on:

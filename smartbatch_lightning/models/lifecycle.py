@@ -8,8 +8,8 @@ finds nothing to do. Strategies that shard a model while it is built keep Lightn
 `ddp_spawn`, `ddp_fork` and `ddp_notebook` build and train it in processes of their own, and Lightning loads the trained
 weights into a module without a model, passing over what does not fit. So those weights bring the architecture along.
 
-`WeightAveraging` averages buffers too, among them the position ids of most models: whole numbers, which are rounded down
-again and again, so that the averaged model reads texts at other positions.
+`WeightAveraging` averages buffers too, among them the position ids of most models: whole numbers, which are rounded
+down again and again, so that the averaged model reads texts at other positions.
 
 After an exception or Ctrl-C in an evaluation Lightning leaves the model in evaluation mode, in which the next `fit`
 would train it without dropout.
