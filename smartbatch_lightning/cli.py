@@ -323,8 +323,8 @@ def _told_to_user(error: Exception) -> str | None:
     Lightning refuses some arguments by exceptions that say nothing of their kind but where they come from.
     """
     for one in exception_chain(error):  # jsonargparse wraps what a constructor raises
-        *_, (frame, _) = traceback.walk_tb(one.__traceback__)
-        refusal = isinstance(one, ValueError | RuntimeError) and frame.f_globals["__name__"].startswith("lightning.")
+        raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(one.__traceback__)]
+        refusal = isinstance(one, ValueError | RuntimeError) and "".join(raised_in[-1:]).startswith("lightning.")
         if isinstance(one, UsageError | MisconfigurationException) or refusal:
             return str(one).strip()
     if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]

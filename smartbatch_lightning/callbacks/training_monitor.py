@@ -88,9 +88,8 @@ class TrainingMonitor(Callback):
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
         self._unfinished_epoch: tuple[int, Counts, dict[str, float]] | None = None
-        self._goes_on: list[
-            tuple[Counts, dict[str, float]]
-        ] = []  # the epoch of before a resume, until it is trained on
+        # the epoch in which a resumed run stands, as it was before, until it is trained on
+        self._goes_on: list[tuple[Counts, dict[str, float]]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Names the device."""
