@@ -337,6 +337,7 @@ def test_a_checkpoint_of_weights_alone_is_refused_where_training_is_to_go_on(tmp
         train(tmp_path, ckpt_path=tmp_path / "weights.ckpt", max_epochs=2)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 def test_a_run_that_was_stopped_early_trains_no_further_when_it_is_started_again(tmp_path: Path) -> None:
     def stopping() -> list[Callback]:
         saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", save_last=True)

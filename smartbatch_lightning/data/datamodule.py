@@ -1,7 +1,6 @@
 """SmartBatchDataModule: labelled token ids -> batches of similar length for the Lightning Trainer."""
 
 from collections.abc import Iterator
-from os import PathLike
 from typing import Any, Literal
 
 import lightning as L
@@ -69,7 +68,7 @@ class SmartBatchDataModule(TextDataModule):
 
     def __init__(
         self,
-        dataset: str | PathLike[str] | dict[str, str] = "demo",
+        dataset: str | dict[str, str] = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int | None = None,

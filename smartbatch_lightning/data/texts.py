@@ -70,7 +70,7 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | os.PathLike[str] | dict[str, str] = "demo",
+        dataset: str | dict[str, str] = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         dataset_config: str | None = None,
