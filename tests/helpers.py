@@ -10,10 +10,16 @@ import time
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from smartbatch_lightning import SmartBatchCLI
+
+
+def slow(*values):
+    """Values of a test that are left to `pytest -m slow`, where others of the kind are quick."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def trainer(folder: Path, **options) -> L.Trainer:

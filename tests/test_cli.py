@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import FAST, QUIET, ROOT, cli
+from helpers import FAST, QUIET, ROOT, cli, slow
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
@@ -152,7 +152,7 @@ def test_a_logger_that_is_given_is_the_only_one() -> None:
     assert [type(logger).__name__ for logger in run.trainer.loggers] == ["CSVLogger"]
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize("ending", ["parquet", slow("csv")])
 def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_path: Path) -> None:
     short = ["--data.max_length=24", "--data.batch_size=64"]
     fitted = cli("fit", *FAST, "--trainer.default_root_dir=run")
@@ -214,6 +214,7 @@ def test_new_files_take_tokenizer_and_classes_from_the_checkpoint(tmp_path: Path
     assert len(table) == 4
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_in_one_line() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "fit", "--data.text_columns=sentence"], capture_output=True, text=True
@@ -369,6 +370,7 @@ def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatc
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")} == files
 
 
+@pytest.mark.slow
 def test_train_py_and_the_console_script_are_the_same_command(tmp_path: Path) -> None:
     started = [
         subprocess.Popen([*command, "fit", "--print_config"], stdout=subprocess.PIPE, text=True)

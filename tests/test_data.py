@@ -215,6 +215,7 @@ def test_the_demo_needs_nothing_but_its_name() -> None:
     assert len(data_module.train_data) + len(data_module.validation_data[0]) == demo.REVIEWS["train"]
 
 
+@pytest.mark.slow
 def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
     """Tokens with the vocabulary of bert-base-uncased: real, fixed, and by each batching."""
     files = {split: str(imdb / f"{split}.parquet") for split in ("train", "test")}

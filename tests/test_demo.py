@@ -135,6 +135,7 @@ def test_two_processes_making_the_demo_at_once_both_get_it(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.slow
 def test_a_half_written_demo_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start_making(tmp_path)
     unfinished = tmp_path / f"{demo.NAME}.unfinished"

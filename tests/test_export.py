@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import cli, trainer
+from helpers import cli, slow, trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -25,7 +25,7 @@ from smartbatch_lightning.export import export_model
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
-@pytest.mark.parametrize("padding", ["longest", "packed"])
+@pytest.mark.parametrize("padding", ["longest", slow("packed")])
 def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, tmp_path: Path) -> None:
     """On 100 texts, of which many are cut."""
     data = SmartBatchDataModule(max_length=64, seed=1, padding=padding)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers import Seen, trainer
+from helpers import Seen, slow, trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
@@ -36,8 +36,11 @@ def data(**options) -> SmartBatchDataModule:
     return SmartBatchDataModule(**{"max_length": 24, "batch_size": 64, **options})
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("batching", ["smart", "tutorial", "random"])
+@pytest.mark.parametrize(
+    ("batching", "num_workers"),
+    [("smart", 2), ("tutorial", 0), *(slow(name, 0) for name in ("smart", "random"))]
+    + [slow(name, 2) for name in ("tutorial", "random")],
+)
 def test_every_epoch_trains_every_sample_once_in_a_plan_of_its_own(batching, num_workers, seen, tmp_path: Path) -> None:
     module = data(batching=batching, num_workers=num_workers, seed=3)
     trainer(tmp_path, max_epochs=3, limit_val_batches=1, callbacks=[seen]).fit(Frozen(), module)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, trainer
+from helpers import assert_same, slow, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
@@ -326,7 +326,7 @@ class Failing(Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("resumed", [True, False])
+@pytest.mark.parametrize("resumed", [True, slow(False)])
 @pytest.mark.parametrize(
     ("stage", "error"), [("train", RuntimeError), ("val", RuntimeError), ("val", KeyboardInterrupt)]
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import trainer
+from helpers import slow, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,10 +109,10 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "saved",
     [
-        {"every_n_train_steps": 5},
+        slow({"every_n_train_steps": 5}),
         {"every_n_train_steps": STEPS},
-        {"every_n_epochs": 1},
-        {"every_n_epochs": 1, "monitor": "val_loss"},
+        slow({"every_n_epochs": 1}),
+        slow({"every_n_epochs": 1, "monitor": "val_loss"}),
         {"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3},
     ],
     ids=["in the middle", "at the last step", "at the end of an epoch", "after validation", "in an accumulation"],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Seen, assert_same, diaries, finish, kill_after, start, trainer
+from helpers import Seen, assert_same, diaries, finish, kill_after, slow, start, trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -146,8 +146,12 @@ def test_the_rest_of_an_epoch_that_max_steps_cut_short_is_trained_by_a_run_with_
     assert [counts.samples for counts, _ in monitor.epochs] == [sum(map(len, epoch)) for epoch in whole]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("epoch", "batch"), [(0, 1), (0, STEPS - 1), (1, 3), (2, 5)])
+@pytest.mark.parametrize(
+    ("epoch", "batch", "accumulate"),
+    [(0, 1, 1), (1, 3, 2), (0, STEPS - 1, 2)]
+    + [slow(*at, 1) for at in ((0, STEPS - 1), (1, 3), (2, 5))]
+    + [slow(*at, 2) for at in ((0, 1), (2, 5))],
+)
 def test_a_run_resumed_after_an_optimizer_step_ends_with_the_same_weights(
     epoch, batch, accumulate, tmp_path: Path
 ) -> None:
@@ -171,11 +175,11 @@ def test_batches_whose_gradients_were_being_accumulated_are_trained_again(tmp_pa
 @pytest.mark.parametrize(
     "options",
     [
-        {"every_n_epochs": 1},
-        {"every_n_epochs": 1, "save_on_train_epoch_end": True},
         {"every_n_train_steps": STEPS},
-        {"every_n_train_steps": 3},
         {"every_n_epochs": 1, "monitor": "val_loss"},
+        slow({"every_n_epochs": 1}),
+        slow({"every_n_epochs": 1, "save_on_train_epoch_end": True}),
+        slow({"every_n_train_steps": 3}),
     ],
 )
 @pytest.mark.parametrize("val_check_interval", [1.0, pytest.param(3, marks=pytest.mark.slow)])
@@ -197,8 +201,8 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
             assert_same(resumed, weights)
 
 
-@pytest.mark.parametrize("again", [(1, 2), (2, 3)])
-@pytest.mark.parametrize("first", ["last batch", "epoch end"])
+@pytest.mark.parametrize("again", [(1, 2), slow((2, 3))])
+@pytest.mark.parametrize("first", ["last batch", slow("epoch end")])
 def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(first: str, again, tmp_path: Path) -> None:
     class EpochEnd(SaveAndStop):
         def on_train_batch_end(self, *args) -> None: ...
@@ -294,7 +298,7 @@ def test_a_second_data_module_without_a_seed_sets_the_same_samples_aside_in_the_
 
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
-@pytest.mark.parametrize("at", [(1, 3), (2, 0), (2, 3)])
+@pytest.mark.parametrize("at", [(2, 3), slow((1, 3)), slow((2, 0))])
 def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(at, tmp_path: Path) -> None:
     def averaging() -> StochasticWeightAveraging:
         return StochasticWeightAveraging(5e-4, swa_epoch_start=2, annealing_epochs=3)
@@ -495,8 +499,12 @@ class Validations(Callback):
         self.epoch_ends += 1
 
 
-@pytest.mark.parametrize("interval", [1.0, 3])
-@pytest.mark.parametrize("at", [(0, 2), (0, STEPS - 1), (1, 5), (2, STEPS - 1)])
+@pytest.mark.parametrize(
+    ("at", "interval"),
+    [((0, STEPS - 1), 1.0), ((1, 5), 3), ((2, STEPS - 1), 3)]
+    + [slow(at, 1.0) for at in ((0, 2), (1, 5), (2, STEPS - 1))]
+    + [slow(at, 3) for at in ((0, 2), (0, STEPS - 1))],
+)
 def test_a_validation_that_was_due_when_the_run_ended_is_made_up_for(at, interval, tmp_path: Path) -> None:
     options = {"val_check_interval": interval}
     whole, before, after = Validations(), Validations(), Validations()
