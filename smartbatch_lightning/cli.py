@@ -180,7 +180,7 @@ class SmartBatchCLI(LightningCLI):
         model_class: Class of the model, or what its `class_path` must be a subclass of.
         datamodule_class: Class of the data module, likewise.
         trainer_defaults: As `LightningCLI` takes it; what it leaves out stays as here.
-        args: Arguments instead of those of the command line, of which mistakes are told in one line.
+        args: Arguments instead of those of the command line, whose mistakes end in one line.
         options: Everything else that `LightningCLI` takes.
     """
 
@@ -311,14 +311,14 @@ def _as_a_command() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mistake = _told_to_user(error)
+        mistake = _user_message(error)
         if mistake is None:
             raise
         sys.exit(f"error: {mistake}")
 
 
-def _told_to_user(error: Exception) -> str | None:
-    """What a user is told of an error instead of a traceback; None where it is no mistake of the user's.
+def _user_message(error: Exception) -> str | None:
+    """The line that stands for an error in place of a traceback; None where it is no mistake of the user's.
 
     Lightning refuses some arguments by exceptions that say nothing of their kind but where they come from.
     """

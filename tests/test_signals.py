@@ -56,7 +56,6 @@ def test_a_signal_under_torchrun_saves_and_is_no_success_whoever_receives_it(num
         script = [str(Path(__file__).with_name("run_to_be_killed.py")), str(folder), "devices=2", "every=1000"]
         with (folder / "log.txt").open("wb") as log:
             run = subprocess.Popen([*command, *script], stdout=log, stderr=log, start_new_session=True)
-        ranks = []
         batches = rng.randint(1, 25)
         while run.poll() is None and not (diaries(folder) and len(diaries(folder)[0]) >= batches):
             time.sleep(0.005)

@@ -151,8 +151,8 @@ def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, 
         )
     try:
         loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": num_workers, **options})
-        if not loader.num_workers:
-            iter(loader)  # which knows options that workers alone have
-    except (TypeError, ValueError, AssertionError) as error:
+        if loader.timeout and not loader.num_workers:  # which torch sees too late, when it iterates
+            raise ValueError("timeout is for num_workers of 1 or more")
+    except (TypeError, ValueError) as error:
         raise UsageError(f"loader_kwargs is {options}, which a DataLoader does not take: {error}") from error
     return options

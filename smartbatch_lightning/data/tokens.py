@@ -237,8 +237,8 @@ def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_encodings(encodings: list[Encoding], first_row: int, max_length: int) -> None:
     for row, encoding in enumerate(encodings, first_row):
-        if not 0 < len(encoding.ids) <= max_length:
-            what = "has no tokens. Drop it" if not encoding.ids else "has more special tokens than that. Raise it"
+        if not 0 < len(encoding) <= max_length:
+            what = "has no tokens. Drop it" if not len(encoding) else "has more special tokens than that. Raise it"
             raise UsageError(f"with max_length {max_length} row {row} (counted from 0) {what}.")
 
 
