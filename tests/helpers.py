@@ -1,9 +1,12 @@
 """What tests of several files share: a quiet Trainer, the command line, and processes that are killed."""
 
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,17 +80,27 @@ def start(folder: Path, variables: dict[str, str] | None = None, **options) -> s
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["run_to_be_killed"])
+@functools.cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    """A server of forks that has imported what a run needs; by itself it would look for that in the working directory."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["run_to_be_killed", "torch._dynamo"])  # the latter is what DDP imports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+    return forks
 
 
 class Fork:
-    """What `subprocess.Popen` has, for a run that is forked from a process with all imports, which saves seconds."""
+    """What `subprocess.Popen` has, for a run that is forked from a process with all imports, which saves seconds.
+
+    Of several ranks the first forks the others, with the variables that torchrun sets for each, and waits for them.
+    """
 
     def __init__(self, folder: Path, **options) -> None:
         folder.mkdir(exist_ok=True)
         arguments = [f"{name}={value}" for name, value in options.items()]
-        self.process = _FORKS.Process(target=_run_forked, args=(folder, arguments))
+        self.process = _forks().Process(target=_run_forked, args=(folder, arguments))
         self.process.start()
         self.pid = self.process.pid
 
@@ -113,12 +126,24 @@ def _run_forked(folder: Path, arguments: list[str]) -> None:
         del os.environ[name]
     from run_to_be_killed import main
 
-    main(folder, *arguments)
-
-
-def begin(folder: Path, **options) -> "Fork | subprocess.Popen[bytes]":
-    """Forks a run of one process; Lightning starts those of several ranks by command, so that these start anew."""
-    return Fork(folder, **options) if options["devices"] == 1 else start(folder, **options)
+    others = []
+    if "devices=2" in arguments:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        other = os.fork()
+        os.environ |= {"LOCAL_RANK": "0" if other else "1", "RANK": "0" if other else "1", "GROUP_RANK": "0"}
+        others = [other] if other else []
+    try:
+        main(folder, *arguments)
+    except BaseException:
+        for other in others:
+            os.kill(other, signal.SIGKILL)
+        raise
+    finally:
+        for other in others:
+            os.waitpid(other, 0)
 
 
 def finish(run: Fork | subprocess.Popen[bytes], folder: Path) -> None:

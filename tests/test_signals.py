@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import assert_same, begin, diaries, finish, kill_after, start
+from helpers import Fork, assert_same, diaries, finish, kill_after, start
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1]
 TIMES = 10
@@ -28,6 +28,7 @@ def test_a_signal_at_any_moment_saves_says_how_to_go_on_and_is_no_success(number
     rng = random.Random(number * devices)
     options = {"devices": devices, "accumulate": 2, "every": 1000, "epochs": 3}
     whole = tmp_path / "whole"
+    begin = Fork if devices == 1 else start  # those of several ranks by Lightning's own launcher
     finish(begin(whole, **options), whole)
     for time_of in range(TIMES):
         folder = tmp_path / str(time_of)
