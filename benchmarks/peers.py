@@ -430,7 +430,7 @@ class _Built(SequenceClassifier):
 
     setting: Setting
 
-    def _pretrained_model(self, task: Task | None) -> PreTrainedModel:
+    def _load_model(self, task: Task | None) -> PreTrainedModel:
         return self.setting.model()
 
 

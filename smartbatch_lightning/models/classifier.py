@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,24 +20,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     get_linear_schedule_with_warmup,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartbatch_lightning import demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, fingerprint_in, text_data_of
-from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.models.compatibility import check_head, check_inputs, check_labels, is_fine_tuned
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.models.compatibility import check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
 from smartbatch_lightning.models.schedule import adds_parameters, follow_rates, place_schedule
+from smartbatch_lightning.models.source import ModelSource
 from smartbatch_lightning.progress import between_steps, restore_loaders, stay_stopped, total_steps
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
@@ -47,9 +46,6 @@ from smartbatch_lightning.tasks.single_label import label_names_from_config
 Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]
 
-# What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
-_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
-_NOT_IN_CONFIG = ("attn_implementation", "dtype")
 _ARCHITECTURE = "architecture"  # among weights that are handed from process to process
 _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
@@ -465,21 +461,20 @@ class SequenceClassifier(L.LightningModule):
     def text_model(self) -> TextModel:
         """What a data module needs to know."""
         config = self._own_config()
-        if config is None and is_fine_tuned(pretrained := self._pretrained_config()):
-            config = pretrained
-        return TextModel(
-            tokenizer_name=self.pretrained,
-            tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
-            trained_config=config,
-            is_demo=self.pretrained == "demo",
-            trained_on=self._trained_on,
-        )
+        return self._source.text_model(self._source.trained_config() if config is None else config, self._trained_on)
+
+    @property
+    def _source(self) -> ModelSource:
+        return ModelSource(self.pretrained, self.model_kwargs, self.architecture)
 
     def _own_config(self) -> PretrainedConfig | None:
         """Configuration of the built model, or of a checkpoint's."""
         if self.model is not None:
             return self.model.config
-        return None if self.architecture is None else AutoConfig.for_model(**self.architecture)
+        return None if self.architecture is None else self._source.trained_config()
+
+    def _load_model(self, task: Task | None) -> PreTrainedModel:
+        return self._source.load(self.num_labels, task, untrained_needs_labels=self._trainer is not None)
 
     def _check_losses(self) -> None:
         losses, self._losses = self._losses, []
@@ -505,10 +500,7 @@ class SequenceClassifier(L.LightningModule):
         enable_packing(self._transformer)
 
     def _build(self, task: Task | None) -> PreTrainedModel:
-        if self.architecture is None:
-            model = self._pretrained_model(task)
-        else:
-            model = _model_from_config(self._architecture_config(), self.model_kwargs)
+        model = self._load_model(task)
         if model.config.problem_type is None and len(label_names_from_config(model.config)) > 1:
             model.config.problem_type = "single_label_classification"
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
@@ -517,66 +509,6 @@ class SequenceClassifier(L.LightningModule):
             avoid_mask_sync(model)
         if self.compiled:
             compile_model(model, self.compiled)
-        return model
-
-    def _architecture_config(self) -> PretrainedConfig:
-        """Configuration of a checkpoint's model, with what `model_kwargs` changes of it, such as a dropout."""
-        config = AutoConfig.for_model(**self.architecture or {})
-        changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
-        if unknown := [name for name in changed if not hasattr(config, name)]:
-            raise _unknown_options(unknown, "the checkpoint")
-        config.update(changed)
-        return config
-
-    def _pretrained_config(self) -> PretrainedConfig:
-        name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
-        options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
-        try:
-            config, unknown = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **options)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
-                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
-            ) from error
-        if unknown := set(unknown) - set(_WHERE):
-            raise _unknown_options(unknown, repr(self.pretrained))
-        assert isinstance(config, PretrainedConfig)
-        return config
-
-    def _pretrained_model(self, task: Task | None) -> PreTrainedModel:
-        name = str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
-        config = self._pretrained_config()
-        if task is not None:
-            if self.num_labels not in (None, len(task.label_names)):
-                raise UsageError(
-                    f"num_labels is {self.num_labels}, but the data has {len(task.label_names)} classes: "
-                    f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
-                )
-            check_head(name, config, task.label_names)
-            config.update(task.config_fields())
-        elif self.num_labels is not None:
-            config.num_labels = self.num_labels
-        elif self._trainer is not None and not is_fine_tuned(config):
-            raise UsageError(
-                "num_labels is not given, and there is no SmartBatchDataModule to tell how many classes there are. "
-                "Set --model.num_labels."
-            )
-        passed = (*_WHERE, *_NOT_IN_CONFIG)
-        options = {option: value for option, value in self.model_kwargs.items() if option in passed}
-        try:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-                # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
-                name,
-                config=config,
-                **{"dtype": torch.float32, **options},
-            )
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"model_kwargs is {self.model_kwargs}: {root_cause_message(error)} Correct it.") from error
-        except OSError as error:
-            raise UsageError(
-                f"the weights of {name!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
-                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
-            ) from error
         return model
 
     # --- metrics ---
@@ -620,17 +552,3 @@ class SequenceClassifier(L.LightningModule):
 def forward_kwargs(batch: Batch) -> Batch:
     """What of a batch is for the model: all but labels, row numbers and the weight of its loss."""
     return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", "labels")}
-
-
-def _unknown_options(names: Collection[str], of: str) -> UsageError:
-    return UsageError(
-        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know. Correct the "
-        "name."
-    )
-
-
-def _model_from_config(config: PretrainedConfig, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Fresh weights for a checkpoint's; of the options of `from_pretrained` what a configuration does not hold."""
-    options = {name: value for name, value in model_kwargs.items() if name in _NOT_IN_CONFIG}
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config, **options)  # type: ignore[no-untyped-call]
-    return model

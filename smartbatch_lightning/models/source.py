@@ -1,0 +1,139 @@
+"""Where a model comes from, and its building: from the Hub, a folder or a checkpoint's configuration."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from smartbatch_lightning import demo
+from smartbatch_lightning.contract import TextModel
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.models.compatibility import check_head, is_fine_tuned
+from smartbatch_lightning.tasks import Task
+
+# What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_NOT_IN_CONFIG = ("attn_implementation", "dtype")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's name on the Hub or its folder, with options of `from_pretrained`; or a checkpoint's configuration.
+
+    Args:
+        pretrained: As the argument of `SequenceClassifier`.
+        model_kwargs: As the argument of `SequenceClassifier`.
+        architecture: A configuration as a dictionary, of a model whose weights a checkpoint holds; it goes before
+            `pretrained`.
+    """
+
+    pretrained: str
+    model_kwargs: dict[str, Any]
+    architecture: dict[str, Any] | None
+
+    def load(self, num_labels: int | None, task: Task | None, *, untrained_needs_labels: bool) -> PreTrainedModel:
+        """The model, with its weights where it is pretrained, in `eval` mode.
+
+        Args:
+            num_labels: Number of classes where no task says it.
+            task: What the data is to be learnt for.
+            untrained_needs_labels: Refuse a model without a trained head where nobody says how many classes there are.
+
+        Raises:
+            ValueError: The model is not found, does not fit the task, or `model_kwargs` has options that it lacks.
+        """
+        if self.architecture is not None:
+            options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+                self._architecture_config(), **options
+            )
+            return model
+        config = self._pretrained_config()
+        if task is not None:
+            if num_labels not in (None, len(task.label_names)):
+                raise UsageError(
+                    f"num_labels is {num_labels}, but the data has {len(task.label_names)} classes: "
+                    f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
+                )
+            check_head(self._path, config, task.label_names)
+            config.update(task.config_fields())
+        elif num_labels is not None:
+            config.num_labels = num_labels
+        elif untrained_needs_labels and not is_fine_tuned(config):
+            raise UsageError(
+                "num_labels is not given, and there is no SmartBatchDataModule to tell how many classes there are. "
+                "Set --model.num_labels."
+            )
+        return self._pretrained_model(config)
+
+    def trained_config(self) -> PretrainedConfig | None:
+        """Configuration of a checkpoint's model, or of one that was fine-tuned; None of one that has no head yet."""
+        if self.architecture is not None:
+            return AutoConfig.for_model(**self.architecture)
+        config = self._pretrained_config()
+        return config if is_fine_tuned(config) else None
+
+    def text_model(self, config: PretrainedConfig | None, trained_on: dict[str, Any] | None) -> TextModel:
+        """What a data module needs to know; `config` is that of a model with a trained head."""
+        return TextModel(
+            tokenizer_name=self.pretrained,
+            tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
+            trained_config=config,
+            is_demo=self.pretrained == "demo",
+            trained_on=trained_on,
+        )
+
+    @property
+    def _path(self) -> str:
+        return str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
+
+    def _architecture_config(self) -> PretrainedConfig:
+        """Configuration of a checkpoint's model, with what `model_kwargs` changes of it, such as a dropout."""
+        config = AutoConfig.for_model(**self.architecture or {})
+        changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
+        if unknown := [name for name in changed if not hasattr(config, name)]:
+            raise _unknown_options(unknown, "the checkpoint")
+        config.update(changed)
+        return config
+
+    def _pretrained_config(self) -> PretrainedConfig:
+        options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
+        try:
+            config, unknown = AutoConfig.from_pretrained(self._path, return_unused_kwargs=True, **options)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
+                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
+            ) from error
+        if unknown := set(unknown) - set(_WHERE):
+            raise _unknown_options(unknown, repr(self.pretrained))
+        assert isinstance(config, PretrainedConfig)
+        return config
+
+    def _pretrained_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        passed = (*_WHERE, *_NOT_IN_CONFIG)
+        options = {option: value for option, value in self.model_kwargs.items() if option in passed}
+        try:
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+                # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
+                self._path,
+                config=config,
+                **{"dtype": torch.float32, **options},
+            )
+        except (ValueError, ImportError) as error:
+            raise UsageError(f"model_kwargs is {self.model_kwargs}: {root_cause_message(error)} Correct it.") from error
+        except OSError as error:
+            raise UsageError(
+                f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
+                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
+            ) from error
+        return model
+
+
+def _unknown_options(names: Collection[str], of: str) -> UsageError:
+    return UsageError(
+        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know. Correct the "
+        "name."
+    )
