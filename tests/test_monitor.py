@@ -3,6 +3,7 @@
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -114,11 +115,19 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
         slow({"every_n_epochs": 1}),
         slow({"every_n_epochs": 1, "monitor": "val_loss"}),
         {"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3},
+        {"every_n_train_steps": STEPS, "accumulated": 1},
     ],
-    ids=["in the middle", "at the last step", "at the end of an epoch", "after validation", "in an accumulation"],
+    ids=[
+        "in the middle",
+        "at the last step",
+        "at the end of an epoch",
+        "after validation",
+        "in an accumulation",
+        "one step after validation",
+    ],
 )
 def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_path: Path) -> None:
-    def epochs(name: str, checkpoint: Path | None = None) -> list[tuple[int, ...]]:
+    def epochs(name: str, checkpoint: Path | None = None) -> list[tuple[Any, ...]]:
         how = dict(saved)
         options = {"max_epochs": 3, "limit_val_batches": 1, "enable_checkpointing": True}
         if accumulated := how.pop("accumulated", None):
@@ -131,7 +140,8 @@ def test_a_run_that_is_resumed_anywhere_tells_of_whole_epochs(saved: dict, tmp_p
         run = trainer(tmp_path, callbacks=[monitor, saver], **options)
         run.fit(SequenceClassifier(), data(), ckpt_path=checkpoint)
         return [
-            (epoch.samples, epoch.tokens, epoch.real_tokens, epoch.sum_squared_lengths) for epoch, _ in monitor.epochs
+            (epoch.samples, epoch.tokens, epoch.real_tokens, epoch.sum_squared_lengths, metrics["val_loss"])
+            for epoch, metrics in monitor.epochs
         ]
 
     whole = epochs("whole")

@@ -88,6 +88,7 @@ class TrainingMonitor(Callback):
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
         self._unfinished_epoch: tuple[int, Counts, dict[str, float]] | None = None
+        self._restored_metrics: dict[str, float] = {}  # that were known when the checkpoint was written
         # the epoch in which a resumed run stands, as it was before, until it is trained on
         self._goes_on: list[tuple[Counts, dict[str, float]]] = []
 
@@ -236,9 +237,10 @@ class TrainingMonitor(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores them."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
+        self._restored_metrics = self.epochs[-1][1] if self.epochs else {}
         if "unfinished_epoch" in state:
-            epoch, counts, metrics = state["unfinished_epoch"]
-            self._unfinished_epoch = (epoch, Counts(**counts), metrics)
+            epoch, counts, self._restored_metrics = state["unfinished_epoch"]
+            self._unfinished_epoch = (epoch, Counts(**counts), self._restored_metrics)
 
     def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
         """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""
@@ -247,9 +249,10 @@ class TrainingMonitor(Callback):
         return [(self._epoch, self._metrics())]
 
     def _metrics(self) -> dict[str, float]:
-        """Those that are known by now."""
+        """Those that are known by now; as in a run that goes on, those of before a resume until they come again."""
         assert self._trainer is not None
-        return {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        known = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
+        return self._restored_metrics | known
 
     def _close_epoch(self) -> None:
         self.epochs += self._ended_epoch()
