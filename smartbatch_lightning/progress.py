@@ -11,6 +11,7 @@ Lightning keeps how many epochs, batches and optimizer steps were trained in cou
   the rest of it would never be trained.
 - No `on_train_epoch_start` is called in an epoch that goes on, so `GradientAccumulationScheduler` is asked here, and
   `StochasticWeightAveraging` called, which makes its schedule there.
+- A run with nothing left to train ends without the hooks of its end, in which averaged weights become the model's.
 - `estimated_stepping_batches` knows neither that callback's later epochs nor where a second `fit` begins.
 """
 
@@ -142,7 +143,8 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
     validation["is_last_batch"] = at.batches is None  # else Lightning would count the epoch twice
     if at.validation_due:
         validation["total"].update(ready=1, started=1)  # by which Lightning knows that it was begun and not ended
-    outer["_batches_that_stepped"] = steps - (at.batches is None or trained >= batches_of_epoch)
+    # the last step is counted after the validation that is still to come, or the end of the epoch
+    outer["_batches_that_stepped"] = steps - (at.batches is None or at.validation_due or trained >= batches_of_epoch)
 
 
 def advance_schedule(scheduler: Any, steps: int) -> None:
@@ -204,6 +206,11 @@ def stay_stopped(trainer: L.Trainer) -> None:
 def stands_in_epoch(trainer: L.Trainer) -> bool:
     """Whether Lightning goes on in the middle of an epoch."""
     return trainer.fit_loop.restarted_mid_epoch
+
+
+def nothing_was_left(trainer: L.Trainer) -> bool:
+    """Whether a `fit` that is over found its training at an end."""
+    return trainer.fit_loop.is_resuming and trainer.fit_loop.done
 
 
 def count_logged_steps(trainer: L.Trainer) -> None:

@@ -118,6 +118,7 @@ class Fork:
 
 def _run_forked(folder: Path, arguments: list[str]) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where nothing was forked
     log = os.open(folder / "log.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)

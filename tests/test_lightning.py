@@ -74,6 +74,21 @@ def test_a_moving_average_is_that_of_the_weights_and_leaves_the_position_ids_alo
     assert positions.tolist() == list(range(len(positions)))
 
 
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("averaging", [slow(EMAWeightAveraging), lambda: StochasticWeightAveraging(1e-3, 1)])
+def test_a_finished_run_that_is_started_again_has_its_averaged_weights(averaging, tmp_path: Path) -> None:
+    models = []
+    for checkpoint in (None, tmp_path / "epoch=1.ckpt"):
+        saver = ModelCheckpoint(
+            tmp_path, "epoch={epoch}", auto_insert_metric_name=False, save_on_train_epoch_end=True, save_top_k=-1
+        )
+        options = {"callbacks": [averaging(), saver], "enable_checkpointing": True, "limit_val_batches": 0}
+        models.append(SequenceClassifier(learning_rate=1e-3))
+        trainer(tmp_path, max_epochs=2, limit_train_batches=3, **options).fit(models[-1], data(), ckpt_path=checkpoint)
+    assert_same(*(model.state_dict() for model in models))
+
+
 def test_pruned_weights_are_zero_after_training(tmp_path: Path) -> None:
     model = SequenceClassifier()
     pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.75)

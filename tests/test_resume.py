@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from helpers import Seen, assert_same, diaries, finish, kill_after, slow, start, trainer
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
 from run_to_be_killed import Dropped
 
 from smartbatch_lightning import (
@@ -513,6 +515,24 @@ def test_a_validation_that_was_due_when_the_run_ended_is_made_up_for(at, interva
     train(tmp_path, after, ckpt_path=tmp_path / "a.ckpt", **options)
     assert before.seen + after.seen == whole.seen
     assert before.epoch_ends + after.epoch_ends == whole.epoch_ends == 3
+
+
+def test_what_is_logged_after_a_validation_that_is_made_up_for_has_the_same_steps(tmp_path: Path) -> None:
+    def run(*callbacks: Callback, **where) -> dict[tuple[str, int], float]:
+        logger = CSVLogger(tmp_path)
+        train(tmp_path, *callbacks, val_check_interval=3, logger=logger, log_every_n_steps=1, **where)
+        table = pd.read_csv(Path(logger.log_dir) / "metrics.csv").set_index("step")
+        return {
+            (name, step): value
+            for name in ("val_loss", "train_loss_step")
+            for step, value in table[name].dropna().items()
+        }
+
+    whole = run()
+    before = run(SaveAndStop(tmp_path / "a.ckpt", 1, 5))
+    lost = {("train_loss_step", 12)}  # of the step at which the run ended, before Lightning logs it
+    expected = {key: value for key, value in whole.items() if key not in lost}
+    assert before | run(ckpt_path=tmp_path / "a.ckpt") == expected
 
 
 def test_validations_that_are_counted_over_epochs_fall_on_the_same_steps_after_a_save_in_an_accumulation(

@@ -11,6 +11,9 @@ weights into a module without a model, passing over what does not fit. So those 
 `WeightAveraging` averages buffers too, among them the position ids of most models: whole numbers, which are rounded
 down again and again, so that the averaged model reads texts at other positions.
 
+It and `StochasticWeightAveraging` give the model its averaged weights in a hook that a restarted run does not reach
+when nothing is left to train.
+
 After an exception or Ctrl-C in an evaluation Lightning leaves the model in evaluation mode, in which the next `fit`
 would train it without dropout.
 """
@@ -19,10 +22,12 @@ import multiprocessing
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
+
+from smartbatch_lightning.progress import nothing_was_left
 
 
 class ModelLifecycle(Callback):
@@ -50,6 +55,12 @@ class ModelLifecycle(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback._use_buffers = False  # they are copied then
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the model its averaged weights also where a restarted run has nothing left to train."""
+        for callback in trainer.callbacks if nothing_was_left(trainer) else []:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                callback.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restores the modes that the model's parts had before the evaluation."""
