@@ -86,7 +86,12 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
             return lock
         except Timeout:
             waited += _SILENCE
-            log.warning("Waiting for another process that holds %s, for %.0f seconds now.", lock.lock_file, waited)
+            log.warning(
+                "Waiting for another process that holds %s, for %.0f seconds now. If none runs, on any machine, delete "
+                "that file: a file system without flock keeps the lock of a process that was killed.",
+                lock.lock_file,
+                waited,
+            )
             if waited >= patience:
                 raise
 

@@ -1,7 +1,11 @@
 """Tests of the cache: whole or not at all, once, whoever asks."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +96,27 @@ def test_a_lock_that_another_process_holds_is_named_while_it_is_waited_for(
     assert (tmp_path / "file").read_text() == "all"
     assert len(caplog.messages) >= 2
     assert caplog.messages[0].startswith(f"Waiting for another process that holds {tmp_path}/file.lock, for ")
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_a_lock_that_was_left_is_named_and_can_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(storage, "_SILENCE", 0.2)
+    lock = tmp_path / "file.lock"
+    lock.touch()
+    with ThreadPoolExecutor() as pool:
+        written = pool.submit(write_if_missing, tmp_path / "file", lambda path: path.write_text("all"))
+        while not caplog.messages:
+            time.sleep(0.01)
+        assert f"holds {lock}" in caplog.messages[0]
+        assert "delete that file" in caplog.messages[0]
+        lock.unlink()
+        assert written.result(10).read_text() == "all"
 
 
 def _append_and_write(folder: Path) -> None:
