@@ -10,10 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
+import run_to_be_killed
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -84,7 +88,7 @@ def start(folder: Path, variables: dict[str, str] | None = None, **options) -> s
 def _forks() -> multiprocessing.context.ForkServerContext:
     """A server of forks that has imported what a run needs; by itself it would look for that in the working directory."""
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["run_to_be_killed", "torch._dynamo"])  # the latter is what DDP imports
+    forks.set_forkserver_preload(["run_to_be_killed", "run_flag", "torch._dynamo"])  # the latter is what DDP imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
@@ -92,15 +96,17 @@ def _forks() -> multiprocessing.context.ForkServerContext:
 
 
 class Fork:
-    """What `subprocess.Popen` has, for a run that is forked from a process with all imports, which saves seconds.
+    """What `subprocess.Popen` has, for a function that is called in a process with all imports, which saves seconds.
 
-    Of several ranks the first forks the others, with the variables that torchrun sets for each, and waits for them.
+    Args:
+        folder: Where it works, and writes its `log.txt`.
+        ranks: Of several the first forks the others, with the variables that torchrun sets for each, and waits for them.
+        run: A function of a module, called with the arguments.
     """
 
-    def __init__(self, folder: Path, **options) -> None:
+    def __init__(self, folder: Path, ranks: int, run: Callable[..., Any], *arguments: Any) -> None:
         folder.mkdir(exist_ok=True)
-        arguments = [f"{name}={value}" for name, value in options.items()]
-        self.process = _forks().Process(target=_run_forked, args=(folder, arguments))
+        self.process = _forks().Process(target=_run_forked, args=(folder, ranks, run, arguments))
         self.process.start()
         self.pid = self.process.pid
 
@@ -116,35 +122,39 @@ class Fork:
         return self.process.exitcode
 
 
-def _run_forked(folder: Path, arguments: list[str]) -> None:
+def begin(folder: Path, **options) -> Fork:
+    """As `start`, in a second; without Lightning's launcher of ranks."""
+    arguments = [f"{name}={value}" for name, value in options.items()]
+    return Fork(folder, options.get("devices", 1), run_to_be_killed.main, folder, *arguments)
+
+
+def _run_forked(folder: Path, ranks: int, run: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where nothing was forked
     log = os.open(folder / "log.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = ["run_to_be_killed.py", str(folder), *arguments]
+    os.chdir(folder)
+    sys.argv = ["run", str(folder), *map(str, arguments)]
     for name in [name for name in os.environ if name.startswith(("SLURM", "PL_"))]:
         del os.environ[name]
-    from run_to_be_killed import main
-
-    others = []
-    if "devices=2" in arguments:
+    other = None
+    if ranks == 2:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        other = os.fork()
-        os.environ |= {"LOCAL_RANK": "0" if other else "1", "RANK": "0" if other else "1", "GROUP_RANK": "0"}
-        others = [other] if other else []
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+        other = os.fork() or None
+        os.environ |= {"LOCAL_RANK": "0" if other else "1", "RANK": "0" if other else "1"}
     try:
-        main(folder, *arguments)
+        run(*arguments)
+        if other and os.waitpid(other, 0)[1]:
+            sys.exit("the other rank failed")
     except BaseException:
-        for other in others:
-            os.kill(other, signal.SIGKILL)
+        if other:
+            with suppress(ProcessLookupError):
+                os.kill(other, signal.SIGKILL)
         raise
-    finally:
-        for other in others:
-            os.waitpid(other, 0)
 
 
 def finish(run: Fork | subprocess.Popen[bytes], folder: Path) -> None:

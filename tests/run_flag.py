@@ -1,10 +1,5 @@
-"""Trains with one of Lightning's callbacks or flags, and writes down what each rank trained: started by the tests.
+"""Trains with one of Lightning's callbacks or flags, and writes down what each rank trained."""
 
-Usage: python tests/run_flag.py FOLDER NAME
-"""
-
-import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -132,6 +127,8 @@ def train(folder: Path, name: str, devices: int) -> L.Trainer:
     """Two epochs of 200 reviews."""
     case = cases(folder)[name]
     L.seed_everything(3)
+    if devices > 1:
+        torch.set_num_threads(1)
     data = SmartBatchDataModule(**{"validation_split": 0.9, "max_length": 24, "batch_size": BATCH, **case.data})
     plain = {
         "accelerator": "cpu",
@@ -156,9 +153,3 @@ def train(folder: Path, name: str, devices: int) -> L.Trainer:
     trainer.fit(model, data)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     return trainer
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.chdir(sys.argv[1])
-    train(Path(sys.argv[1]), sys.argv[2], 2)

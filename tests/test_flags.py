@@ -5,14 +5,12 @@
 
 import inspect
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
-from helpers import diaries
+from helpers import Fork, diaries, finish
 from lightning.pytorch import callbacks as of_lightning
 from run_flag import ROWS, Case, cases, train
 
@@ -60,7 +58,5 @@ def test_one_process_trains_every_sample_once_an_epoch_whatever_the_callback_or_
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.on_two_ranks])
 def test_two_ranks_train_every_sample_once_an_epoch_whatever_the_callback_or_flag(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(TESTS / "run_flag.py"), str(tmp_path), name]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-3000:]
+    finish(Fork(tmp_path, 2, train, tmp_path, name, 2), tmp_path)
     assert_trained(tmp_path, CASES[name], 2)

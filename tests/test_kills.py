@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import Fork, assert_same, diaries, finish
+from helpers import assert_same, begin, diaries, finish
 
 RUNS, KILLS = 40, 5
 MOMENTS = ["first step", "step", "validation", "end of validation", "end of epoch", "start of epoch"]
@@ -44,7 +44,7 @@ def kill(folder: Path, options: dict, rng: random.Random) -> None:
     passed = 0 if moment == "first step" else rng.randint(0, 8 if moment == "step" else 2)
     aimed = {} if moment in ("any", "writing") else {"kill": moment, "passed": passed}
     before = len(diaries(folder))
-    run = Fork(folder, **options, **aimed)
+    run = begin(folder, **options, **aimed)
     delay = rng.uniform(0, 1.5)
     while run.poll() is None and len(diaries(folder)) == before:
         time.sleep(0.001)
@@ -80,10 +80,10 @@ def test_a_run_of_random_settings_that_is_killed_again_and_again_leaves_what_an_
     rng = random.Random(seed)
     options = settings(rng)
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    finish(Fork(whole, **options), whole)
+    finish(begin(whole, **options), whole)
     for _ in range(KILLS):
         kill(folder, options, rng)
-    finish(Fork(folder, **options), folder)
+    finish(begin(folder, **options), folder)
     for rank in range(options["devices"]):
         [expected] = diaries(whole, rank)
         assert {step for run in diaries(folder, rank) for step in run} == set(expected), options

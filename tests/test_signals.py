@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import Fork, assert_same, diaries, finish, kill_after, start
+from helpers import assert_same, begin, diaries, finish, kill_after, start
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1]
 TIMES = 10
@@ -28,17 +28,17 @@ def test_a_signal_at_any_moment_saves_says_how_to_go_on_and_is_no_success(number
     rng = random.Random(number * devices)
     options = {"devices": devices, "accumulate": 2, "every": 1000, "epochs": 3}
     whole = tmp_path / "whole"
-    begin = Fork if devices == 1 else start  # those of several ranks by Lightning's own launcher
-    finish(begin(whole, **options), whole)
+    run_it = begin if devices == 1 else start  # those of several ranks by Lightning's own launcher
+    finish(run_it(whole, **options), whole)
     for time_of in range(TIMES):
         folder = tmp_path / str(time_of)
-        run = begin(folder, **options)
+        run = run_it(folder, **options)
         kill_after(run, folder, rng.randint(0, 30), rng.uniform(0, 0.05), number)
         log = (folder / "log.txt").read_text()
         assert run.returncode == 128 + number, log[-3000:]
         assert f"Stopped by {number.name} after step" in log
         assert f"ckpt_path='{folder}/checkpoints/last.ckpt'" in log
-        finish(begin(folder, **options), folder)
+        finish(run_it(folder, **options), folder)
         for rank in range(devices):
             assert [[step for steps in diaries(folder, rank) for step in steps]] == diaries(whole, rank)
         weights, resumed = (torch.load(path / "weights.pt") for path in (whole, folder))
