@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
 from smartbatch_lightning.storage import check_writable, write_into
@@ -133,8 +133,8 @@ def _card(
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {_escaped(name)}",
-        f"{_escaped(pretrained)} fine-tuned on {_escaped(data.source)} to tell "
-        f"{_escaped(join_quoted(model.label_names))} apart, {_MARK}.",
+        f"{_escaped(pretrained)} fine-tuned on {_escaped(data.source)} {_MARK}, to predict "
+        f"{_escaped(model.task.description)}.",
         _code(
             "python",
             "from transformers import pipeline\n\n"

@@ -361,10 +361,10 @@ def test_labels_that_are_all_the_same_are_refused(module, tmp_path: Path) -> Non
         module(path, validation_split=None).setup("fit")
 
 
-def test_labels_that_are_measurements_are_refused(module, tmp_path: Path) -> None:
+def test_measurements_are_refused_as_classes(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [("film", 0.5), ("film", 1.5)])
     with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):
-        module(path, validation_split=None).setup("fit")
+        module(path, validation_split=None, problem_type="single_label_classification").setup("fit")
 
 
 def test_testing_without_any_classes_says_how_to_name_them(module, tmp_path: Path) -> None:

@@ -347,16 +347,23 @@ def test_a_checkpoint_loads_without_the_pretrained_model_and_with_weights_only(
     ("problem_type", "num_labels"), [("multi_label_classification", 3), ("regression", 1), (None, 1)]
 )
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_a_model_of_another_task_is_not_taken_for_one_of_single_labels(
-    problem_type, num_labels, by_hand, tmp_path
-) -> None:
+def test_a_model_of_another_task_predicts_what_it_was_trained_for(problem_type, num_labels, by_hand, tmp_path) -> None:
     config = BertConfig(**SMALL, vocab_size=2000, problem_type=problem_type, num_labels=num_labels)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     data = SmartBatchDataModule(tokenizer=str(demo.model_dir()), max_length=64)
     data.setup("predict")
     given = {"dataloaders": data.predict_dataloader()} if by_hand else {"datamodule": data}
-    with pytest.raises(ValueError, match=f"{problem_type or 'regression'}"):
-        trainer(tmp_path).predict(SequenceClassifier(str(tmp_path / "model")), **given)
+    model = SequenceClassifier(str(tmp_path / "model"))
+    predicted = trainer(tmp_path, limit_predict_batches=1).predict(model, **given)[0]
+    batch = next(iter(data.predict_dataloader()))
+    logits = model.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    if problem_type == "multi_label_classification":
+        torch.testing.assert_close(predicted["probabilities"], logits.sigmoid(), rtol=1e-5, atol=1e-5)
+    else:
+        torch.testing.assert_close(predicted["predictions"], logits[:, 0], rtol=1e-5, atol=1e-5)
+    data = SmartBatchDataModule(tokenizer=str(demo.model_dir()), problem_type="single_label_classification")
+    with pytest.raises(ValueError, match=f"trained for {problem_type or 'regression'}, not for single_label"):
+        trainer(tmp_path).predict(model, data)
 
 
 def test_a_metric_with_the_name_of_the_loss_is_refused(data, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_strategy_that_is_not_there_is_refused_when_it_is_given(name: str, mes
     ("name", "message"),
     [
         ("multi", "problem_type is 'multi'; choose one of 'single_label_classification'"),
-        ("os.getcwd", "problem_type is 'os.getcwd', which lacks 'label_names', 'from_dataset'"),
+        ("os.getcwd", "problem_type is 'os.getcwd', which lacks 'label_names', 'description'"),
         ("os.nothing", "which cannot be imported"),
     ],
 )

@@ -1,5 +1,6 @@
 """Predictions as a table."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class PredictionWriter(BasePredictionWriter):
     """Writes predictions as one table, a row a sample in the order of the input.
 
     Columns: `index`, the row in the split, and those of the task: for single labels `label`, the likeliest class as it
-    stands in the data, and a `probability_NAME` for each class. In CSV a text that a spreadsheet would take for a
+    stands in the data, and a `probability_NAME` for each class; for several labels `labels`, a list, in CSV as JSON,
+    or a text with their delimiter, and a `probability_NAME` for each; for a regression `prediction`, or a
+    `prediction_NAME` for each target. In CSV a text that a spreadsheet would take for a
     formula, one that begins with `=`, `+`, `-`, `@`, a tab or a carriage return, has a `'` before it; not in Parquet.
 
     Args:
@@ -79,11 +82,20 @@ class PredictionWriter(BasePredictionWriter):
         table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})
         with refused(self.path, "Make room, or give another path by --predictions.path."):
             if self.path.suffix == ".csv":
-                safe = _without_formulas(table)
+                safe = _without_formulas(_without_lists(table))
                 atomic_write(self.path, lambda tmp_path: pyarrow.csv.write_csv(safe, tmp_path))
             else:
                 atomic_write(self.path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
         echo(f"Wrote {len(table):,} predictions to {self.path}")
+
+
+def _without_lists(table: pa.Table) -> pa.Table:
+    """Lists as JSON, since CSV has none."""
+    for number, column in enumerate(table.columns):
+        if pa.types.is_list(column.type):
+            written = pa.array([json.dumps(row, ensure_ascii=False) for row in column.to_pylist()], pa.string())
+            table = table.set_column(number, table.column_names[number], written)
+    return table
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from smartbatch_lightning.progress import between_steps
 
 log = logging.getLogger(__name__)
 
+_MOMENT = 1.0  # seconds in which a launcher such as torchrun passes a signal on that all have received
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -51,6 +53,7 @@ class StopOnSignal(Callback):
         self.requeue_signal = signal.Signals[requeue_signal]
         self.every_n_steps = every_n_steps
         self._received: signal.Signals | None = None
+        self._since = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -112,9 +115,9 @@ class StopOnSignal(Callback):
         received = signal.Signals(number)
         if self._trainer.state.fn != TrainerFn.FITTING:
             raise SystemExit(128 + number)
-        if self._received == received == signal.SIGINT:
+        if self._received == received == signal.SIGINT and time.monotonic() - self._since > _MOMENT:
             raise KeyboardInterrupt
-        self._received = received
+        self._received, self._since = received, time.monotonic()
         if self._trainer.is_global_zero:
             log.warning("%s: saving and ending after this step. Ctrl-C twice ends at once.", received.name)
 

@@ -1,6 +1,7 @@
 """Which task a run has: the data's, or that of a trained model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PretrainedConfig
@@ -8,6 +9,11 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.tasks import TASKS, Task
+from smartbatch_lightning.tasks.config import problem_type_of
+from smartbatch_lightning.tasks.detection import detect_problem_type
+from smartbatch_lightning.tasks.labels import LabelSource
+
+_USUAL = "single_label_classification"
 
 
 def find_task_class(problem_type: str) -> type[Task]:
@@ -24,42 +30,66 @@ def find_task_class(problem_type: str) -> type[Task]:
     return task_class
 
 
-def find_task(
-    task_class: type[Task],
-    given: Task | None,
-    splits: Mapping[str, Dataset],
-    train_split: str,
-    label_column: str,
-    trained_config: PretrainedConfig | None,
-    *,
-    training: bool,
-) -> Task | None:
-    """In training the task of the data; elsewhere the one that the model was trained for, where it says.
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a user says of the task.
 
-    Where both have the same labels, they stand in the order of the model's.
-
-    Args:
-        task_class: Of the task.
-        given: That of names that the user gave.
-        splits: All splits.
-        train_split: Name of the split to train on.
-        label_column: Name of the column of labels.
-        trained_config: Configuration of what the model was trained to classify, if it was.
-        training: The run trains; labels may then be others than the model's.
-
-    Returns:
-        None where nothing tells.
+    Attributes:
+        problem_type: Name or import path of the task; by default what the labels of the training split look like.
+        label_names: Names of the labels; by default those of the data.
+        source: Where the labels stand.
 
     Raises:
-        ValueError: The labels cannot be learnt, or the model was trained for others.
+        ValueError: There is no such task, or no names of labels.
     """
-    trained = None if trained_config is None else task_class.from_config(trained_config)
-    labelled = train_split in splits and label_column in splits[train_split].column_names
-    task = given
-    if task is None and labelled and (training or trained is None):
-        task = task_class.from_dataset(splits[train_split], label_column, train_split)
-    if task is None or trained is None:
-        return task or trained
-    if training and sorted(task.label_names) != sorted(trained.label_names):
-        return task  # the model decides whether it can learn these
-    return task.aligned_with(trained)
+
+    problem_type: str | None
+    label_names: tuple[str, ...] | None
+    source: LabelSource
+
+    def __post_init__(self) -> None:
+        task_class = find_task_class(self.problem_type or _USUAL)
+        if self.label_names is not None:
+            task_class.from_names(self.label_names, self.source)
+
+    def find(
+        self,
+        splits: Mapping[str, Dataset],
+        train_split: str,
+        trained_config: PretrainedConfig | None,
+        *,
+        training: bool,
+    ) -> Task | None:
+        """In training the task of the data; elsewhere the one that the model was trained for, where it says.
+
+        Where both have the same labels, they stand in the order of the model's.
+
+        Args:
+            splits: All splits.
+            train_split: Name of the split to train on.
+            trained_config: Configuration of what the model was trained for, if it was.
+            training: The run trains; labels may then be others than the model's.
+
+        Returns:
+            None where nothing tells.
+
+        Raises:
+            ValueError: The labels cannot be learnt, or the model was trained for others.
+        """
+        labelled = train_split in splits and set(self.source.columns) <= set(splits[train_split].column_names)
+        problem_type = self.problem_type
+        if problem_type is None:
+            found = detect_problem_type(splits[train_split], self.source, train_split) if labelled else _USUAL
+            of_model = trained_config is not None and not training
+            problem_type = problem_type_of(trained_config) if of_model and trained_config is not None else found
+            labelled = labelled and found == problem_type
+        task_class = find_task_class(problem_type)
+        trained = None if trained_config is None else task_class.from_config(trained_config)
+        task = None if self.label_names is None else task_class.from_names(self.label_names, self.source)
+        if task is None and labelled and (training or trained is None):
+            task = task_class.from_dataset(splits[train_split], self.source, train_split)
+        if task is None or trained is None:
+            return task or trained
+        if training and sorted(task.label_names) != sorted(trained.label_names):
+            return task  # the model decides whether it can learn these
+        return task.aligned_with(trained)

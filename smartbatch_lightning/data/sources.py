@@ -10,18 +10,24 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# As a CSV file writes numbers with a fraction, and what is none.
+_NUMBER = r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?"
+_NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
 
 
-def read_dataset(dataset: str | dict[str, str], config: str | None = None, *, label_column: str) -> DatasetDict:
+def read_dataset(
+    dataset: str | dict[str, str], config: str | None = None, labels: LabelSource = ONE_COLUMN
+) -> DatasetDict:
     """Reads a data set.
 
     Args:
         dataset: As `SmartBatchDataModule` takes it.
         config: Configuration of a data set on the Hub.
-        label_column: In a CSV file an empty field of this column is a missing label; elsewhere it is an empty text,
-            and words such as "None" are words.
+        labels: Where labels stand. In a CSV file an empty field there is a missing label, unless a delimiter stands
+            between labels; in other columns it is an empty text, and words such as "None" are words.
 
     Raises:
         ValueError: There is no such data set, or it cannot be read.
@@ -29,10 +35,10 @@ def read_dataset(dataset: str | dict[str, str], config: str | None = None, *, la
     if dataset == "demo":
         dataset = str(demo.data_dir())
     if isinstance(dataset, dict):
-        return _read_files(dataset, label_column)
+        return _read_files(dataset, labels)
     path = Path(dataset).expanduser()
     if path.is_file() or path.suffix in _FILE_FORMATS:
-        return _read_files({"train": dataset}, label_column)
+        return _read_files({"train": dataset}, labels)
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
     try:
@@ -54,7 +60,7 @@ def read_dataset(dataset: str | dict[str, str], config: str | None = None, *, la
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
-def _read_files(files: dict[str, str], label_column: str) -> DatasetDict:
+def _read_files(files: dict[str, str], labels: LabelSource) -> DatasetDict:
     suffixes = sorted({Path(file).suffix for file in files.values()})
     if len(suffixes) != 1 or suffixes[0] not in _FILE_FORMATS:
         raise UsageError(
@@ -69,7 +75,7 @@ def _read_files(files: dict[str, str], label_column: str) -> DatasetDict:
     options: dict[str, Any] = {}
     if file_format == "csv":
         # labels as text, or chunks of a file would be numbers or words by what stands in each
-        options = {"keep_default_na": False, "converters": {label_column: str}}
+        options = {"keep_default_na": False, "converters": dict.fromkeys(labels.columns, str)}
         options["sep"] = "\t" if suffixes[0] == ".tsv" else ","
     try:
         loaded = load_dataset(file_format, data_files={split: str(path) for split, path in paths.items()}, **options)
@@ -79,8 +85,9 @@ def _read_files(files: dict[str, str], label_column: str) -> DatasetDict:
             "the file is whole, not empty, and of the format that its ending tells."
         ) from error
     assert isinstance(loaded, DatasetDict)
-    if file_format == "csv":
-        return DatasetDict({split: _with_typed_labels(read, label_column) for split, read in loaded.items()})
+    if file_format == "csv" and labels.delimiter is None:
+        for column in labels.columns:
+            loaded = DatasetDict({split: _with_typed_labels(read, column) for split, read in loaded.items()})
     return loaded
 
 
@@ -94,8 +101,8 @@ def _with_typed_labels(dataset: Dataset, column: str) -> Dataset:
         labels = labels.cast(pa.int64())
     elif _all_match(labels, "^(True|False)$"):
         labels = pc.equal(labels, "True")
-    elif _all_match(labels, r"^-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$") and not _all_match(labels, r"^[^.eE]+$"):
-        labels = labels.cast(pa.float64())
+    elif _all_match(labels, f"^({_NUMBER}|{_NOT_FINITE})$") and not _all_match(labels, f"^([^.eE]+|{_NOT_FINITE})$"):
+        labels = labels.cast(pa.float64())  # of which what is not finite is refused
     typed = dataset.remove_columns(column)
     fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
     return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)

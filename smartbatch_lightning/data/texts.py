@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import text_model_of
-from smartbatch_lightning.data.labels import find_task, find_task_class
+from smartbatch_lightning.data.labels import TaskOptions
 from smartbatch_lightning.data.sources import read_dataset
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.tokenizers import find_tokenizer
@@ -21,6 +21,7 @@ from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Task
+from smartbatch_lightning.tasks.labels import LabelSource
 
 _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
@@ -42,9 +43,13 @@ class TextDataModule(L.LightningDataModule):
             one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
         tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
         dataset_config: Configuration of a data set on the Hub that has several, such as `sst2` of `nyu-mll/glue`.
-        problem_type: What is learnt: a name in `smartbatch_lightning.tasks.TASKS`, or the import path of a class.
+        problem_type: What is learnt: `single_label_classification`, `multi_label_classification`, `regression`, or the
+            import path of a class like those in `smartbatch_lightning.tasks`. By default lists of labels are several
+            labels a sample, numbers with a fraction are a regression, and everything else is one label a sample.
         text_columns: Column of text, or two columns for pairs of sentences.
-        label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans. They are matched by name.
+        label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans, which are matched by name;
+            lists of these; or numbers. Or several columns: one of 0 and 1 for each label, or one for each target.
+        label_delimiter: What stands between the labels of a text that has several, such as `,` in `joy,anger`.
         label_names: Names of the classes in the order of their numbers; by default those of the `ClassLabel`, or what
             the training split holds, sorted. Where none of them is a number, whole numbers in the data count them.
         train_split: Split to train on.
@@ -74,9 +79,10 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         dataset_config: str | None = None,
-        problem_type: str = "single_label_classification",
+        problem_type: str | None = None,
         text_columns: str | list[str] = "text",
-        label_column: str = "label",
+        label_column: str | list[str] = "label",
+        label_delimiter: str | None = None,
         label_names: list[str] | None = None,
         train_split: str = "train",
         validation_split: float | str | list[str] | None = "auto",
@@ -97,16 +103,15 @@ class TextDataModule(L.LightningDataModule):
         if len(columns) not in (1, 2) or len(set(columns)) < len(columns):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
-        find_task_class(problem_type)
+        source = LabelSource.of(label_column, label_delimiter)
+        self._task_options = TaskOptions(problem_type, None if label_names is None else tuple(label_names), source)
         self.dataset: str | dict[str, str] = (
             {split: os.fspath(file) for split, file in dataset.items()}
             if isinstance(dataset, dict)
             else os.fspath(dataset)
         )
         self.dataset_config = dataset_config
-        self.problem_type = problem_type
         self.text_columns = columns
-        self.label_column = label_column
         self.train_split = train_split
         self.validation_split = validation_split
         self.test_split = test_split
@@ -114,7 +119,6 @@ class TextDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.seed = seed
         self.cache_dir = cache_dir
-        self._given_task = find_task_class(problem_type).from_names(label_names) if label_names is not None else None
         self._given_tokenizer = tokenizer
         self._loaded: _Loaded | None = None
 
@@ -122,7 +126,7 @@ class TextDataModule(L.LightningDataModule):
 
     def load_dataset(self) -> DatasetDict:
         """The splits, as `datasets` knows them. Override for data of other kinds."""
-        return read_dataset(self.dataset, self.dataset_config, label_column=self.label_column)
+        return read_dataset(self.dataset, self.dataset_config, self.label_source)
 
     def tokenize(self, dataset: Dataset) -> Any:
         """Token ids of one split.
@@ -169,6 +173,11 @@ class TextDataModule(L.LightningDataModule):
     def task(self) -> Task | None:
         """Labels and what is learnt of them: those of the data, else of a trained model; None where nothing tells."""
         return self._load().task
+
+    @property
+    def label_source(self) -> LabelSource:
+        """Where the labels stand."""
+        return self._task_options.source
 
     @property
     def label_names(self) -> list[str] | None:
@@ -235,6 +244,8 @@ class TextDataModule(L.LightningDataModule):
                 rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints keep it.")
         if stage == "fit":
             self.train_data, self.validation_data = self._train_and_validation()
+            assert self.task is not None
+            rank_zero_info(f"Learning {self.task.description}.")
         elif stage == "validate" and not self.validates_share:
             self.validation_data = [self._labelled(split) for split in self._names.validated(self.splits)]
         elif stage == "validate":
@@ -259,12 +270,9 @@ class TextDataModule(L.LightningDataModule):
         if self._loaded is None:
             splits, model = self.load_dataset(), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
-            task = find_task(
-                find_task_class(self.problem_type),
-                self._given_task,
+            task = self._task_options.find(
                 splits,
                 self.train_split,
-                self.label_column,
                 None if model is None else model.trained_config,
                 training=self.trainer is None or self.trainer.state.fn not in _EVALUATIONS,
             )
@@ -293,16 +301,14 @@ class TextDataModule(L.LightningDataModule):
     def _labelled(self, split: str) -> TokenDataset:
         dataset = self._split(split)
         if self.task is None and self.train_split in self.splits:
-            find_task_class(self.problem_type).from_dataset(
-                self._split(self.train_split), self.label_column, self.train_split
-            )
+            self.label_source.read(self._split(self.train_split), self.train_split)
         if self.task is None:
             raise UsageError(
                 f"the label classes are unknown: {self.source} has no training split {self.train_split!r} with labels, "
                 "and the model is of no checkpoint. Give --ckpt_path, or --data.label_names, in the order of their "
                 "numbers."
             )
-        labels = self.task.encode(dataset, self.label_column, split)
+        labels = self.task.encode(dataset, self.label_source, split)
         return TokenDataset(self.token_table(dataset), labels)
 
     def _split(self, split: str) -> Dataset:

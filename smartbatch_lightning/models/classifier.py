@@ -41,7 +41,7 @@ from smartbatch_lightning.progress import between_steps, restore_loaders, stay_s
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
-from smartbatch_lightning.tasks.single_label import label_names_from_config
+from smartbatch_lightning.tasks.config import label_names_from_config, problem_type_of
 
 Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]
@@ -164,7 +164,10 @@ class SequenceClassifier(L.LightningModule):
         return self.task.compute_loss(output.logits, labels)
 
     def configure_metrics(self, num_labels: int) -> MetricCollection:
-        """Metrics of logits and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on."""
+        """Metrics of scores and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on.
+
+        Scores are probabilities (batch, num_labels), or what a regression predicts.
+        """
         return self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
@@ -448,8 +451,7 @@ class SequenceClassifier(L.LightningModule):
         if data is not None and data.task is not None:
             return data.task
         assert self.model is not None, "a model has a task once it is built"
-        problem_type = self.model.config.problem_type or "single_label_classification"
-        kind = look_up(problem_type, TASKS, "the model's problem_type")
+        kind = look_up(problem_type_of(self.model.config), TASKS, "the model's problem_type")
         return kind.from_config(self.model.config) or kind.from_names(self.label_names)
 
     @property
@@ -501,8 +503,7 @@ class SequenceClassifier(L.LightningModule):
 
     def _build(self, task: Task | None) -> PreTrainedModel:
         model = self._load_model(task)
-        if model.config.problem_type is None and len(label_names_from_config(model.config)) > 1:
-            model.config.problem_type = "single_label_classification"
+        model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
         if "attn_implementation" not in self.model_kwargs:
@@ -517,7 +518,8 @@ class SequenceClassifier(L.LightningModule):
         key = f"{stage}_{dataloader_idx}"
         if key not in self.stage_metrics:
             with summed_in_float32():
-                self.stage_metrics[key] = StageMetrics(self.configure_metrics(len(self.label_names))).to(self.device)
+                metrics = self.configure_metrics(len(self.label_names))
+                self.stage_metrics[key] = StageMetrics(metrics, self.task).to(self.device)
         found = self.stage_metrics[key]
         assert isinstance(found, StageMetrics)
         return found

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.packing import check_packing
-from smartbatch_lightning.tasks.single_label import label_names_from_config
+from smartbatch_lightning.tasks.config import label_names_from_config
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.tasks import Task
 
 _MAX_PENDING = 1000  # batches
 _MAX_PENDING_LOGITS = 2**20
@@ -31,18 +32,20 @@ class StageMetrics(nn.Module):
     """Mean loss and metrics of one pass.
 
     Args:
-        metrics: Of logits and labels.
+        metrics: Of what the task makes of logits and labels.
+        task: That does.
 
     Raises:
         ValueError: A metric is named `loss`.
     """
 
-    def __init__(self, metrics: MetricCollection) -> None:
+    def __init__(self, metrics: MetricCollection, task: Task) -> None:
         super().__init__()
         if "loss" in metrics:
             raise UsageError("configure_metrics gives a metric the name 'loss', which the mean loss has. Rename it.")
         self.loss = MeanMetric(nan_strategy="disable")  # its checks wait for the GPU
         self.metrics = metrics
+        self._task = task
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -71,4 +74,4 @@ class StageMetrics(nn.Module):
         if self._pending:
             logits, labels = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
             self._pending.clear()
-            self.metrics.update(logits, labels)
+            self.metrics.update(self._task.scores(logits), self._task.metric_labels(labels))

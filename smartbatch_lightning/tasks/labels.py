@@ -1,7 +1,7 @@
-"""Labels by name: read from a column, numbered, and written again as they stood in the data."""
+"""Labels by name: read from columns, numbered, and written again as they stood in the data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,40 +19,127 @@ LabelType = Literal["text", "integer", "boolean"]
 
 
 @dataclass(frozen=True)
+class LabelSource:
+    """Where the labels of a split stand.
+
+    Attributes:
+        columns: One column; or several, each of which is a label or a target.
+        delimiter: What stands between the labels of a text.
+    """
+
+    columns: tuple[str, ...] = ("label",)
+    delimiter: str | None = None
+
+    @classmethod
+    def of(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
+        """The source that arguments name.
+
+        Raises:
+            ValueError: There is no column, or one stands twice; or the delimiter is empty, or beside several columns.
+        """
+        columns = (column,) if isinstance(column, str) else tuple(column)
+        if not columns or len(set(columns)) < len(columns):
+            raise UsageError(f"label_column is {column!r}; give one column or several, each once.")
+        if delimiter == "" or (delimiter is not None and len(columns) > 1):
+            raise UsageError(
+                f"label_delimiter is {delimiter!r} and label_column {column!r}; give a delimiter of one character or "
+                "more, and one column."
+            )
+        return cls(columns, delimiter)
+
+    def read(self, dataset: "Dataset", split: str) -> list[pa.ChunkedArray]:
+        """The columns of a split, without what stands in others.
+
+        Raises:
+            ValueError: One is not there.
+        """
+        for column in self.columns:
+            if column not in dataset.column_names:
+                raise UsageError(
+                    f"the label column {column!r} is not in the split {split!r}, which has "
+                    f"{join_quoted(dataset.column_names)}. Set --data.label_column."
+                )
+        table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
+        return [table.column(column) for column in self.columns]
+
+    def only_column(self, problem_type: str) -> str:
+        """The column of labels, where there has to be one.
+
+        Raises:
+            ValueError: There are several, or a delimiter is given.
+        """
+        if len(self.columns) > 1 or self.delimiter is not None:
+            what = f"label_column is {list(self.columns)}" if len(self.columns) > 1 else "label_delimiter is given"
+            raise UsageError(
+                f"{what}, but problem_type is {problem_type!r}, which has one label a sample. Give one column without "
+                "a delimiter, or set --data.problem_type=multi_label_classification."
+            )
+        return self.columns[0]
+
+
+ONE_COLUMN = LabelSource()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a split, one after another, each by its name.
+
+    Attributes:
+        names: Name of each label, text.
+        label_type: How labels stand in the data.
+        class_names: Names of the `ClassLabel` that they are of, in its order; None where they are of none.
+        rows: Row of each label in the split, counted from 0; None where each row has one.
+        split: Name of the split.
+    """
+
+    names: pa.ChunkedArray
+    label_type: LabelType
+    class_names: list[str] | None
+    rows: NDArray[np.int64] | None
+    split: str
+
+    def row(self, number: int) -> int:
+        """Row of a label, for a message."""
+        return number if self.rows is None else int(self.rows[number])
+
+
+@dataclass(frozen=True)
 class LabelEncoder:
     """Numbers of classes for their names, and back.
 
     Attributes:
         names: Name of each class, in the order of their numbers.
         label_type: How labels stand in the data.
-        numbers_are_ids: Whole numbers in the data are the classes' numbers, since names were given that are no numbers.
+        counted: Names that whole numbers in the data count, since names were given that are no numbers.
     """
 
     names: tuple[str, ...]
     label_type: LabelType = "text"
-    numbers_are_ids: bool = False
+    counted: tuple[str, ...] | None = None
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "LabelEncoder":
+    def from_labels(cls, labels: Labels) -> "LabelEncoder":
         """The names of a `ClassLabel`, in its order; else the distinct labels, numbers by value and text by letter.
 
         Raises:
-            ValueError: As `read_labels`, or all labels are the same.
+            ValueError: All labels are the same, or there are none.
         """
-        labels, label_type = read_labels(dataset, column, split)
-        feature = dataset.features.get(column)
-        if is_class_label(feature):
-            names = list(feature.names)
-        else:
-            names = pc.unique(labels).to_pylist()
+        names = labels.class_names
+        if names is None:
+            names = pc.unique(labels.names).to_pylist()
             names.sort(key=(lambda name: int(name)) if all(map(_is_whole_number, names)) else str)
         if len(names) < 2:
+            found = (
+                f"all labels of the split {labels.split!r} are {names[0]!r}"
+                if names
+                else (f"the split {labels.split!r} has no label in any row")
+            )
             raise UsageError(
-                f"all labels of the split {split!r} are {names[0]!r}; there is nothing to tell apart. Give data "
-                "with two classes or more, or set --data.label_column."
+                f"{found}; there is nothing to tell apart. Give data with two classes or more, or set "
+                "--data.label_column."
             )
         _warn_of_near_duplicates(names)
-        return cls(tuple(names), label_type)
+        return cls(tuple(names), labels.label_type)
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> "LabelEncoder":
@@ -66,34 +153,36 @@ class LabelEncoder:
             raise UsageError(
                 f"label_names is {join_quoted(texts) or 'empty'}; give the names of two classes or more, each once."
             )
-        numbers = any(map(_is_whole_number, texts))
-        return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", not numbers)
+        counted = None if any(map(_is_whole_number, texts)) else tuple(texts)
+        return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", counted)
 
-    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[np.int64]:
-        """Number of each label's class. Shape (num_samples,).
+    def encode(self, labels: Labels) -> NDArray[np.int64]:
+        """Number of each label's class. Shape (number of labels,).
 
         Raises:
-            ValueError: As `read_labels`, or a label is of none of the classes.
+            ValueError: A label is of none of the classes; the message names the row.
         """
-        labels, label_type = read_labels(dataset, column, split)
-        are_ids = self._are_ids(label_type, dataset, column)
+        are_ids = self.counted is not None and labels.label_type == "integer" and labels.class_names is None
         known = [str(number) for number in range(len(self.names))] if are_ids else list(self.names)
-        numbers = pc.index_in(labels, value_set=pa.array(known, pa.string()))
+        numbers = pc.index_in(labels.names, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
-            row = _first(numbers.is_null())
+            unknown = first_true(numbers.is_null())
             hint = ""
             if are_ids:
                 hint = (
                     f" Whole numbers count the classes here, from 0 to {len(known) - 1}; give a name for each number."
                 )
-            elif label_type == "integer" and not any(map(_is_whole_number, self.names)):
+            elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If whole numbers count the classes, set --data.label_names to the names in that order."
             raise UsageError(
-                f"row {row} (counted from 0) of the split {split!r} has the label "
-                f"{join_quoted([labels[row].as_py()])}, which is none of the {len(self.names):,} classes: "
+                f"row {labels.row(unknown)} (counted from 0) of the split {labels.split!r} has the label "
+                f"{join_quoted([labels.names[unknown].as_py()])}, which is none of the {len(self.names):,} classes: "
                 f"{join_quoted(self.names)}. Correct it, drop such rows, or use predict, which needs no labels.{hint}"
             )
-        return np.asarray(numbers, np.int64)
+        encoded = np.asarray(numbers, np.int64)
+        if are_ids and self.counted is not None:
+            encoded = np.array([self.names.index(name) for name in self.counted])[encoded]
+        return encoded
 
     def decode(self, numbers: NDArray[np.integer]) -> pa.Array:
         """Labels of numbers, as they stood in the data. Shape (num_samples,)."""
@@ -105,50 +194,85 @@ class LabelEncoder:
         return values.take(pa.array(numbers))
 
     def aligned_with(self, names: Sequence[str]) -> "LabelEncoder":
-        """The same with the names in another order; the names must be the same."""
-        assert sorted(names) == sorted(self.names)
-        return LabelEncoder(tuple(names), self.label_type, self.numbers_are_ids and tuple(names) == self.names)
+        """The same with the names in another order.
 
-    def _are_ids(self, label_type: LabelType, dataset: "Dataset", column: str) -> bool:
-        return self.numbers_are_ids and label_type == "integer" and not is_class_label(dataset.features.get(column))
+        Raises:
+            ValueError: They are other names.
+        """
+        if sorted(names) != sorted(self.names):
+            raise UsageError(
+                f"the model classifies into {join_quoted(names)}, but the data has {join_quoted(self.names)}. "
+                "Use the data it was trained for, or a checkpoint trained for these; where only the names differ, set "
+                "--data.label_names to the model's."
+            )
+        return replace(self, names=tuple(names))
 
 
-def read_labels(dataset: "Dataset", column: str, split: str) -> tuple[pa.ChunkedArray, LabelType]:
-    """A split's labels by name, and how they stand in the data: the name of a `ClassLabel`'s id, else what is there.
+def read_labels(dataset: "Dataset", column: str, split: str) -> Labels:
+    """A split's labels, one a row: the name of a `ClassLabel`'s id, else what is there.
 
     Raises:
         ValueError: There is no such column, it holds no labels, or a label is missing.
     """
-    if column not in dataset.column_names:
+    [values] = LabelSource((column,)).read(dataset, split)
+    return labels_of(values, dataset.features.get(column), column, split)
+
+
+def labels_of(
+    values: pa.ChunkedArray, feature: Any, column: str, split: str, rows: NDArray[np.int64] | None = None
+) -> Labels:
+    """Values of a column as labels.
+
+    Args:
+        values: Of the column, or of the lists in it.
+        feature: What `datasets` says that each is.
+        column: Name of the column, for messages.
+        split: Name of the split, for messages.
+        rows: Row of each value, where a row has not just one.
+
+    Raises:
+        ValueError: They are no labels, or one is missing.
+    """
+    kind = values.type
+    class_names = list(feature.names) if is_class_label(feature) else None
+    if class_names is not None:
+        known = pc.and_(pc.greater_equal(values, 0), pc.less(values, len(class_names)))
+        values = pa.chunked_array([pa.array(class_names, pa.string())]).take(pc.if_else(known, values, None))
+
+    def labels(names: pa.ChunkedArray, label_type: LabelType) -> Labels:
+        return Labels(names.cast(pa.string()), label_type, class_names, rows, split)
+
+    if values.null_count:
+        missing = first_true(values.is_null())
         raise UsageError(
-            f"the label column {column!r} is not in the split {split!r}, which has "
-            f"{join_quoted(dataset.column_names)}. Set --data.label_column."
-        )
-    labels = dataset.select_columns(column).with_format("arrow")[:].column(column)
-    kind, feature = labels.type, dataset.features.get(column)
-    if is_class_label(feature):
-        known = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(feature.names)))
-        labels = pa.chunked_array([pa.array(feature.names, pa.string())]).take(pc.if_else(known, labels, None))
-    if labels.null_count:
-        raise UsageError(
-            f"row {_first(labels.is_null())} (counted from 0) of the split {split!r} has no label in "
+            f"row {missing if rows is None else rows[missing]} (counted from 0) of the split {split!r} has no label in "
             f"{column!r}. Drop such rows, or give them a label."
         )
-    if is_class_label(feature):
-        return labels.cast(pa.string()), _type_of_names(feature.names)
-    if pa.types.is_floating(kind) and pc.all(_is_exact_integer(labels)).as_py():
-        labels, kind = labels.cast(pa.int64()), pa.int64()
+    if class_names is not None:
+        return labels(values, _type_of_names(class_names))
+    if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
+        values, kind = values.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):
-        return pc.if_else(labels, "True", "False").cast(pa.string()), "boolean"
+        return labels(pc.if_else(values, "True", "False"), "boolean")
     if pa.types.is_integer(kind):
-        fits = len(labels) == 0 or pc.max(labels).as_py() < 2**63  # as which they are written again
-        return labels.cast(pa.string()), "integer" if fits else "text"
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return labels.cast(pa.string()), "text"
+        fits = len(values) == 0 or pc.max(values).as_py() < 2**63  # as which they are written again
+        return labels(values, "integer" if fits else "text")
+    if is_text(kind):
+        return labels(values, "text")
     raise UsageError(
         f"the label column {column!r} of the split {split!r} holds {kind}; labels are whole numbers, strings or "
         "booleans. Set --data.label_column, or turn them into classes."
     )
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column is of text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether each row of a column holds a list."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -178,7 +302,8 @@ def _warn_of_near_duplicates(names: list[str]) -> None:
             )
 
 
-def _first(flags: pa.ChunkedArray) -> int:
+def first_true(flags: pa.ChunkedArray) -> int:
+    """Number of the first that is true."""
     return int(pc.index(flags, True).as_py())
 
 

@@ -1,12 +1,12 @@
 """Single-label classification: every sample is of one class."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,15 +14,23 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
 
-from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.tasks.labels import LabelEncoder, LabelType
+from smartbatch_lightning.errors import join_quoted
+from smartbatch_lightning.tasks.config import (
+    LABEL_TYPE,
+    are_placeholders,
+    check_problem_type,
+    label_names_from_config,
+    label_type_of,
+    names_in_config,
+)
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelEncoder, LabelSource, read_labels
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _PROBLEM_TYPE = "single_label_classification"
-_LABEL_TYPE = "label_type"  # of a model's configuration, beside `id2label`
+_DELIMITERS = (",", ";", "|")
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,21 @@ class SingleLabelClassification:
         """Names of the classes, in the order of the logits."""
         return list(self.labels.names)
 
-    @classmethod
-    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "SingleLabelClassification":
-        """The classes of a training split."""
-        return cls(LabelEncoder.from_dataset(dataset, column, split))
+    @property
+    def description(self) -> str:
+        """Names of the classes, in words."""
+        return f"{len(self.label_names):,} classes, of which each sample has one: {join_quoted(self.label_names)}"
 
     @classmethod
-    def from_names(cls, names: Sequence[str]) -> "SingleLabelClassification":
+    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "SingleLabelClassification":
+        """The classes of a training split."""
+        labels = read_labels(dataset, source.only_column(_PROBLEM_TYPE), split)
+        encoder = LabelEncoder.from_labels(labels)
+        _warn_of_delimiters(encoder.names)
+        return cls(encoder)
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "SingleLabelClassification":
         """The classes of given names."""
         return cls(LabelEncoder.from_names(names))
 
@@ -57,40 +73,27 @@ class SingleLabelClassification:
         Raises:
             ValueError: It was trained for another task.
         """
+        check_problem_type(config, _PROBLEM_TYPE)
         names = label_names_from_config(config)
-        if config.problem_type not in (None, _PROBLEM_TYPE) or len(names) < 2:
-            raise UsageError(
-                f"the model was trained for {config.problem_type or 'regression'}, not for {_PROBLEM_TYPE}. Give a "
-                "model that was, or one that is not fine-tuned."
-            )
-        if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        if are_placeholders(names):
             return None
-        label_type: LabelType = getattr(config, _LABEL_TYPE, "text")
-        return cls(LabelEncoder(tuple(names), label_type))
+        return cls(LabelEncoder(tuple(names), label_type_of(config)))
 
     def aligned_with(self, trained: Task) -> "SingleLabelClassification":
         """The classes in the order of a model that was trained for the same."""
-        names = trained.label_names
-        if sorted(names) != sorted(self.label_names):
-            raise UsageError(
-                f"the model classifies into {join_quoted(names)}, but the data has {join_quoted(self.label_names)}. "
-                "Use the data it was trained for, or a checkpoint trained for these; where only the names differ, set "
-                "--data.label_names to the model's."
-            )
-        return replace(self, labels=self.labels.aligned_with(names))
+        return replace(self, labels=self.labels.aligned_with(trained.label_names))
 
     def config_fields(self) -> dict[str, Any]:
         """Names both ways, `problem_type`, and how labels stand in the data."""
         return {
-            "id2label": dict(enumerate(self.label_names)),
-            "label2id": {name: number for number, name in enumerate(self.label_names)},
+            **names_in_config(self.label_names),
             "problem_type": _PROBLEM_TYPE,
-            _LABEL_TYPE: self.labels.label_type,
+            LABEL_TYPE: self.labels.label_type,
         }
 
-    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[np.int64]:
+    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.int64]:
         """Number of each sample's class. Shape (num_samples,)."""
-        return self.labels.encode(dataset, column, split)
+        return self.labels.encode(read_labels(dataset, source.only_column(_PROBLEM_TYPE), split))
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
         """Classes of numbers, as they stood in the data."""
@@ -110,14 +113,22 @@ class SingleLabelClassification:
         return F.cross_entropy(logits, labels)
 
     def configure_metrics(self) -> MetricCollection:
-        """Accuracy and macro F1."""
+        """Accuracy and macro F1, of probabilities."""
         num_labels = len(self.label_names)
         accuracy = MulticlassAccuracy(num_labels, average="micro")
         return MetricCollection({"accuracy": accuracy, "f1": MulticlassF1Score(num_labels, average="macro")})
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities of the classes, (batch, num_labels)."""
+        return logits.softmax(-1)
+
+    def metric_labels(self, labels: Tensor) -> Tensor:
+        """Numbers of the classes, (batch,)."""
+        return labels
+
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
         """Probabilities of the classes, (batch, num_labels)."""
-        return {"probabilities": logits.float().softmax(-1)}
+        return {"probabilities": self.scores(logits).float()}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
         """The likeliest class as it stands in the data, and each one's probability."""
@@ -128,6 +139,15 @@ class SingleLabelClassification:
         }
 
 
-def label_names_from_config(config: PretrainedConfig) -> list[str]:
-    """Names of a model's outputs, in their order."""
-    return [name for _, name in sorted((int(number), str(name)) for number, name in (config.id2label or {}).items())]
+def _warn_of_delimiters(names: Sequence[str]) -> None:
+    """Tells of classes that look like several labels in one text."""
+    for delimiter in _DELIMITERS:
+        parts = [part for name in names for part in name.split(delimiter)]
+        several = sum(delimiter in name for name in names)
+        if 2 * several > len(names) and 2 * len(set(parts)) <= len(parts):
+            rank_zero_warn(
+                f"Most of the {len(names):,} classes, such as {join_quoted(names[:3])}, look like several labels with "
+                f"{delimiter!r} between them, and are trained as classes of their own. If they are several, set "
+                f"--data.label_delimiter={delimiter!r}."
+            )
+            return

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from transformers import PretrainedConfig
 
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -30,18 +32,23 @@ class Task(Protocol):
         """Names of the model's outputs, in their order."""
         ...
 
+    @property
+    def description(self) -> str:
+        """What is learnt, in words."""
+        ...
+
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", column: str, split: str) -> "Task":
+    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "Task":
         """The task of a training split.
 
         Raises:
-            ValueError: The column cannot be learnt.
+            ValueError: The labels cannot be learnt.
         """
         ...
 
     @classmethod
-    def from_names(cls, names: Sequence[str]) -> "Task":
-        """The task of names that a user gives."""
+    def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "Task":
+        """The task of names that a user gives, for the labels of a source."""
         ...
 
     @classmethod
@@ -61,7 +68,7 @@ class Task(Protocol):
         """What a model's configuration holds of the task, as `from_pretrained` takes it."""
         ...
 
-    def encode(self, dataset: "Dataset", column: str, split: str) -> NDArray[Any]:
+    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[Any]:
         """Labels of a split as numbers. The first dimension is the samples.
 
         Raises:
@@ -85,8 +92,16 @@ class Task(Protocol):
         """Mean loss over the samples of a batch, a scalar; `logits` are (batch, num_labels)."""
         ...
 
+    def scores(self, logits: Tensor) -> Tensor:
+        """What metrics are computed of, in float32: probabilities (batch, num_labels), or values in the data's unit."""
+        ...
+
+    def metric_labels(self, labels: Tensor) -> Tensor:
+        """Labels as metrics take them."""
+        ...
+
     def configure_metrics(self) -> MetricCollection:
-        """Metrics of logits and labels."""
+        """Metrics of scores and labels."""
         ...
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:

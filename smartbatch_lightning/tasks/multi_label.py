@@ -1,0 +1,274 @@
+"""Multi-label classification: every sample has any number of labels, or none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
+from transformers import PretrainedConfig
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.tasks.config import (
+    LABEL_TYPE,
+    are_placeholders,
+    check_problem_type,
+    label_names_from_config,
+    label_type_of,
+    names_in_config,
+)
+from smartbatch_lightning.tasks.labels import (
+    ONE_COLUMN,
+    LabelEncoder,
+    Labels,
+    LabelSource,
+    first_true,
+    is_list,
+    is_text,
+    labels_of,
+)
+from smartbatch_lightning.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PROBLEM_TYPE = "multi_label_classification"
+_DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
+_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class MultiLabelClassification:
+    """Any number of labels a sample, matched by name across splits, files and checkpoints.
+
+    They stand in the data as a list, as a text with a delimiter, as a column of 0 and 1 for each label, or as a list of
+    0 and 1 for each sample.
+
+    Attributes:
+        labels: Names and numbers of the labels.
+        delimiter: What stands between them where labels are written again; None for lists.
+        positions: Their names in the order in which the data has a 0 or 1 for each; by default that of the logits.
+    """
+
+    labels: LabelEncoder
+    delimiter: str | None = None
+    positions: tuple[str, ...] | None = None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels, in the order of the logits."""
+        return list(self.labels.names)
+
+    @property
+    def description(self) -> str:
+        """Names of the labels, in words."""
+        names = join_quoted(self.label_names)
+        return f"{len(self.label_names):,} labels, of which each sample has any number: {names}"
+
+    @classmethod
+    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "MultiLabelClassification":
+        """The labels of a training split."""
+        columns = source.read(dataset, split)
+        if len(columns) > 1:
+            return cls(_named(source.columns))
+        if are_indicators(columns[0]):
+            names = [str(number) for number in range(pc.list_value_length(columns[0])[0].as_py())]
+            return cls(_named(names), positions=tuple(names))
+        labels, _ = _read_lists(dataset, columns[0], source, split)
+        return cls(LabelEncoder.from_labels(labels), source.delimiter)
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "MultiLabelClassification":
+        """The labels of given names; where the data has a 0 or 1 for each, in the order of the names."""
+        encoder = LabelEncoder.from_names(names)
+        return cls(encoder, source.delimiter, encoder.names)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "MultiLabelClassification | None":
+        """The labels that a model was trained for; None where its names are `LABEL_0`, `LABEL_1` and so on.
+
+        Raises:
+            ValueError: It was trained for another task.
+        """
+        check_problem_type(config, _PROBLEM_TYPE)
+        names = label_names_from_config(config)
+        if are_placeholders(names):
+            return None
+        return cls(LabelEncoder(tuple(names), label_type_of(config)), config.to_dict().get(_DELIMITER))
+
+    def aligned_with(self, trained: Task) -> "MultiLabelClassification":
+        """The labels in the order of a model that was trained for the same."""
+        return replace(self, labels=self.labels.aligned_with(trained.label_names))
+
+    def config_fields(self) -> dict[str, Any]:
+        """Names both ways, `problem_type`, and how labels stand in the data."""
+        return {
+            **names_in_config(self.label_names),
+            "problem_type": _PROBLEM_TYPE,
+            LABEL_TYPE: self.labels.label_type,
+            _DELIMITER: self.delimiter,
+        }
+
+    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.bool_]:
+        """Which labels each sample has. Shape (num_samples, num_labels)."""
+        columns = source.read(dataset, split)
+        if len(columns) > 1:
+            where = f"one of the columns {join_quoted(source.columns)}"
+            values = np.stack([_truth_values(column, split, where) for column in columns], axis=1)
+            names = source.columns if sorted(source.columns) == sorted(self.label_names) else None
+            return self._in_order(values, names, split)
+        if are_indicators(columns[0]):
+            flat = pa.chunked_array([chunk.flatten() for chunk in columns[0].chunks])
+            values = _truth_values(flat, split, f"the lists in {source.columns[0]!r}")
+            return self._in_order(values.reshape(len(columns[0]), -1), None, split)
+        labels, lengths = _read_lists(dataset, columns[0], source, split)
+        encoded = np.zeros((len(lengths), len(self.label_names)), bool)
+        encoded[np.repeat(np.arange(len(lengths)), lengths), self.labels.encode(labels)] = True
+        return encoded
+
+    def decode(self, labels: NDArray[Any]) -> pa.Array:
+        """Names of the labels that each sample has: lists, or texts with the delimiter."""
+        rows, numbers = np.nonzero(labels)
+        offsets = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(labels)))))
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self.labels.decode(numbers))
+        if self.delimiter is None:
+            return lists
+        return pc.binary_join(lists.cast(pa.list_(pa.string())), self.delimiter)
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Samples with the same labels; where a set of labels occurs once, those with the same rarest label."""
+        sets, stratum, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+        stratum = stratum.reshape(-1).astype(np.int64)
+        frequency = np.where(labels, labels.sum(axis=0), len(labels) + 1)
+        rarest = frequency.argmin(axis=1)
+        return np.where(counts[stratum] > 1, stratum, len(sets) + rarest)
+
+    def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
+        """Samples that have each label."""
+        return dict(zip(self.label_names, np.asarray(labels).sum(axis=0).tolist(), strict=True))
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Binary cross-entropy, the mean over samples and labels."""
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probability of each label, (batch, num_labels)."""
+        return logits.sigmoid()
+
+    def configure_metrics(self) -> MetricCollection:
+        """Macro and micro F1, and the share of samples whose labels are all right, at a threshold of 0.5."""
+        num_labels = len(self.label_names)
+        return MetricCollection(
+            {
+                "f1": MultilabelF1Score(num_labels, _THRESHOLD, average="macro"),
+                "f1_micro": MultilabelF1Score(num_labels, _THRESHOLD, average="micro"),
+                "exact_match": MultilabelExactMatch(num_labels, _THRESHOLD),
+            }
+        )
+
+    def metric_labels(self, labels: Tensor) -> Tensor:
+        """As torchmetrics takes them, (batch, num_labels), whole numbers."""
+        return labels.long()
+
+    def predict(self, logits: Tensor) -> dict[str, Tensor]:
+        """Probabilities of the labels, (batch, num_labels)."""
+        return {"probabilities": self.scores(logits).float()}
+
+    def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """The labels that are likelier than not as they stand in the data, and each one's probability."""
+        probabilities = predicted["probabilities"]
+        return {
+            "labels": self.decode(probabilities > _THRESHOLD),
+            **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
+        }
+
+    def _in_order(self, values: NDArray[np.bool_], names: Sequence[str] | None, split: str) -> NDArray[np.bool_]:
+        """Truth values (num_samples, num_labels) in the order of the logits; `names` are those of their columns."""
+        names = names or self.positions or self.label_names
+        if values.shape[1] != len(names):
+            raise UsageError(
+                f"the split {split!r} has {values.shape[1]} zeros or ones for each sample, but there are {len(names)} "
+                f"labels: {join_quoted(self.label_names)}. Give one for each label."
+            )
+        return values[:, [names.index(name) for name in self.label_names]]
+
+
+def are_indicators(column: pa.ChunkedArray) -> bool:
+    """Whether lists say by 0 and 1 whether a sample has each label, and are no lists of the numbers 0 and 1.
+
+    They are of one length, and a number stands twice in at least one of them.
+    """
+    if not is_list(column.type) or not len(column) or column.null_count:
+        return False
+    lengths = pc.list_value_length(column)
+    width = lengths[0].as_py()
+    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks])
+    if width < 2 or not pc.all(pc.equal(lengths, width)).as_py() or flat.null_count:
+        return False
+    if pa.types.is_boolean(flat.type):
+        return True
+    if not (pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type)):
+        return False
+    values = np.asarray(flat)
+    if not np.isin(values, (0, 1)).all():
+        return False
+    totals = values.reshape(len(column), width).sum(axis=1)
+    return bool(width > 2 or (totals != 1).any())
+
+
+def _named(names: Sequence[str]) -> LabelEncoder:
+    return replace(LabelEncoder.from_names(names), counted=None)
+
+
+def _truth_values(column: pa.ChunkedArray, split: str, where: str) -> NDArray[np.bool_]:
+    if column.null_count:
+        row = first_true(column.is_null())
+        raise UsageError(
+            f"row {row} (counted from 0) of the split {split!r} has no value in {where}. Give 0 or 1, or drop it."
+        )
+    values = np.asarray(column)
+    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
+        odd = next(value for value in values.tolist() if value not in (0, 1))
+        raise UsageError(f"{where} of the split {split!r} has the value {odd!r}; give 0 and 1, or true and false.")
+    return values.astype(bool)
+
+
+def _read_lists(
+    dataset: "Dataset", column: pa.ChunkedArray, source: LabelSource, split: str
+) -> tuple[Labels, NDArray[np.int64]]:
+    """The labels of all samples one after another, and how many each has."""
+    [name] = source.columns
+    feature = dataset.features.get(name)
+    if column.null_count:
+        raise UsageError(
+            f"row {first_true(column.is_null())} (counted from 0) of the split {split!r} has no labels in {name!r}, "
+            "not even an empty list or text. Drop such rows, or give them an empty one."
+        )
+    if not is_list(column.type):
+        if source.delimiter is None:
+            raise UsageError(
+                f"the label column {name!r} of the split {split!r} holds {column.type}, but {_PROBLEM_TYPE} has lists, "
+                "texts with a delimiter, or a column of 0 and 1 for each label. Set --data.label_delimiter, or name "
+                "several columns by --data.label_column."
+            )
+        column = _split(column, source.delimiter, is_text(column.type))
+        feature = None
+    lengths = np.asarray(pc.list_value_length(column), np.int64)
+    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return labels_of(flat, getattr(feature, "feature", None), name, split, rows), lengths
+
+
+def _split(column: pa.ChunkedArray, delimiter: str, text: bool) -> pa.ChunkedArray:
+    """Texts at the delimiter, without spaces around the labels; an empty text has none."""
+    names = [
+        [part.strip() for part in value.split(delimiter) if part.strip()]
+        for value in (column if text else column.cast(pa.string())).to_pylist()
+    ]
+    return pa.chunked_array([pa.array(names, pa.list_(pa.string()))])

@@ -1,0 +1,216 @@
+"""Regression: every sample has a number, or several."""
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import (
+    MeanAbsoluteError,
+    MeanSquaredError,
+    Metric,
+    MetricCollection,
+    PearsonCorrCoef,
+    SpearmanCorrCoef,
+)
+from transformers import PretrainedConfig
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, is_list
+from smartbatch_lightning.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PROBLEM_TYPE = "regression"
+_STRATA = 10
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One target a sample, or several, which stand in a column each or in a column of lists.
+
+    Attributes:
+        names: Names of the targets, in the order of the logits.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the targets, in the order of the logits."""
+        return list(self.names)
+
+    @property
+    def description(self) -> str:
+        """Names of the targets, in words."""
+        return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}"
+
+    @classmethod
+    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "Regression":
+        """The targets of a training split, by the names of their columns."""
+        targets = _read_targets(dataset, source, split)
+        if len(targets) and (targets == targets[0]).all():
+            raise UsageError(
+                f"all targets of the split {split!r} are {targets[0].tolist()}; there is nothing to learn. Set "
+                "--data.label_column."
+            )
+        names = source.columns
+        if len(names) == 1 and targets.shape[1] > 1:
+            names = tuple(f"{names[0]}_{number}" for number in range(targets.shape[1]))
+        return cls(names)
+
+    @classmethod
+    def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "Regression":
+        """Targets of given names."""
+        texts = tuple(str(name) for name in names)
+        if not texts or len(set(texts)) < len(texts):
+            raise UsageError(f"label_names is {join_quoted(texts) or 'empty'}; give the name of each target once.")
+        return cls(texts)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "Regression":
+        """The targets that a model was trained for.
+
+        Raises:
+            ValueError: It was trained for another task.
+        """
+        check_problem_type(config, _PROBLEM_TYPE)
+        return cls(tuple(label_names_from_config(config)))
+
+    def aligned_with(self, trained: Task) -> "Regression":
+        """The targets by the names that a model has for as many."""
+        names = trained.label_names
+        if len(names) != len(self.names):
+            raise UsageError(
+                f"the model has {len(names)} targets, {join_quoted(names)}, but the data has {len(self.names)}: "
+                f"{join_quoted(self.names)}. Use the data it was trained for, or set --data.label_column."
+            )
+        if sorted(names) == sorted(self.names) and tuple(names) != self.names:
+            raise UsageError(
+                f"the model's targets are {join_quoted(names)}, in this order; name the columns so by "
+                "--data.label_column."
+            )
+        return replace(self, names=tuple(names))
+
+    def config_fields(self) -> dict[str, Any]:
+        """Names both ways and `problem_type`."""
+        return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE}
+
+    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.float32]:
+        """Targets of each sample. Shape (num_samples,), or (num_samples, num_targets) for several."""
+        targets = _read_targets(dataset, source, split)
+        if targets.shape[1] != len(self.names):
+            raise UsageError(
+                f"the split {split!r} has {targets.shape[1]} targets, but there are {len(self.names)}: "
+                f"{join_quoted(self.names)}. Set --data.label_column."
+            )
+        encoded = targets.astype(np.float32)
+        return encoded[:, 0] if len(self.names) == 1 else encoded
+
+    def decode(self, labels: NDArray[Any]) -> pa.Array:
+        """The numbers, or lists of them."""
+        values = np.asarray(labels)
+        return pa.array(values if values.ndim == 1 else values.tolist())
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """Tenths of the samples by the rank of their targets, or of the targets' mean where there are several."""
+        values = np.asarray(labels, np.float64)
+        if values.ndim == 2:
+            values = ((values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)).mean(axis=1)
+        ranks = np.empty(len(values), np.int64)
+        ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+        return ranks * min(_STRATA, max(1, len(values) // 2)) // max(1, len(values))
+
+    def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
+        """Samples in each fifth of the range of the target; of several none."""
+        values = np.asarray(labels, np.float64)
+        if values.ndim == 2 or not len(values):
+            return {}
+        counts, edges = np.histogram(values, bins=5)
+        ranges = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
+        return dict(zip(ranges, counts.tolist(), strict=True))
+
+    def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error, over samples and targets."""
+        return F.mse_loss(self.scores(logits), labels.to(logits.dtype))
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Predicted targets, (batch,), or (batch, num_targets) for several."""
+        return logits[:, 0] if len(self.names) == 1 else logits
+
+    def configure_metrics(self) -> MetricCollection:
+        """Mean squared and mean absolute error; of a single target also the correlations of Pearson and Spearman."""
+        metrics: dict[str, Metric | MetricCollection] = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
+        if len(self.names) > 1:
+            return MetricCollection(metrics)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
+            return MetricCollection({**metrics, "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+
+    def metric_labels(self, labels: Tensor) -> Tensor:
+        """As torchmetrics takes them: floats."""
+        return labels.float()
+
+    def predict(self, logits: Tensor) -> dict[str, Tensor]:
+        """Predicted targets, as `predictions`."""
+        return {"predictions": self.scores(logits).float()}
+
+    def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """Predicted targets in a column each."""
+        values = predicted["predictions"]
+        if len(self.names) == 1:
+            return {"prediction": values}
+        return {f"prediction_{name}": values[:, number] for number, name in enumerate(self.names)}
+
+
+def _read_targets(dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.float64]:
+    """Targets of a split. Shape (num_samples, num_targets)."""
+    if source.delimiter is not None:
+        raise UsageError(
+            f"label_delimiter is given, but problem_type is {_PROBLEM_TYPE!r}, which has numbers. Leave it out."
+        )
+    columns = source.read(dataset, split)
+    if len(columns) == 1 and is_list(columns[0].type):
+        return _list_column(columns[0], source.columns[0], split)
+    pairs = zip(columns, source.columns, strict=True)
+    return np.stack([_numbers(values, name, split) for values, name in pairs], axis=1)
+
+
+def _list_column(values: pa.ChunkedArray, name: str, split: str) -> NDArray[np.float64]:
+    lengths = pc.list_value_length(values)
+    width = lengths[0].as_py() if len(values) else 0
+    even = pc.fill_null(pc.equal(lengths, width), False)
+    if not pc.all(even).as_py():
+        raise UsageError(
+            f"row {first_true(pc.invert(even))} (counted from 0) of the split {split!r} has not {width} targets in "
+            f"{name!r}, as the first row has. Give every row as many."
+        )
+    flat = pa.chunked_array([chunk.flatten() for chunk in values.chunks], values.type.value_type)
+    return _numbers(flat, name, split, width).reshape(-1, width)
+
+
+def _numbers(values: pa.ChunkedArray, name: str, split: str, per_row: int = 1) -> NDArray[np.float64]:
+    kind = values.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise UsageError(
+            f"the label column {name!r} of the split {split!r} holds {kind}, but {_PROBLEM_TYPE} has numbers. Set "
+            "--data.label_column or --data.problem_type."
+        )
+    numbers = np.asarray(values.cast(pa.float64()), np.float64)
+    if not np.isfinite(numbers).all():
+        first = int(np.argmin(np.isfinite(numbers)))
+        met = "no target" if values[first].as_py() is None else f"the target {numbers[first]}"
+        raise UsageError(
+            f"row {first // per_row} (counted from 0) of the split {split!r} has {met} in {name!r}. Drop such rows, or "
+            "give them a finite number."
+        )
+    return numbers

@@ -1,0 +1,395 @@
+"""Tests of tasks: several labels a sample, and regression; single labels have a file of their own."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from helpers import slow, trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
+
+from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning.data.splits import train_and_validation_rows
+from smartbatch_lightning.export import export_model
+from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
+from smartbatch_lightning.tasks.labels import LabelSource
+
+NAMES = ["anger", "fear", "joy"]
+WORDS = dict(zip(NAMES, ["dull", "slow", "fine"], strict=True))
+# of 60 samples those whose number has the bit of a label
+HAS = np.array([[bool(row >> label & 1) for label in range(3)] for row in range(60)])
+TEXTS = [" ".join(WORDS[NAMES[label]] for label in np.flatnonzero(row)) + " a film" for row in HAS]
+LISTS = [[NAMES[label] for label in np.flatnonzero(row)] for row in HAS]
+SCORES = HAS.sum(axis=1) * 1.25 + 0.1
+SMALL = BertConfig(vocab_size=2000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pretrained model without a head."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(str(demo.model_dir()))
+    torch.manual_seed(0)
+    BertModel(BertConfig(**{**SMALL.to_dict(), "vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def saved(folder: Path, labels: dict[str, Any], features: dict[str, Any] | None = None) -> str:
+    whole = {"text": Value("string"), **features} if features else None
+    split = Dataset.from_dict({"text": TEXTS, **labels}, features=None if whole is None else Features(whole))
+    DatasetDict(train=split, test=split).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def csv(folder: Path, columns: dict[str, Any]) -> str:
+    pd.DataFrame({"text": TEXTS, **columns}).to_csv(folder / "data.csv", index=False)
+    return str(folder / "data.csv")
+
+
+def module(dataset: str | dict[str, str], tokenizer: str | None = None, **options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(dataset, tokenizer, **{"max_length": 16, "batch_size": 8, "seed": 0, **options})
+
+
+def encoded(folder: Path, base: str, dataset: str, **options) -> tuple[SmartBatchDataModule, np.ndarray]:
+    data = module(dataset, base, validation_split=None, **options)
+    data.setup("fit")
+    return data, data.train_data.labels
+
+
+FORMS = {
+    "lists of names": lambda folder: (saved(folder, {"label": LISTS}), {}),
+    "lists of a ClassLabel's numbers": lambda folder: (
+        saved(
+            folder,
+            {"label": [np.flatnonzero(row).tolist() for row in HAS]},
+            {"label": Sequence(ClassLabel(names=NAMES))},
+        ),
+        {},
+    ),
+    "lists of numbers with names": lambda folder: (
+        saved(folder, {"label": [np.flatnonzero(row).tolist() for row in HAS]}),
+        {"label_names": NAMES},
+    ),
+    "texts with a delimiter": lambda folder: (
+        csv(folder, {"label": ["; ".join(names) for names in LISTS]}),
+        {"label_delimiter": ";"},
+    ),
+    "columns of 0 and 1": lambda folder: (
+        csv(folder, {name: HAS[:, number].astype(int) for number, name in enumerate(NAMES)}),
+        {"label_column": NAMES},
+    ),
+    "columns of True and False": lambda folder: (
+        csv(folder, {name: HAS[:, number] for number, name in enumerate(NAMES)}),
+        {"label_column": NAMES},
+    ),
+    "lists of 0 and 1": lambda folder: (
+        saved(folder, {"label": HAS.astype(int).tolist()}),
+        {"label_names": NAMES},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_labels_a_sample_are_found_out_and_read_in_whatever_form_they_stand(form, base, tmp_path: Path) -> None:
+    dataset, options = FORMS[form](tmp_path)
+    data, labels = encoded(tmp_path, base, dataset, **options)
+    assert isinstance(data.task, MultiLabelClassification)
+    assert data.label_names == NAMES
+    np.testing.assert_array_equal(labels, HAS)
+    written = data.task.decode(labels).to_pylist()
+    assert written == ([";".join(names) for names in LISTS] if form == "texts with a delimiter" else LISTS)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "lists of names"])
+def test_a_trained_model_is_tested_on_labels_of_its_names_in_whatever_form_and_order(form, base, tmp_path) -> None:
+    (tmp_path / "train").mkdir()
+    trained, _ = encoded(tmp_path, base, saved(tmp_path / "train", {"label": LISTS}), label_names=NAMES[::-1])
+    assert trained.label_names == NAMES[::-1]
+    config = BertConfig(**trained.task.config_fields())
+    task = type(trained.task).from_config(config)
+    dataset, options = FORMS[form](tmp_path)
+    own, _ = encoded(tmp_path, base, dataset, **options)
+    aligned = own.task.aligned_with(task)
+    np.testing.assert_array_equal(aligned.encode(own.splits["train"], own.label_source, "train"), HAS[:, ::-1])
+
+
+def test_lists_of_the_classes_0_and_1_are_no_indicators(base: str, tmp_path: Path) -> None:
+    lists = [[], [0], [1], [0, 1]] * 15
+    data, labels = encoded(tmp_path, base, saved(tmp_path, {"label": lists}))
+    assert data.label_names == ["0", "1"]
+    assert [np.flatnonzero(row).tolist() for row in labels] == lists
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "kind", "names"),
+    [
+        ({"label": SCORES}, {}, Regression, ["label"]),
+        ({"a": SCORES, "b": -SCORES}, {"label_column": ["b", "a"]}, Regression, ["b", "a"]),
+        ({"label": SCORES.round()}, {}, SingleLabelClassification, ["0", "1", "3", "4"]),
+        ({"label": SCORES.round()}, {"problem_type": "regression"}, Regression, ["label"]),
+        ({"label": ["a,b", "c"] * 30}, {}, SingleLabelClassification, ["a,b", "c"]),
+    ],
+)
+def test_numbers_with_a_fraction_are_a_regression_and_all_else_single_labels(
+    columns, options, kind, names, base: str, tmp_path: Path
+) -> None:
+    data, labels = encoded(tmp_path, base, csv(tmp_path, columns), **options)
+    assert type(data.task) is kind
+    assert data.label_names == names
+    if kind is Regression:
+        expected = np.stack([columns[name] for name in names], axis=1).squeeze().astype(np.float32)
+        np.testing.assert_array_equal(labels, expected)
+
+
+def test_classes_that_look_like_several_labels_are_warned_of(base: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = [",".join(map(str, sorted(rng.choice(28, rng.integers(1, 4), replace=False)))) for _ in TEXTS]
+    with pytest.warns(UserWarning, match="look like several labels with ',' between.*--data.label_delimiter=','"):
+        encoded(tmp_path, base, csv(tmp_path, {"label": labels}))
+
+
+BAD = {
+    "a row that is null": (
+        lambda f: saved(f, {"label": [None, *LISTS[1:]]}),
+        {},
+        "row 0 .* has no labels in 'label'.*Drop such rows, or give them an empty one",
+    ),
+    "a null among labels": (
+        lambda f: saved(f, {"label": [["joy"], ["joy", None], *LISTS[2:]]}),
+        {},
+        "row 1 .* has no label in 'label'",
+    ),
+    "a column of 0 and 1 with 2": (
+        lambda f: csv(f, {"a": [0, 1, 2] * 20, "b": [0, 1, 1] * 20}),
+        {"label_column": ["a", "b"], "problem_type": "multi_label_classification"},
+        "has the value 2; give 0 and 1",
+    ),
+    "no value": (
+        lambda f: csv(f, {"a": [0, 1, None] * 20, "b": [0, 1, 1] * 20}),
+        {"label_column": ["a", "b"]},
+        "row 2 .* has no value in one of the columns",
+    ),
+    "no delimiter": (
+        lambda f: csv(f, {"label": ["joy", "joy,fear"] * 30}),
+        {"problem_type": "multi_label_classification"},
+        "holds .*string, but multi_label.*Set --data.label_delimiter",
+    ),
+    "a delimiter for single labels": (
+        lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
+        {"problem_type": "single_label_classification", "label_delimiter": ","},
+        "label_delimiter is given, but problem_type is 'single_label_classification'",
+    ),
+    "two columns for single labels": (
+        lambda f: csv(f, {"a": ["joy", "fear"] * 30, "b": ["joy", "fear"] * 30}),
+        {"problem_type": "single_label_classification", "label_column": ["a", "b"]},
+        "label_column is .*'a', 'b'.*one label a sample",
+    ),
+    "texts for a regression": (
+        lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
+        {"problem_type": "regression"},
+        "holds .*string, but regression has numbers",
+    ),
+    "a target that is nan": (
+        lambda f: csv(f, {"label": ["0.5", "nan", "1.5"] * 20}),
+        {},
+        "row 1 .* has the target nan in 'label'",
+    ),
+    "a target that is infinite": (
+        lambda f: csv(f, {"label": ["0.5", "0.7", "-inf"] * 20}),
+        {},
+        "row 2 .* has the target -inf",
+    ),
+    "no target": (lambda f: csv(f, {"label": ["0.5", "", "1.5"] * 20}), {}, "row 1 .* has no target in 'label'"),
+    "targets that are alike": (
+        lambda f: csv(f, {"label": [0.5] * 60}),
+        {},
+        r"all targets of the split 'train' are \[0.5\]",
+    ),
+    "lists of other lengths": (
+        lambda f: saved(f, {"label": [[0.5, 1.5]] * 59 + [[0.5]]}),
+        {},
+        "row 59 .* has not 2 targets",
+    ),
+    "a column that is not there": (
+        lambda f: csv(f, {"a": LISTS}),
+        {"label_column": ["a", "b"]},
+        "column 'b' is not in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_labels_that_cannot_be_right_are_refused_by_row(case: str, base: str, tmp_path: Path) -> None:
+    make, options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        encoded(tmp_path, base, make(tmp_path), **options)
+
+
+def test_a_label_that_is_unknown_to_training_is_refused_by_its_row(base: str, tmp_path: Path) -> None:
+    split = Dataset.from_dict({"text": TEXTS, "label": LISTS})
+    other = Dataset.from_dict({"text": ["a film"] * 2, "label": [["joy"], ["joy", "awe"]]})
+    DatasetDict(train=split, test=other).save_to_disk(tmp_path / "saved")
+    data = module(str(tmp_path / "saved"), base)
+    with pytest.raises(ValueError, match="row 1 .*split 'test' has the label 'awe', which is none of the 3 classes"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("options", [{"label_column": []}, {"label_column": ["a", "a"]}, {"label_delimiter": ""}])
+def test_arguments_that_name_no_labels_are_refused_when_they_are_given(options: dict) -> None:
+    with pytest.raises(ValueError, match="label_column is|label_delimiter is"):
+        module("demo", **options)
+
+
+def test_a_model_of_another_task_is_refused(base: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    with pytest.raises(ValueError, match="trained for single_label_classification, not for regression.*problem_type"):
+        run.fit(SequenceClassifier(str(demo.model_dir())), module(csv(tmp_path, {"label": SCORES})))
+
+
+# --- learnt, measured, predicted ---
+
+TASKS = {
+    "single_label_classification": (SingleLabelClassification.from_names(NAMES), torch.tensor([0, 2, 1, 2])),
+    "multi_label_classification": (MultiLabelClassification.from_names(NAMES), torch.from_numpy(HAS[2:6])),
+    "regression": (Regression.from_names(["a"]), torch.tensor([0.5, 2.5, -1.0, 0.1])),
+    "regression of two targets": (
+        Regression.from_names(["a", "b"]),
+        torch.tensor([[0.5, 2], [1, 0], [3, 2], [0, 1.0]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loss_logits_and_gradients_are_those_of_transformers(name: str) -> None:
+    task, labels = TASKS[name]
+    config = BertConfig(**SMALL.to_diff_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    config.update(task.config_fields())
+    torch.manual_seed(0)
+    theirs = AutoModelForSequenceClassification.from_config(config)
+    ours = SequenceClassifier(architecture=config.to_dict())
+    ours.configure_model()
+    ours.model.load_state_dict(theirs.state_dict())
+    batch = {"input_ids": torch.randint(5, 2000, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    own_labels = labels.float() if labels.dtype == torch.bool else labels
+    expected = theirs(**batch, labels=own_labels)
+    loss = ours.step({**batch, "labels": labels}, "train")
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    expected.loss.backward()
+    for own, other in zip(ours.model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def measured(task, logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    metrics = task.configure_metrics()
+    metrics.update(task.scores(logits), task.metric_labels(labels))
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def test_metrics_of_several_labels_are_those_counted_by_hand() -> None:
+    """All logits lie between 0 and 1, where torchmetrics would take them for probabilities."""
+    logits = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
+    logits[torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) < 0.4] *= -1
+    labels = torch.from_numpy(HAS[:40])
+    task, _ = TASKS["multi_label_classification"]
+    found = (logits > 0).numpy()
+    right = found & HAS[:40]
+    by_label = 2 * right.sum(0) / (found.sum(0) + HAS[:40].sum(0))
+    expected = {
+        "f1": by_label.mean(),
+        "f1_micro": 2 * right.sum() / (found.sum() + HAS[:40].sum()),
+        "exact_match": (found == HAS[:40]).all(axis=1).mean(),
+    }
+    assert measured(task, logits, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_of_a_regression_are_those_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.normal(3, 2, 50)
+    predicted = target + rng.normal(0, 1, 50)
+    task, _ = TASKS["regression"]
+    ranks = [values.argsort().argsort() for values in (predicted, target)]
+    expected = {
+        "mse": ((predicted - target) ** 2).mean(),
+        "mae": abs(predicted - target).mean(),
+        "pearson": np.corrcoef(predicted, target)[0, 1],
+        "spearman": np.corrcoef(*ranks)[0, 1],
+    }
+    logits = torch.tensor(predicted, dtype=torch.float32)[:, None]
+    assert measured(task, logits, torch.tensor(target, dtype=torch.float32)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        ({"label": LISTS}, {"padding": "packed"}),
+        slow({"label": LISTS}, {}),
+        ({"label": SCORES.tolist()}, {}),
+        slow({"a": SCORES.tolist(), "b": (-SCORES).tolist()}, {"label_column": ["a", "b"], "padding": "packed"}),
+    ],
+    ids=["several labels, packed", "several labels", "regression", "two targets, packed"],
+)
+def test_a_task_is_learnt_and_what_is_predicted_is_what_the_exported_pipeline_says(
+    labels, options, base: str, tmp_path: Path
+) -> None:
+    data = module(saved(tmp_path, labels), **options)
+    model = SequenceClassifier(base, learning_rate=1e-2)
+    run = trainer(tmp_path, max_epochs=30, callbacks=[PredictionWriter(str(tmp_path / "predictions.parquet"))])
+    run.fit(model, data)
+    [tested] = run.test(model, data)
+    without_learning = math.log(2) if labels.get("label") is LISTS else float(np.var(SCORES))
+    assert tested["test_loss"] < 0.75 * without_learning
+    run.predict(model, data)
+    table = pq.read_table(tmp_path / "predictions.parquet").to_pandas()
+    export_model(model, data, tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["problem_type"] == ("multi_label_classification" if labels.get("label") is LISTS else "regression")
+    classify = pipeline("text-classification", str(tmp_path / "exported"), truncation=True, top_k=None)
+    for row, said in enumerate(classify(TEXTS[:10])):
+        scores = {one["label"]: one["score"] for one in said}
+        if labels.get("label") is LISTS:
+            ours = {name: table[f"probability_{name}"][row] for name in NAMES}
+            assert list(table["labels"][row]) == [name for name in NAMES if scores[name] > 0.5]
+        elif "label" in labels:
+            ours = {"label": table["prediction"][row]}
+        else:
+            ours = {name: table[f"prediction_{name}"][row] for name in ("a", "b")}
+        assert ours == pytest.approx(scores, abs=1e-5)
+
+
+def test_predictions_of_several_labels_stand_in_csv_as_json(base: str, tmp_path: Path) -> None:
+    data, model = module(saved(tmp_path, {"label": LISTS})), SequenceClassifier(base)
+    run = trainer(tmp_path, max_steps=1, callbacks=[PredictionWriter(str(tmp_path / "predictions.csv"))])
+    run.fit(model, data)
+    run.predict(model, data)
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    for row, labels in enumerate(table["labels"]):
+        assert json.loads(labels) == [name for name in NAMES if table[f"probability_{name}"][row] > 0.5]
+
+
+def test_a_validation_split_keeps_the_shares_of_label_sets_and_of_the_range() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.random((1000, 5)) < [0.5, 0.3, 0.2, 0.1, 0.01]
+    task = MultiLabelClassification.from_names(list("abcde"))
+    train, validation = train_and_validation_rows(task, labels, 0.2, 0)
+    assert len(validation) == pytest.approx(200, abs=3)
+    for label in range(5):
+        assert labels[validation, label].sum() == pytest.approx(0.2 * labels[:, label].sum(), abs=4)
+        assert labels[train, label].any()
+    targets = rng.exponential(size=1000).astype(np.float32)
+    train, validation = train_and_validation_rows(Regression.from_names(["a"]), targets, 0.2, 0)
+    quantiles = np.quantile(targets, np.linspace(0, 1, 11))
+    counts, _ = np.histogram(targets[validation], quantiles)
+    assert counts.tolist() == pytest.approx([20] * 10, abs=2)
+
+
+def test_the_source_of_labels_is_one_column_or_several() -> None:
+    assert LabelSource.of("label", None) == LabelSource(("label",))
+    assert LabelSource.of(["a", "b"], None).columns == ("a", "b")
