@@ -127,6 +127,21 @@ def test_lists_of_the_classes_0_and_1_are_no_indicators(base: str, tmp_path: Pat
     assert [np.flatnonzero(row).tolist() for row in labels] == lists
 
 
+def test_lists_of_a_0_and_a_1_are_read_as_in_training(base: str, tmp_path: Path) -> None:
+    test = Dataset.from_dict({"text": ["a film"], "label": [[0, 1]]})
+    numbers, indicators = [[0, 1], [1], []] * 20, [[0, 1], [1, 0]] * 30
+    for number, (lists, has) in enumerate([(numbers, [True, True]), (indicators, [False, True])]):
+        train = Dataset.from_dict({"text": TEXTS, "label": lists})
+        DatasetDict(train=train, test=test).save_to_disk(tmp_path / str(number))
+        data = module(str(tmp_path / str(number)), base)
+        data.setup("test")
+        assert data.test_data[0].labels.tolist() == [has]
+        task = MultiLabelClassification.from_config(BertConfig(**data.task.config_fields()))
+        assert task.encode(test, LabelSource(), "test").tolist() == [has]
+    with pytest.raises(ValueError, match="may be two labels.*Give names in place of numbers"):
+        MultiLabelClassification.from_names(["a", "b"]).encode(test, LabelSource(), "test")
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "kind", "names"),
     [

@@ -31,7 +31,11 @@ def detect_problem_type(dataset: "Dataset", source: LabelSource, split: str) -> 
     [column] = columns
     if is_list(column.type):
         flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
-        return "multi_label_classification" if are_indicators(column) or not _has_fractions(flat) else "regression"
+        return (
+            "multi_label_classification"
+            if are_indicators(column) is not False or not _has_fractions(flat)
+            else "regression"
+        )
     return "regression" if _has_fractions(column) else "single_label_classification"
 
 

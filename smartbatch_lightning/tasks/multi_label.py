@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _PROBLEM_TYPE = "multi_label_classification"
 _DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
+_INDICATORS = "labels_are_indicators"
 _THRESHOLD = 0.5
 
 
@@ -54,11 +55,13 @@ class MultiLabelClassification:
         labels: Names and numbers of the labels.
         delimiter: What stands between them where labels are written again; None for lists.
         positions: Their names in the order in which the data has a 0 or 1 for each; by default that of the logits.
+        indicators: Lists in the training split had a 0 or 1 for each; None where that is unknown.
     """
 
     labels: LabelEncoder
     delimiter: str | None = None
     positions: tuple[str, ...] | None = None
+    indicators: bool | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -77,11 +80,11 @@ class MultiLabelClassification:
         columns = source.read(dataset, split)
         if len(columns) > 1:
             return cls(_named(source.columns))
-        if are_indicators(columns[0]):
+        if are_indicators(columns[0]) is not False:  # of lists that may be both, those of numbers could not be learnt
             names = [str(number) for number in range(pc.list_value_length(columns[0])[0].as_py())]
-            return cls(_named(names), positions=tuple(names))
+            return cls(_named(names), positions=tuple(names), indicators=True)
         labels, _ = _read_lists(dataset, columns[0], source, split)
-        return cls(LabelEncoder.from_labels(labels), source.delimiter)
+        return cls(LabelEncoder.from_labels(labels), source.delimiter, indicators=False)
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "MultiLabelClassification":
@@ -100,7 +103,9 @@ class MultiLabelClassification:
         names = label_names_from_config(config)
         if are_placeholders(names):
             return None
-        return cls(LabelEncoder(tuple(names), label_type_of(config)), config.to_dict().get(_DELIMITER))
+        fields = config.to_dict()
+        encoder = LabelEncoder(tuple(names), label_type_of(config))
+        return cls(encoder, fields.get(_DELIMITER), indicators=fields.get(_INDICATORS))
 
     def aligned_with(self, trained: Task) -> "MultiLabelClassification":
         """The labels in the order of a model that was trained for the same."""
@@ -113,6 +118,7 @@ class MultiLabelClassification:
             "problem_type": _PROBLEM_TYPE,
             LABEL_TYPE: self.labels.label_type,
             _DELIMITER: self.delimiter,
+            _INDICATORS: self.indicators,
         }
 
     def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.bool_]:
@@ -123,7 +129,7 @@ class MultiLabelClassification:
             values = np.stack([_truth_values(column, split, where) for column in columns], axis=1)
             names = source.columns if sorted(source.columns) == sorted(self.label_names) else None
             return self._in_order(values, names, split)
-        if are_indicators(columns[0]):
+        if self._has_indicators(columns[0], split):
             flat = pa.chunked_array([chunk.flatten() for chunk in columns[0].chunks])
             values = _truth_values(flat, split, f"the lists in {source.columns[0]!r}")
             return self._in_order(values.reshape(len(columns[0]), -1), None, split)
@@ -188,6 +194,17 @@ class MultiLabelClassification:
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 
+    def _has_indicators(self, column: pa.ChunkedArray, split: str) -> bool:
+        indicators = are_indicators(column)
+        if indicators is None:
+            indicators = self.indicators
+        if indicators is None:
+            raise UsageError(
+                f"every list of labels in the split {split!r} holds a 0 and a 1, which may be two labels, or say "
+                "whether the sample has each of two. Give names in place of numbers."
+            )
+        return indicators
+
     def _in_order(self, values: NDArray[np.bool_], names: Sequence[str] | None, split: str) -> NDArray[np.bool_]:
         """Truth values (num_samples, num_labels) in the order of the logits; `names` are those of their columns."""
         names = names or self.positions or self.label_names
@@ -199,10 +216,10 @@ class MultiLabelClassification:
         return values[:, [names.index(name) for name in self.label_names]]
 
 
-def are_indicators(column: pa.ChunkedArray) -> bool:
-    """Whether lists say by 0 and 1 whether a sample has each label, and are no lists of the numbers 0 and 1.
+def are_indicators(column: pa.ChunkedArray) -> bool | None:
+    """Whether lists say by 0 and 1 whether a sample has each label, and do not number labels.
 
-    They are of one length, and a number stands twice in at least one of them.
+    They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both.
     """
     if not is_list(column.type) or not len(column) or column.null_count:
         return False
@@ -218,8 +235,8 @@ def are_indicators(column: pa.ChunkedArray) -> bool:
     values = np.asarray(flat)
     if not np.isin(values, (0, 1)).all():
         return False
-    totals = values.reshape(len(column), width).sum(axis=1)
-    return bool(width > 2 or (totals != 1).any())
+    twice = width > 2 or (values.reshape(-1, width).sum(axis=1) != 1).any()
+    return True if twice else None
 
 
 def _named(names: Sequence[str]) -> LabelEncoder:
