@@ -1,9 +1,6 @@
-"""One of two ranks that do not have the same data: started by the tests.
+"""One of two ranks that do not have the same data: started by the tests."""
 
-Usage: python tests/run_ranks.py RANK FOLDER
-"""
-
-import sys
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,8 +14,7 @@ CASES = {
 }
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), sys.argv[2]
+def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for case, options in CASES.items():
         data = SmartBatchDataModule(**{"max_length": 16, "seed": 1, **options[rank]})
@@ -29,7 +25,3 @@ def main() -> None:
             print(f"{case}: refused: {error}")
         else:
             print(f"{case}: agreed")
-
-
-if __name__ == "__main__":
-    main()

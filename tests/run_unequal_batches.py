@@ -1,9 +1,5 @@
-"""Trains the demo in batches of unequal size and keeps the weights: started by the tests.
+"""Trains the demo in batches of unequal size and keeps the weights: started by the tests."""
 
-Usage: python tests/run_unequal_batches.py FOLDER RANKS PADDING
-"""
-
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -36,8 +32,7 @@ def data(padding: str) -> SmartBatchDataModule:
     )
 
 
-def main() -> None:
-    folder, ranks, padding = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def main(folder: Path, ranks: int, padding: str) -> None:
     torch.set_num_threads(1)
     L.seed_everything(SEED)
     trainer = L.Trainer(
@@ -57,7 +52,3 @@ def main() -> None:
     trainer.fit(model, data(padding))
     if trainer.is_global_zero:
         torch.save(model.model.state_dict(), folder / "weights.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,10 +13,12 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 import pytest
+import run_evaluation
+import run_ranks
 import run_unequal_batches as unequal
 import torch
 from datasets import load_dataset
-from helpers import SHORT, diaries, finish, start
+from helpers import SHORT, Fork, diaries, finish, start
 
 from smartbatch_lightning import PadCollator, demo, plan_epoch
 
@@ -59,12 +61,9 @@ def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Pat
     runs = {}
     for ranks, way in ((1, "longest"), (2, padding)):
         folder = tmp_path / str(ranks)
-        folder.mkdir()
-        command = [sys.executable, str(TESTS / "run_evaluation.py"), str(folder), str(tmp_path / "reviews.parquet")]
-        runs[folder] = subprocess.Popen([*command, str(ranks), way], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for run in runs.values():
-        printed, _ = run.communicate(timeout=200)
-        assert run.returncode == 0, printed.decode()[-3000:]
+        runs[folder] = Fork(folder, ranks, run_evaluation.main, folder, tmp_path / "reviews.parquet", ranks, way)
+    for folder, run in runs.items():
+        finish(run, folder)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
     tables = [pd.read_csv(folder / "predictions.csv") for folder in runs]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
@@ -81,8 +80,7 @@ def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Pat
 )
 def test_an_optimizer_step_follows_the_mean_over_its_samples_whatever_the_batches(ranks, padding, tmp_path) -> None:
     """Two batches are accumulated on every rank, the last time one, and no two of them are of the same size."""
-    script = TESTS / "run_unequal_batches.py"
-    subprocess.run([sys.executable, str(script), str(tmp_path), str(ranks), padding], check=True, timeout=200)
+    finish(Fork(tmp_path, ranks, unequal.main, tmp_path, ranks, padding), tmp_path)
     module = unequal.data(padding)
     module.setup("fit")
     plan = plan_epoch(module.train_data.lengths, module.spec, num_replicas=ranks)
@@ -178,13 +176,10 @@ def test_the_torchrun_launch_starts_again_when_a_rank_dies_and_trains_every_samp
 
 
 def test_ranks_that_have_other_data_than_each_other_are_refused_on_each(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("run_ranks.py")
-    ranks = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        printed = rank.communicate(timeout=100)[0]
+    ranks = [Fork(tmp_path / str(rank), 1, run_ranks.main, rank, tmp_path) for rank in range(2)]
+    for rank, run in enumerate(ranks):
+        finish(run, tmp_path / str(rank))
+        printed = (tmp_path / str(rank) / "log.txt").read_text()
         for said in (
             "same: agreed",
             "seed: refused: rank 1 and rank 0 differ in 'data', 'data.seed': .*same files, arguments and seed",
