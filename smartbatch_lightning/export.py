@@ -15,6 +15,7 @@ from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
 from smartbatch_lightning.storage import check_writable, write_into
+from smartbatch_lightning.tasks import SingleLabelClassification
 
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
@@ -130,6 +131,7 @@ def _card(
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "world_size": trainer.world_size,
         }
+    all_scores = "" if isinstance(model.task, SingleLabelClassification) else ", top_k=None"
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {_escaped(name)}",
@@ -138,7 +140,8 @@ def _card(
         _code(
             "python",
             "from transformers import pipeline\n\n"
-            f"classify = pipeline('text-classification', {name!r}, truncation=True)  # at {data.max_length} tokens",
+            f"classify = pipeline('text-classification', {name!r}, truncation=True{all_scores})"
+            f"  # at {data.max_length} tokens",
         ),
         "## Metrics",
         _table("metric", evaluated) if evaluated else "Not measured.",

@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from helpers import slow, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
@@ -63,6 +65,7 @@ def encoded(folder: Path, base: str, dataset: str, **options) -> tuple[SmartBatc
     return data, data.train_data.labels
 
 
+REGRESSION = {"problem_type": "regression"}
 FORMS = {
     "lists of names": lambda folder: (saved(folder, {"label": LISTS}), {}),
     "lists of a ClassLabel's numbers": lambda folder: (
@@ -209,7 +212,7 @@ BAD = {
     "texts for a regression": (
         lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
         {"problem_type": "regression"},
-        "holds .*string, but regression has numbers",
+        "holds text, but regression has numbers",
     ),
     "a target that is nan": (
         lambda f: csv(f, {"label": ["0.5", "nan", "1.5"] * 20}),
@@ -231,6 +234,16 @@ BAD = {
         lambda f: saved(f, {"label": [[0.5, 1.5]] * 59 + [[0.5]]}),
         {},
         "row 59 .* has not 2 targets",
+    ),
+    "a target beyond float32": (
+        lambda f: saved(f, {"label": [0.5, 1e39] * 30}),
+        {},
+        r"row 1 .* has the target 1e\+39",
+    ),
+    "lists without a target": (
+        lambda f: saved(f, {"label": [[]] * 60}, {"label": Sequence(Value("float32"))}),
+        {"problem_type": "regression"},
+        "row 0 .* has no target in 'label'",
     ),
     "a column that is not there": (
         lambda f: csv(f, {"a": LISTS}),
@@ -266,6 +279,100 @@ def test_a_model_of_another_task_is_refused(base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path)
     with pytest.raises(ValueError, match="trained for single_label_classification, not for regression.*problem_type"):
         run.fit(SequenceClassifier(str(demo.model_dir())), module(csv(tmp_path, {"label": SCORES})))
+
+
+def test_targets_are_read_by_the_names_of_their_columns(tmp_path: Path, base: str) -> None:
+    dataset = csv(tmp_path, {"a": SCORES, "b": -SCORES})
+    expected = np.stack([-SCORES, SCORES], axis=1).astype(np.float32)
+    data, labels = encoded(tmp_path, base, dataset, label_column=["a", "b"], label_names=["b", "a"], **REGRESSION)
+    assert data.label_names == ["b", "a"]
+    np.testing.assert_array_equal(labels, expected)
+    trained = Regression.from_config(BertConfig(**data.task.config_fields()))
+    for columns in (["a", "b"], ["b", "a"]):
+        source = LabelSource.of(columns, None)
+        np.testing.assert_array_equal(trained.encode(data.splits["train"], source, "train"), expected)
+
+
+@pytest.mark.parametrize("names", [["x", "y"], ["a", "c"]])
+def test_columns_go_by_position_where_none_has_a_labels_name_and_are_refused_where_some_have(
+    names, tmp_path: Path, base: str
+) -> None:
+    numbers = np.arange(60) % 2
+    split = module(csv(tmp_path, {"a": numbers, "b": 1 - numbers}), base).splits["train"]
+    source = LabelSource.of(["a", "b"], None)
+    tasks = [MultiLabelClassification.from_names(names), Regression.from_names(names)]
+    for task in tasks:
+        if names == ["x", "y"]:
+            np.testing.assert_array_equal(task.encode(split, source, "train"), np.stack([numbers, 1 - numbers], 1))
+        else:
+            with pytest.raises(ValueError, match="label_column names 'a', 'b', but the labels are 'a', 'c'"):
+                task.encode(split, source, "train")
+
+
+def test_an_odd_row_among_lists_of_0_and_1_is_refused_where_training_had_none(base: str, tmp_path: Path) -> None:
+    train = Dataset.from_dict({"text": TEXTS, "label": HAS.astype(int).tolist()})
+    test = Dataset.from_dict({"text": ["a film"] * 3, "label": [[0, 1, 1], [1, 0, 0], [1, 0]]})
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="row 2 .*'test' has not a 0 or 1 for each of the 3 labels"):
+        module(str(tmp_path / "saved"), base).setup("test")
+
+
+def test_the_numbers_of_a_class_label_are_its_names_however_often_they_stand(base: str, tmp_path: Path) -> None:
+    votes = [[0, 1, 1], [0, 0, 0], [1, 1, 1]] * 20
+    features = {"label": Sequence(ClassLabel(names=["neg", "pos"]))}
+    data, labels = encoded(tmp_path, base, saved(tmp_path, {"label": votes}, features))
+    assert data.label_names == ["neg", "pos"]
+    assert labels[:3].tolist() == [[True, True], [True, False], [False, True]]
+
+
+def test_whole_numbers_in_texts_count_the_names_that_are_given(base: str, tmp_path: Path) -> None:
+    texts = [",".join(map(str, np.flatnonzero(row))) for row in HAS]
+    dataset = csv(tmp_path, {"label": texts})
+    _, labels = encoded(tmp_path, base, dataset, label_delimiter=",", label_names=NAMES)
+    np.testing.assert_array_equal(labels, HAS)
+
+
+@pytest.mark.parametrize("written", [[".5", "-1.5", "2."], [" 0.5", "1e-1", "-0"]])
+def test_numbers_are_read_however_they_are_written(written, base: str, tmp_path: Path) -> None:
+    dataset = csv(tmp_path, {"label": written * 20})
+    _, labels = encoded(tmp_path, base, dataset, problem_type="regression")
+    assert labels[:3].tolist() == pytest.approx([float(number) for number in written])
+
+
+def test_targets_of_a_narrow_range_are_counted_all() -> None:
+    counts = Regression.from_names(["a"]).label_counts(np.linspace(1000.1, 1004, 50))
+    assert sum(counts.values()) == 50
+    assert len(counts) == 5
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_that_would_round_targets_is_refused(precision: str, base: str, tmp_path: Path) -> None:
+    data = module(csv(tmp_path, {"label": SCORES + 1000}))
+    run = trainer(tmp_path, precision=precision, max_steps=1)
+    with pytest.raises(ValueError, match="rounded the targets .*--trainer.precision=bf16-mixed or 32-true"):
+        run.fit(SequenceClassifier(base), data)
+
+
+def test_a_checkpoint_of_another_task_with_the_same_names_is_refused(base: str, tmp_path: Path) -> None:
+    dataset = csv(tmp_path, {"a": HAS[:, 0].astype(int), "b": HAS[:, 1].astype(int), "label": ["a", "b"] * 30})
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(SequenceClassifier(base), module(dataset, label_column=["a", "b"]))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    single = module({"train": dataset, "test": dataset})
+    with pytest.raises(ValueError, match="trained for multi_label_classification, not for single_label"):
+        trainer(tmp_path).test(SequenceClassifier(base), single, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_loss_of_ones_own_takes_several_labels_as_torch_does(base: str, tmp_path: Path) -> None:
+    class Own(SequenceClassifier):
+        def compute_loss(self, output, labels) -> torch.Tensor:
+            return F.binary_cross_entropy_with_logits(output.logits, labels)
+
+    losses, dataset = [], saved(tmp_path, {"label": LISTS})
+    for kind in (SequenceClassifier, Own):
+        L.seed_everything(0)
+        losses.append(trainer(tmp_path).validate(kind(base), module(dataset))[0]["val_loss"])
+    assert losses[0] == losses[1]
 
 
 # --- learnt, measured, predicted ---
@@ -395,6 +502,11 @@ def test_a_validation_split_keeps_the_shares_of_label_sets_and_of_the_range() ->
     task = MultiLabelClassification.from_names(list("abcde"))
     train, validation = train_and_validation_rows(task, labels, 0.2, 0)
     assert len(validation) == pytest.approx(200, abs=3)
+    alone = np.zeros((21, 3), bool)
+    alone[:10, 1] = alone[10:19, 2] = alone[19, 0] = True
+    for seed in range(20):
+        rows, _ = train_and_validation_rows(MultiLabelClassification.from_names(list("abc")), alone, 0.3, seed)
+        assert 19 in rows
     for label in range(5):
         assert labels[validation, label].sum() == pytest.approx(0.2 * labels[:, label].sum(), abs=4)
         assert labels[train, label].any()

@@ -14,7 +14,7 @@ from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # As a CSV file writes numbers with a fraction, and what is none.
-_NUMBER = r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?"
+_NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
 
 

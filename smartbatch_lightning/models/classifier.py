@@ -149,8 +149,16 @@ class SequenceClassifier(L.LightningModule):
         """
         output = self(**forward_kwargs(batch))
         assert output.logits is not None
-        loss = self.compute_loss(output, batch["labels"])
-        self._metrics_of(stage, dataloader_idx).update(loss, output.logits, batch["labels"])
+        labels = batch["labels"]
+        if labels.dtype in (torch.bfloat16, torch.float16):
+            raise UsageError(
+                f"Lightning has rounded the targets of a regression to {labels.dtype}, as it does in half precision "
+                "without autocast. Set --trainer.precision=bf16-mixed or 32-true."
+            )
+        if labels.dtype == torch.bool:
+            labels = labels.to(output.logits.dtype)  # as losses take several labels
+        loss = self.compute_loss(output, labels)
+        self._metrics_of(stage, dataloader_idx).update(loss, output.logits, labels)
         return loss
 
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ class SequenceClassifier(L.LightningModule):
 
         Args:
             output: The model's, with `logits` (batch, num_labels).
-            labels: As the task encodes them, (batch, ...).
+            labels: As the task encodes them, (batch,); several labels as floats 0 and 1, (batch, num_labels).
         """
         assert output.logits is not None
         return self.task.compute_loss(output.logits, labels)
@@ -240,7 +248,8 @@ class SequenceClassifier(L.LightningModule):
             return
         assert self.model is not None
         if data.task is not None:
-            check_labels("the model", self.model.config, data.task.label_names)
+            problem_type = data.task.config_fields().get("problem_type")
+            check_labels("the model", self.model.config, data.task.label_names, problem_type)
         check_inputs(self.model, data)
         if data.packed:
             self._enable_packing()
@@ -433,7 +442,8 @@ class SequenceClassifier(L.LightningModule):
         self._trained_on = fingerprint_in(checkpoint)
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
-            check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names)
+            problem_type = problem_type_of(self.model.config)
+            check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names, problem_type)
         elif saved is not None:  # a subclass may not take it as an argument
             self.architecture = saved
 

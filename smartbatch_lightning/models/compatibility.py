@@ -6,7 +6,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.packing import check_packing
-from smartbatch_lightning.tasks.config import label_names_from_config
+from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -14,8 +14,12 @@ def is_fine_tuned(config: PretrainedConfig) -> bool:
     return any("SequenceClassification" in kind for kind in config.architectures or [])
 
 
-def check_labels(source: str, config: PretrainedConfig, label_names: list[str]) -> None:
-    """Refuses a model whose labels are not the data's, by name and order."""
+def check_labels(
+    source: str, config: PretrainedConfig, label_names: list[str], problem_type: str | None = None
+) -> None:
+    """Refuses a model whose labels are not the data's, by name and order, or that was trained for another task."""
+    if problem_type is not None:
+        check_problem_type(config, problem_type)
     trained = label_names_from_config(config)
     if trained != label_names:
         raise UsageError(

@@ -33,7 +33,7 @@ def detect_problem_type(dataset: "Dataset", source: LabelSource, split: str) -> 
         flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
         return (
             "multi_label_classification"
-            if are_indicators(column) is not False or not _has_fractions(flat)
+            if are_indicators(dataset, source, column) is not False or not _has_fractions(flat)
             else "regression"
         )
     return "regression" if _has_fractions(column) else "single_label_classification"

@@ -80,6 +80,26 @@ class LabelSource:
 ONE_COLUMN = LabelSource()
 
 
+def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[str] | None = None) -> list[int]:
+    """Where in the data each of the model's outputs stands: by name, or by position where no column has such a name.
+
+    Args:
+        names: Of the outputs, in their order.
+        columns: Names in the data, in its order.
+        positions: Names that were given for the columns, in their order; by default `names`.
+
+    Raises:
+        ValueError: There are not as many, or some of the names are the same and others are not.
+    """
+    if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
+        raise UsageError(
+            f"label_column names {join_quoted(columns)}, but the labels are {join_quoted(names)}. Name a column for "
+            "each by --data.label_column, and leave out --data.label_names."
+        )
+    named = list(columns) if set(columns) == set(names) else list(positions or names)
+    return [named.index(name) for name in names]
+
+
 @dataclass(frozen=True)
 class Labels:
     """Labels of a split, one after another, each by its name.
@@ -250,6 +270,8 @@ def labels_of(
         )
     if class_names is not None:
         return labels(values, _type_of_names(class_names))
+    if pa.types.is_float16(kind):  # with which pyarrow does not compute
+        values, kind = values.cast(pa.float32()), pa.float32()
     if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
         values, kind = values.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):
@@ -288,6 +310,11 @@ def _type_of_names(names: list[str]) -> LabelType:
 def _is_whole_number(name: str) -> bool:
     """Whether a name is a number as `str` writes it: "07" and "+7" are words."""
     return name.removeprefix("-").isdecimal() and name == str(int(name))
+
+
+def whole_numbers(names: Sequence[str]) -> bool:
+    """Whether there are names, and all are whole numbers of 64 bits, as `str` writes them."""
+    return bool(names) and all(_is_whole_number(name) and -(2**63) <= int(name) < 2**63 for name in names)
 
 
 def _warn_of_near_duplicates(names: list[str]) -> None:

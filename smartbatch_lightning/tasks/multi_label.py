@@ -29,9 +29,12 @@ from smartbatch_lightning.tasks.labels import (
     Labels,
     LabelSource,
     first_true,
+    is_class_label,
     is_list,
     is_text,
     labels_of,
+    order_of,
+    whole_numbers,
 )
 from smartbatch_lightning.tasks.task import Task
 
@@ -80,7 +83,8 @@ class MultiLabelClassification:
         columns = source.read(dataset, split)
         if len(columns) > 1:
             return cls(_named(source.columns))
-        if are_indicators(columns[0]) is not False:  # of lists that may be both, those of numbers could not be learnt
+        # of lists that may be both, those of numbers could not be learnt
+        if are_indicators(dataset, source, columns[0]) is not False:
             names = [str(number) for number in range(pc.list_value_length(columns[0])[0].as_py())]
             return cls(_named(names), positions=tuple(names), indicators=True)
         labels, _ = _read_lists(dataset, columns[0], source, split)
@@ -127,12 +131,11 @@ class MultiLabelClassification:
         if len(columns) > 1:
             where = f"one of the columns {join_quoted(source.columns)}"
             values = np.stack([_truth_values(column, split, where) for column in columns], axis=1)
-            names = source.columns if sorted(source.columns) == sorted(self.label_names) else None
-            return self._in_order(values, names, split)
-        if self._has_indicators(columns[0], split):
+            return values[:, order_of(self.label_names, source.columns, self.positions)]
+        if self._has_indicators(dataset, columns[0], source, split):
             flat = pa.chunked_array([chunk.flatten() for chunk in columns[0].chunks])
             values = _truth_values(flat, split, f"the lists in {source.columns[0]!r}")
-            return self._in_order(values.reshape(len(columns[0]), -1), None, split)
+            return self._in_order(values.reshape(len(columns[0]), -1), split)
         labels, lengths = _read_lists(dataset, columns[0], source, split)
         encoded = np.zeros((len(lengths), len(self.label_names)), bool)
         encoded[np.repeat(np.arange(len(lengths)), lengths), self.labels.encode(labels)] = True
@@ -148,12 +151,17 @@ class MultiLabelClassification:
         return pc.binary_join(lists.cast(pa.list_(pa.string())), self.delimiter)
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Samples with the same labels; where a set of labels occurs once, those with the same rarest label."""
+        """Samples with the same labels; where a set of labels occurs once, those with the same rarest label.
+
+        A sample with a label that two samples have at most is of its own stratum, which is not split.
+        """
         sets, stratum, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
         stratum = stratum.reshape(-1).astype(np.int64)
         frequency = np.where(labels, labels.sum(axis=0), len(labels) + 1)
-        rarest = frequency.argmin(axis=1)
-        return np.where(counts[stratum] > 1, stratum, len(sets) + rarest)
+        rarest = np.where(labels.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
+        strata = np.where(counts[stratum] > 1, stratum, len(sets) + rarest)
+        alone = frequency.min(axis=1) <= 2
+        return np.where(alone, len(sets) + labels.shape[1] + 1 + np.arange(len(labels)), strata)
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
         """Samples that have each label."""
@@ -194,8 +202,13 @@ class MultiLabelClassification:
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 
-    def _has_indicators(self, column: pa.ChunkedArray, split: str) -> bool:
-        indicators = are_indicators(column)
+    def _has_indicators(self, dataset: "Dataset", column: pa.ChunkedArray, source: LabelSource, split: str) -> bool:
+        indicators = are_indicators(dataset, source, column)
+        if indicators is False and self.indicators and is_list(column.type) and not column.null_count:
+            raise UsageError(
+                f"row {self._odd_row(column)} (counted from 0) of the split {split!r} has not a 0 or 1 for each of the "
+                f"{len(self.label_names)} labels, as the training split has. Correct it, or drop such rows."
+            )
         if indicators is None:
             indicators = self.indicators
         if indicators is None:
@@ -205,9 +218,14 @@ class MultiLabelClassification:
             )
         return indicators
 
-    def _in_order(self, values: NDArray[np.bool_], names: Sequence[str] | None, split: str) -> NDArray[np.bool_]:
-        """Truth values (num_samples, num_labels) in the order of the logits; `names` are those of their columns."""
-        names = names or self.positions or self.label_names
+    def _odd_row(self, column: pa.ChunkedArray) -> int:
+        width = len(self.label_names)
+        rows = enumerate(column.to_pylist())
+        return next((row for row, has in rows if len(has) != width or not set(has) <= {0, 1}), 0)
+
+    def _in_order(self, values: NDArray[np.bool_], split: str) -> NDArray[np.bool_]:
+        """Truth values (num_samples, num_labels) of lists in the order of the logits."""
+        names = self.positions or self.label_names
         if values.shape[1] != len(names):
             raise UsageError(
                 f"the split {split!r} has {values.shape[1]} zeros or ones for each sample, but there are {len(names)} "
@@ -216,12 +234,15 @@ class MultiLabelClassification:
         return values[:, [names.index(name) for name in self.label_names]]
 
 
-def are_indicators(column: pa.ChunkedArray) -> bool | None:
+def are_indicators(dataset: "Dataset", source: LabelSource, column: pa.ChunkedArray) -> bool | None:
     """Whether lists say by 0 and 1 whether a sample has each label, and do not number labels.
 
-    They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both.
+    They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both. Lists of a
+    `ClassLabel`'s numbers are never indicators.
     """
     if not is_list(column.type) or not len(column) or column.null_count:
+        return False
+    if is_class_label(getattr(dataset.features[source.columns[0]], "feature", None)):
         return False
     lengths = pc.list_value_length(column)
     width = lengths[0].as_py()
@@ -288,4 +309,6 @@ def _split(column: pa.ChunkedArray, delimiter: str, text: bool) -> pa.ChunkedArr
         [part.strip() for part in value.split(delimiter) if part.strip()]
         for value in (column if text else column.cast(pa.string())).to_pylist()
     ]
-    return pa.chunked_array([pa.array(names, pa.list_(pa.string()))])
+    lists = pa.array(names, pa.list_(pa.string()))
+    whole = whole_numbers(pc.unique(lists.flatten()).to_pylist())
+    return pa.chunked_array([lists.cast(pa.list_(pa.int64())) if whole else lists])

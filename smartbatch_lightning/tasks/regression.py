@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, is_list
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, is_list, is_text, order_of
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Regression:
         if sorted(names) == sorted(self.names) and tuple(names) != self.names:
             raise UsageError(
                 f"the model's targets are {join_quoted(names)}, in this order; name the columns so by "
-                "--data.label_column."
+                "--data.label_column, and leave out --data.label_names."
             )
         return replace(self, names=tuple(names))
 
@@ -114,6 +114,8 @@ class Regression:
                 f"{join_quoted(self.names)}. Set --data.label_column."
             )
         encoded = targets.astype(np.float32)
+        if len(source.columns) > 1:
+            encoded = encoded[:, order_of(self.names, source.columns)]
         return encoded[:, 0] if len(self.names) == 1 else encoded
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
@@ -136,7 +138,10 @@ class Regression:
         if values.ndim == 2 or not len(values):
             return {}
         counts, edges = np.histogram(values, bins=5)
-        ranges = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
+        ranges: list[str] = []
+        for digits in range(3, 18):
+            if len(set(ranges)) < len(counts):
+                ranges = [f"{low:.{digits}g} to {high:.{digits}g}" for low, high in itertools.pairwise(edges)]
         return dict(zip(ranges, counts.tolist(), strict=True))
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -188,6 +193,10 @@ def _read_targets(dataset: "Dataset", source: LabelSource, split: str) -> NDArra
 def _list_column(values: pa.ChunkedArray, name: str, split: str) -> NDArray[np.float64]:
     lengths = pc.list_value_length(values)
     width = lengths[0].as_py() if len(values) else 0
+    if not width:
+        raise UsageError(
+            f"row 0 (counted from 0) of the split {split!r} has no target in {name!r}. Give every row as many targets."
+        )
     even = pc.fill_null(pc.equal(lengths, width), False)
     if not pc.all(even).as_py():
         raise UsageError(
@@ -200,14 +209,24 @@ def _list_column(values: pa.ChunkedArray, name: str, split: str) -> NDArray[np.f
 
 def _numbers(values: pa.ChunkedArray, name: str, split: str, per_row: int = 1) -> NDArray[np.float64]:
     kind = values.type
+    if is_text(kind):
+        try:
+            values, kind = pc.utf8_trim_whitespace(values).cast(pa.float64()), pa.float64()
+        except pa.ArrowInvalid as error:
+            raise UsageError(
+                f"the label column {name!r} of the split {split!r} holds text, but {_PROBLEM_TYPE} has numbers: "
+                f"{error}. Correct it, or set --data.label_column or --data.problem_type."
+            ) from error
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise UsageError(
             f"the label column {name!r} of the split {split!r} holds {kind}, but {_PROBLEM_TYPE} has numbers. Set "
             "--data.label_column or --data.problem_type."
         )
     numbers = np.asarray(values.cast(pa.float64()), np.float64)
-    if not np.isfinite(numbers).all():
-        first = int(np.argmin(np.isfinite(numbers)))
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(numbers.astype(np.float32))  # as which they are learnt
+    if not finite.all():
+        first = int(np.argmin(finite))
         met = "no target" if values[first].as_py() is None else f"the target {numbers[first]}"
         raise UsageError(
             f"row {first // per_row} (counted from 0) of the split {split!r} has {met} in {name!r}. Drop such rows, or "
