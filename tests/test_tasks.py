@@ -59,7 +59,7 @@ def module(dataset: str | dict[str, str], tokenizer: str | None = None, **option
     return SmartBatchDataModule(dataset, tokenizer, **{"max_length": 16, "batch_size": 8, "seed": 0, **options})
 
 
-def encoded(folder: Path, base: str, dataset: str, **options) -> tuple[SmartBatchDataModule, np.ndarray]:
+def encoded(base: str, dataset: str, **options) -> tuple[SmartBatchDataModule, np.ndarray]:
     data = module(dataset, base, validation_split=None, **options)
     data.setup("fit")
     return data, data.train_data.labels
@@ -102,7 +102,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_several_labels_a_sample_are_found_out_and_read_in_whatever_form_they_stand(form, base, tmp_path: Path) -> None:
     dataset, options = FORMS[form](tmp_path)
-    data, labels = encoded(tmp_path, base, dataset, **options)
+    data, labels = encoded(base, dataset, **options)
     assert isinstance(data.task, MultiLabelClassification)
     assert data.label_names == NAMES
     np.testing.assert_array_equal(labels, HAS)
@@ -113,19 +113,19 @@ def test_several_labels_a_sample_are_found_out_and_read_in_whatever_form_they_st
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "lists of names"])
 def test_a_trained_model_is_tested_on_labels_of_its_names_in_whatever_form_and_order(form, base, tmp_path) -> None:
     (tmp_path / "train").mkdir()
-    trained, _ = encoded(tmp_path, base, saved(tmp_path / "train", {"label": LISTS}), label_names=NAMES[::-1])
+    trained, _ = encoded(base, saved(tmp_path / "train", {"label": LISTS}), label_names=NAMES[::-1])
     assert trained.label_names == NAMES[::-1]
     config = BertConfig(**trained.task.config_fields())
     task = type(trained.task).from_config(config)
     dataset, options = FORMS[form](tmp_path)
-    own, _ = encoded(tmp_path, base, dataset, **options)
+    own, _ = encoded(base, dataset, **options)
     aligned = own.task.aligned_with(task)
     np.testing.assert_array_equal(aligned.encode(own.splits["train"], own.label_source, "train"), HAS[:, ::-1])
 
 
 def test_lists_of_the_classes_0_and_1_are_no_indicators(base: str, tmp_path: Path) -> None:
     lists = [[], [0], [1], [0, 1]] * 15
-    data, labels = encoded(tmp_path, base, saved(tmp_path, {"label": lists}))
+    data, labels = encoded(base, saved(tmp_path, {"label": lists}))
     assert data.label_names == ["0", "1"]
     assert [np.flatnonzero(row).tolist() for row in labels] == lists
 
@@ -158,7 +158,7 @@ def test_lists_of_a_0_and_a_1_are_read_as_in_training(base: str, tmp_path: Path)
 def test_numbers_with_a_fraction_are_a_regression_and_all_else_single_labels(
     columns, options, kind, names, base: str, tmp_path: Path
 ) -> None:
-    data, labels = encoded(tmp_path, base, csv(tmp_path, columns), **options)
+    data, labels = encoded(base, csv(tmp_path, columns), **options)
     assert type(data.task) is kind
     assert data.label_names == names
     if kind is Regression:
@@ -170,7 +170,7 @@ def test_classes_that_look_like_several_labels_are_warned_of(base: str, tmp_path
     rng = np.random.default_rng(0)
     labels = [",".join(map(str, sorted(rng.choice(28, rng.integers(1, 4), replace=False)))) for _ in TEXTS]
     with pytest.warns(UserWarning, match="look like several labels with ',' between.*--data.label_delimiter=','"):
-        encoded(tmp_path, base, csv(tmp_path, {"label": labels}))
+        encoded(base, csv(tmp_path, {"label": labels}))
 
 
 BAD = {
@@ -257,7 +257,7 @@ BAD = {
 def test_labels_that_cannot_be_right_are_refused_by_row(case: str, base: str, tmp_path: Path) -> None:
     make, options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        encoded(tmp_path, base, make(tmp_path), **options)
+        encoded(base, make(tmp_path), **options)
 
 
 def test_a_label_that_is_unknown_to_training_is_refused_by_its_row(base: str, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_model_of_another_task_is_refused(base: str, tmp_path: Path) -> None:
 def test_targets_are_read_by_the_names_of_their_columns(tmp_path: Path, base: str) -> None:
     dataset = csv(tmp_path, {"a": SCORES, "b": -SCORES})
     expected = np.stack([-SCORES, SCORES], axis=1).astype(np.float32)
-    data, labels = encoded(tmp_path, base, dataset, label_column=["a", "b"], label_names=["b", "a"], **REGRESSION)
+    data, labels = encoded(base, dataset, label_column=["a", "b"], label_names=["b", "a"], **REGRESSION)
     assert data.label_names == ["b", "a"]
     np.testing.assert_array_equal(labels, expected)
     trained = Regression.from_config(BertConfig(**data.task.config_fields()))
@@ -320,7 +320,7 @@ def test_an_odd_row_among_lists_of_0_and_1_is_refused_where_training_had_none(ba
 def test_the_numbers_of_a_class_label_are_its_names_however_often_they_stand(base: str, tmp_path: Path) -> None:
     votes = [[0, 1, 1], [0, 0, 0], [1, 1, 1]] * 20
     features = {"label": Sequence(ClassLabel(names=["neg", "pos"]))}
-    data, labels = encoded(tmp_path, base, saved(tmp_path, {"label": votes}, features))
+    data, labels = encoded(base, saved(tmp_path, {"label": votes}, features))
     assert data.label_names == ["neg", "pos"]
     assert labels[:3].tolist() == [[True, True], [True, False], [False, True]]
 
@@ -328,14 +328,14 @@ def test_the_numbers_of_a_class_label_are_its_names_however_often_they_stand(bas
 def test_whole_numbers_in_texts_count_the_names_that_are_given(base: str, tmp_path: Path) -> None:
     texts = [",".join(map(str, np.flatnonzero(row))) for row in HAS]
     dataset = csv(tmp_path, {"label": texts})
-    _, labels = encoded(tmp_path, base, dataset, label_delimiter=",", label_names=NAMES)
+    _, labels = encoded(base, dataset, label_delimiter=",", label_names=NAMES)
     np.testing.assert_array_equal(labels, HAS)
 
 
 @pytest.mark.parametrize("written", [[".5", "-1.5", "2."], [" 0.5", "1e-1", "-0"]])
 def test_numbers_are_read_however_they_are_written(written, base: str, tmp_path: Path) -> None:
     dataset = csv(tmp_path, {"label": written * 20})
-    _, labels = encoded(tmp_path, base, dataset, problem_type="regression")
+    _, labels = encoded(base, dataset, problem_type="regression")
     assert labels[:3].tolist() == pytest.approx([float(number) for number in written])
 
 

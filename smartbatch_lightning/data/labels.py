@@ -80,8 +80,7 @@ class TaskOptions:
         problem_type = self.problem_type
         if problem_type is None:
             found = detect_problem_type(splits[train_split], self.source, train_split) if labelled else _USUAL
-            of_model = trained_config is not None and not training
-            problem_type = problem_type_of(trained_config) if of_model and trained_config is not None else found
+            problem_type = found if training or trained_config is None else problem_type_of(trained_config)
             labelled = labelled and found == problem_type
         task_class = find_task_class(problem_type)
         trained = None if trained_config is None else task_class.from_config(trained_config)

@@ -7,15 +7,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.tasks.labels import LabelType
+from smartbatch_lightning.tasks.labels import LabelEncoder
 
-LABEL_TYPE = "label_type"  # how labels stand in the data, beside `id2label`
-
-
-def label_type_of(config: PretrainedConfig) -> LabelType:
-    """How labels stood in the data that a model was trained on."""
-    label_type: LabelType = config.to_dict().get(LABEL_TYPE, "text")
-    return label_type
+_LABEL_TYPE = "label_type"  # how labels stand in the data, beside `id2label`
 
 
 def label_names_from_config(config: PretrainedConfig) -> list[str]:
@@ -42,9 +36,22 @@ def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
         )
 
 
-def are_placeholders(names: Sequence[str]) -> bool:
-    """Whether outputs have no names but `LABEL_0`, `LABEL_1` and so on."""
-    return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEncoder | None:
+    """The labels that a model was trained for; None where their names are `LABEL_0`, `LABEL_1` and so on.
+
+    Raises:
+        ValueError: It was trained for another task.
+    """
+    check_problem_type(config, problem_type)
+    names = label_names_from_config(config)
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return None
+    return LabelEncoder(tuple(names), config.to_dict().get(_LABEL_TYPE, "text"))
+
+
+def labels_in_config(labels: LabelEncoder, problem_type: str) -> dict[str, Any]:
+    """What `labels_from_config` reads."""
+    return {**names_in_config(labels.names), "problem_type": problem_type, _LABEL_TYPE: labels.label_type}
 
 
 def names_in_config(names: Sequence[str]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from smartbatch_lightning.tasks.labels import LabelSource, is_list
-from smartbatch_lightning.tasks.multi_label import are_indicators
+from smartbatch_lightning.tasks.labels import LabelSource, flattened, is_list
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,12 +29,7 @@ def detect_problem_type(dataset: "Dataset", source: LabelSource, split: str) -> 
         return "multi_label_classification" if indicators else "regression"
     [column] = columns
     if is_list(column.type):
-        flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
-        return (
-            "multi_label_classification"
-            if are_indicators(dataset, source, column) is not False or not _has_fractions(flat)
-            else "regression"
-        )
+        return "regression" if _has_fractions(flattened(column)) else "multi_label_classification"
     return "regression" if _has_fractions(column) else "single_label_classification"
 
 

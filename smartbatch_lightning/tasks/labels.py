@@ -149,11 +149,9 @@ class LabelEncoder:
             names = pc.unique(labels.names).to_pylist()
             names.sort(key=(lambda name: int(name)) if all(map(_is_whole_number, names)) else str)
         if len(names) < 2:
-            found = (
-                f"all labels of the split {labels.split!r} are {names[0]!r}"
-                if names
-                else (f"the split {labels.split!r} has no label in any row")
-            )
+            found = f"the split {labels.split!r} has no label in any row"
+            if names:
+                found = f"all labels of the split {labels.split!r} are {names[0]!r}"
             raise UsageError(
                 f"{found}; there is nothing to tell apart. Give data with two classes or more, or set "
                 "--data.label_column."
@@ -182,13 +180,13 @@ class LabelEncoder:
         Raises:
             ValueError: A label is of none of the classes; the message names the row.
         """
-        are_ids = self.counted is not None and labels.label_type == "integer" and labels.class_names is None
-        known = [str(number) for number in range(len(self.names))] if are_ids else list(self.names)
+        counted = self.counted if labels.label_type == "integer" and labels.class_names is None else None
+        known = list(self.names) if counted is None else [str(number) for number in range(len(counted))]
         numbers = pc.index_in(labels.names, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
             unknown = first_true(numbers.is_null())
             hint = ""
-            if are_ids:
+            if counted is not None:
                 hint = (
                     f" Whole numbers count the classes here, from 0 to {len(known) - 1}; give a name for each number."
                 )
@@ -200,8 +198,8 @@ class LabelEncoder:
                 f"{join_quoted(self.names)}. Correct it, drop such rows, or use predict, which needs no labels.{hint}"
             )
         encoded = np.asarray(numbers, np.int64)
-        if are_ids and self.counted is not None:
-            encoded = np.array([self.names.index(name) for name in self.counted])[encoded]
+        if counted is not None:
+            encoded = np.array([self.names.index(name) for name in counted])[encoded]
         return encoded
 
     def decode(self, numbers: NDArray[np.integer]) -> pa.Array:
@@ -295,6 +293,11 @@ def is_text(kind: pa.DataType) -> bool:
 def is_list(kind: pa.DataType) -> bool:
     """Whether each row of a column holds a list."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values of a column of lists, one after another."""
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 
 def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -15,20 +15,14 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.tasks.config import (
-    LABEL_TYPE,
-    are_placeholders,
-    check_problem_type,
-    label_names_from_config,
-    label_type_of,
-    names_in_config,
-)
+from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
 from smartbatch_lightning.tasks.labels import (
     ONE_COLUMN,
     LabelEncoder,
     Labels,
     LabelSource,
     first_true,
+    flattened,
     is_class_label,
     is_list,
     is_text,
@@ -103,13 +97,8 @@ class MultiLabelClassification:
         Raises:
             ValueError: It was trained for another task.
         """
-        check_problem_type(config, _PROBLEM_TYPE)
-        names = label_names_from_config(config)
-        if are_placeholders(names):
-            return None
-        fields = config.to_dict()
-        encoder = LabelEncoder(tuple(names), label_type_of(config))
-        return cls(encoder, fields.get(_DELIMITER), indicators=fields.get(_INDICATORS))
+        encoder, fields = labels_from_config(config, _PROBLEM_TYPE), config.to_dict()
+        return None if encoder is None else cls(encoder, fields.get(_DELIMITER), indicators=fields.get(_INDICATORS))
 
     def aligned_with(self, trained: Task) -> "MultiLabelClassification":
         """The labels in the order of a model that was trained for the same."""
@@ -118,9 +107,7 @@ class MultiLabelClassification:
     def config_fields(self) -> dict[str, Any]:
         """Names both ways, `problem_type`, and how labels stand in the data."""
         return {
-            **names_in_config(self.label_names),
-            "problem_type": _PROBLEM_TYPE,
-            LABEL_TYPE: self.labels.label_type,
+            **labels_in_config(self.labels, _PROBLEM_TYPE),
             _DELIMITER: self.delimiter,
             _INDICATORS: self.indicators,
         }
@@ -133,8 +120,7 @@ class MultiLabelClassification:
             values = np.stack([_truth_values(column, split, where) for column in columns], axis=1)
             return values[:, order_of(self.label_names, source.columns, self.positions)]
         if self._has_indicators(dataset, columns[0], source, split):
-            flat = pa.chunked_array([chunk.flatten() for chunk in columns[0].chunks])
-            values = _truth_values(flat, split, f"the lists in {source.columns[0]!r}")
+            values = _truth_values(flattened(columns[0]), split, f"the lists in {source.columns[0]!r}")
             return self._in_order(values.reshape(len(columns[0]), -1), split)
         labels, lengths = _read_lists(dataset, columns[0], source, split)
         encoded = np.zeros((len(lengths), len(self.label_names)), bool)
@@ -231,7 +217,7 @@ class MultiLabelClassification:
                 f"the split {split!r} has {values.shape[1]} zeros or ones for each sample, but there are {len(names)} "
                 f"labels: {join_quoted(self.label_names)}. Give one for each label."
             )
-        return values[:, [names.index(name) for name in self.label_names]]
+        return values[:, order_of(self.label_names, names)]
 
 
 def are_indicators(dataset: "Dataset", source: LabelSource, column: pa.ChunkedArray) -> bool | None:
@@ -246,7 +232,7 @@ def are_indicators(dataset: "Dataset", source: LabelSource, column: pa.ChunkedAr
         return False
     lengths = pc.list_value_length(column)
     width = lengths[0].as_py()
-    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks])
+    flat = flattened(column)
     if width < 2 or not pc.all(pc.equal(lengths, width)).as_py() or flat.null_count:
         return False
     if pa.types.is_boolean(flat.type):
@@ -298,9 +284,8 @@ def _read_lists(
         column = _split(column, source.delimiter, is_text(column.type))
         feature = None
     lengths = np.asarray(pc.list_value_length(column), np.int64)
-    flat = pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    return labels_of(flat, getattr(feature, "feature", None), name, split, rows), lengths
+    return labels_of(flattened(column), getattr(feature, "feature", None), name, split, rows), lengths
 
 
 def _split(column: pa.ChunkedArray, delimiter: str, text: bool) -> pa.ChunkedArray:

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, is_list, is_text, order_of
+from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, flattened, is_list, is_text, order_of
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ def _list_column(values: pa.ChunkedArray, name: str, split: str) -> NDArray[np.f
             f"row {first_true(pc.invert(even))} (counted from 0) of the split {split!r} has not {width} targets in "
             f"{name!r}, as the first row has. Give every row as many."
         )
-    flat = pa.chunked_array([chunk.flatten() for chunk in values.chunks], values.type.value_type)
-    return _numbers(flat, name, split, width).reshape(-1, width)
+    return _numbers(flattened(values), name, split, width).reshape(-1, width)
 
 
 def _numbers(values: pa.ChunkedArray, name: str, split: str, per_row: int = 1) -> NDArray[np.float64]:

@@ -15,14 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import join_quoted
-from smartbatch_lightning.tasks.config import (
-    LABEL_TYPE,
-    are_placeholders,
-    check_problem_type,
-    label_names_from_config,
-    label_type_of,
-    names_in_config,
-)
+from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
 from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelEncoder, LabelSource, read_labels
 from smartbatch_lightning.tasks.task import Task
 
@@ -73,11 +66,8 @@ class SingleLabelClassification:
         Raises:
             ValueError: It was trained for another task.
         """
-        check_problem_type(config, _PROBLEM_TYPE)
-        names = label_names_from_config(config)
-        if are_placeholders(names):
-            return None
-        return cls(LabelEncoder(tuple(names), label_type_of(config)))
+        encoder = labels_from_config(config, _PROBLEM_TYPE)
+        return None if encoder is None else cls(encoder)
 
     def aligned_with(self, trained: Task) -> "SingleLabelClassification":
         """The classes in the order of a model that was trained for the same."""
@@ -85,11 +75,7 @@ class SingleLabelClassification:
 
     def config_fields(self) -> dict[str, Any]:
         """Names both ways, `problem_type`, and how labels stand in the data."""
-        return {
-            **names_in_config(self.label_names),
-            "problem_type": _PROBLEM_TYPE,
-            LABEL_TYPE: self.labels.label_type,
-        }
+        return labels_in_config(self.labels, _PROBLEM_TYPE)
 
     def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.int64]:
         """Number of each sample's class. Shape (num_samples,)."""
