@@ -17,17 +17,18 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
-from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -45,7 +46,7 @@ class SmartBatchTrainer(L.Trainer):
         logger: As Lightning's; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger`, whose versions
             are the starts of the run: what was logged before a requeue stays.
         callbacks: As Lightning's. The progress bar is drawn every few batches unless there is one among them: drawing
-            takes about a millisecond.
+            takes about a millisecond. Of two that write checkpoints, the `BestCheckpoint` of every run goes.
         options: Everything else that `Trainer` takes.
     """
 
@@ -59,7 +60,7 @@ class SmartBatchTrainer(L.Trainer):
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
-        super().__init__(logger=logger, callbacks=callbacks, **options)
+        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
         check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # what was logged is there after a kill; by itself it is written every hundredth step
@@ -137,9 +138,18 @@ class SmartBatchTrainer(L.Trainer):
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
-        state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
-        metrics = state["epochs"][-1][1] if state.get("epochs") else {}
-        export_model(model, datamodule, folder, metrics, state.get("command"))
+        command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")
+        export_model(model, datamodule, folder, metrics_in(checkpoint), command)
+
+
+def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
+    """Callbacks without those of every run that this one does not want: to stop early, or to write checkpoints."""
+    kept = [one for one in callbacks if not (isinstance(one, EarlyStop) and one.patience is None)]
+    savers = [one for one in kept if isinstance(one, ModelCheckpoint)]
+    saves = options.get("enable_checkpointing") is not False and not options.get("barebones")
+    if savers and isinstance(savers[-1], BestCheckpoint) and (len(savers) > 1 or not saves):
+        kept.remove(savers[-1])
+    return kept
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -231,6 +241,8 @@ class SmartBatchCLI(LightningCLI):
         parser.add_lightning_class_args(CheckpointPreflight, "checkpoint_preflight")
         parser.add_lightning_class_args(MemoryCheck, "memory_check")
         parser.add_lightning_class_args(StopOnSignal, "stop_on_signal")
+        parser.add_lightning_class_args(EarlyStop, "early_stopping")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelExport, "export_model")
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__

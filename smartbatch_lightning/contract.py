@@ -4,10 +4,13 @@ Each side has one method for it, so that a foreign data module or model is known
 that happens to have the same name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartbatch_lightning.errors import UsageError
@@ -27,6 +30,8 @@ class TextData:
         max_length: Tokens of the longest sample there may be.
         packed: Batches are packed instead of padded.
         evaluation_splits: Names of the sets of each evaluation stage, `val` and `test`, in the order of their loaders.
+        train_labels: Labels of the training samples as the task encodes them, (num_samples, ...); None where they are
+            not read.
     """
 
     task: Task | None
@@ -34,6 +39,7 @@ class TextData:
     max_length: int
     packed: bool
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
+    train_labels: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class TextModel:
         trained_config: Configuration of what it was trained to classify; None where it has not been.
         is_demo: It is the embedded demo's, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None where none tells.
+        sample_weights: Gives what each sample counts for in the mean loss, (num_samples,), of encoded labels; or None
+            where all count alike. To be asked once the model is built.
     """
 
     tokenizer_name: str
@@ -53,6 +61,7 @@ class TextModel:
     trained_config: PretrainedConfig | None
     is_demo: bool
     trained_on: dict[str, Any] | None = None
+    sample_weights: Callable[[Tensor], Tensor | None] = lambda labels: None
 
 
 @runtime_checkable

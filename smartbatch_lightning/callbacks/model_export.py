@@ -1,9 +1,15 @@
 """Exports the model when training ends."""
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor
+
+from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
+from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import command_line
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -12,7 +18,10 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
 class ModelExport(Callback):
-    """Writes the model as an ordinary `transformers` folder when `fit` ends, with the weights that it ends with.
+    """Writes the model as an ordinary `transformers` folder when `fit` ends: the best, where a metric tells.
+
+    That is what a `ModelCheckpoint` with a `monitor` has kept as best, such as the command line's `BestCheckpoint`;
+    else, and with `StochasticWeightAveraging`, whose weights nobody validates, the weights that training ends with.
 
     Args:
         folder: Where to; None for not at all.
@@ -37,8 +46,32 @@ class ModelExport(Callback):
             return
         assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
+        if (best := _best_path(trainer)) is not None:
+            checkpoint = torch.load(verified_checkpoint(best), map_location="cpu", weights_only=True)
+            with _weights(pl_module, checkpoint["state_dict"]):
+                export_model(pl_module, datamodule, self.folder, metrics_in(checkpoint), command_line())
+            return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not metrics and isinstance(callback, TrainingMonitor) and callback.epochs:
                 metrics = callback.epochs[-1][1]  # where a run that had ended was started again
         export_model(pl_module, datamodule, self.folder, metrics, command_line())
+
+
+def _best_path(trainer: L.Trainer) -> str | None:
+    """The checkpoint of the best weights; None where no metric told."""
+    saver, callbacks = trainer.checkpoint_callback, trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        return None
+    return saver.best_model_path or None if isinstance(saver, ModelCheckpoint) and saver.monitor else None
+
+
+@contextmanager
+def _weights(module: L.LightningModule, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it a module has other weights; afterwards its own."""
+    own = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    module.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        module.load_state_dict(own)

@@ -294,6 +294,15 @@ class TrainingMonitor(Callback):
         return Counts(samples, tokens, real_tokens, squares, seconds, self._data_wait)
 
 
+def metrics_in(checkpoint: dict[str, Any]) -> dict[str, float]:
+    """The metrics that were known when a checkpoint was written, where a run with a `TrainingMonitor` wrote it."""
+    state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
+    if "unfinished_epoch" in state:
+        metrics: dict[str, float] = state["unfinished_epoch"][2]
+        return metrics
+    return state["epochs"][-1][1] if state.get("epochs") else {}
+
+
 def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
     """A row for each epoch, and a last one for all."""
     names = [name for name in sorted(epochs[-1][1]) if name == "train_loss" or name.startswith("val_")]

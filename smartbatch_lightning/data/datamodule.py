@@ -137,13 +137,15 @@ class SmartBatchDataModule(TextDataModule):
 
     def text_data(self) -> TextData:
         """What a model needs to know."""
-        validation = self._names.validated(self.splits) or [self.train_split]
+        validation = [self.train_split] if self.validates_share else self._names.validated(self.splits)
+        train_data = vars(self).get("train_data")  # which `setup` makes where it is wanted
         return TextData(
             task=self.task,
             tokenizer=self.tokenizer,
             max_length=self.max_length,
             packed=self.spec.packed,
             evaluation_splits={"val": validation, "test": self._names.tested},
+            train_labels=None if train_data is None else train_data.sample_labels,
         )
 
     def setup(self, stage: str) -> None:
@@ -254,7 +256,12 @@ class SmartBatchDataModule(TextDataModule):
         if self.trainer is None:  # a loop of one's own
             return sampler.loss_weights()
         progress.count_logged_steps(self.trainer)
-        return sampler.loss_weights(self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches))
+        model, weights = text_model_of(self.trainer), None
+        if model is not None:
+            weights = model.sample_weights(torch.from_numpy(self.train_data.sample_labels))
+        return sampler.loss_weights(
+            self.trainer.accumulate_grad_batches, int(self.trainer.num_training_batches), weights
+        )
 
     def _evaluation_loaders(self, sets: list[TokenDataset]) -> SmartBatchLoader | list[SmartBatchLoader]:
         loaders = [self._evaluation_loader(data) for data in sets]

@@ -112,21 +112,28 @@ class SmartBatchSampler(Sampler[list[int]]):
         plan, step = self._remaining_plan()
         return len(self) - (len(plan) // self.num_replicas - step)
 
-    def loss_weights(self, accumulated: int = 1, num_batches: int | None = None) -> Iterator[float]:
+    def loss_weights(
+        self, accumulated: int = 1, num_batches: int | None = None, sample_weights: ArrayLike | None = None
+    ) -> Iterator[float]:
         """What the mean loss of each batch that is yielded next counts for in its optimizer step.
 
         Trainers average the losses of the ranks and of accumulated batches. Times these weights, that average is the
-        mean over the samples of the optimizer step, however many each batch holds.
+        mean over the samples of the optimizer step, however many each batch holds, and whatever each counts for.
 
         Args:
             accumulated: Batches of a rank whose gradients are accumulated for an optimizer step.
             num_batches: Batches of a rank after which the epoch is ended, and its last optimizer step taken.
+            sample_weights: What each sample counts for in the mean loss of its batch, where they do not count alike.
+                Shape (num_samples,).
         """
         plan, step = self._remaining_plan()
-        sizes = plan.batch_sizes()
-        if len(sizes) == self.num_replicas:  # one step: samples may stand in it twice
-            sizes = np.diff(np.searchsorted(np.sort(np.unique(plan.order, return_index=True)[1]), plan.offsets))
-        samples = sizes.reshape(-1, self.num_replicas)[step:]
+        sums: NDArray[Any] = plan.batch_sizes()
+        if len(plan) == self.num_replicas or (sample_weights is not None and len(plan)):
+            counted = np.ones(len(self.lengths)) if sample_weights is None else np.asarray(sample_weights)
+            once = np.zeros(len(plan.order))  # in the only step of an epoch samples may stand twice
+            once[np.unique(plan.order, return_index=True)[1]] = 1
+            sums = np.add.reduceat(counted[plan.order] * once, plan.offsets[:-1])
+        samples = sums.reshape(-1, self.num_replicas)[step:]
         batches = self.start_step + np.arange(len(samples))
         trained = batches < (len(self) if num_batches is None else num_batches)
         window = batches[trained] // accumulated

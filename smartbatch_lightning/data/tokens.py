@@ -165,6 +165,11 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def sample_labels(self) -> NDArray[Any] | None:
+        """Labels of its samples, (len(self), ...); None where there are none."""
+        return None if self.labels is None else self.labels[self.rows]
+
     def __getitem__(self, sample: int) -> dict[str, Any]:
         """`input_ids` and perhaps `token_type_ids`, `labels`; `index` is the row in the split that was loaded."""
         row = int(self.rows[sample])

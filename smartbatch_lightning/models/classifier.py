@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -42,11 +43,14 @@ from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.config import label_names_from_config, problem_type_of
+from smartbatch_lightning.tasks.losses import LossOptions
+from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 
 Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]
 
 _ARCHITECTURE = "architecture"  # among weights that are handed from process to process
+_WEIGHTS = ("class_weights", "pos_weight")  # which a checkpoint holds as numbers
 _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
 
@@ -71,6 +75,14 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
+        class_weights: What a sample of each class counts for in the mean loss, by name, or `balanced`; the mean of an
+            optimizer step is then by these weights, over all its batches and ranks. See `LossOptions`.
+        pos_weight: For several labels, what having each counts for, by name or for all, or `balanced`.
+        label_smoothing: Share of the labels that is spread over all classes.
+        focal_gamma: Exponent of the focal loss; 0 for the plain one.
+        metrics: Metrics in place of the task's: names such as `accuracy`, `f1_micro` or `matthews_correlation`, classes
+            of torchmetrics, or `class_path` with `init_args`; or these by the name under which each is logged. The
+            first one tells which weights are best.
         compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
             `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
             and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
@@ -95,6 +107,11 @@ class SequenceClassifier(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
+        class_weights: Literal["balanced"] | dict[str, float] | None = None,
+        pos_weight: Literal["balanced"] | float | dict[str, float] | None = None,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+        metrics: list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None = None,
         compile: bool | str = False,  # noqa: A002 - the field's word
         model_kwargs: dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
@@ -123,10 +140,15 @@ class SequenceClassifier(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
+        self.loss_options = LossOptions(class_weights, pos_weight, label_smoothing, focal_gamma)
+        self.metrics = metrics
+        if metrics is not None:
+            named_specs(metrics)  # which refuses what is no metric
         self.compiled = compile
         self.model_kwargs = model_kwargs or {}
         self.architecture = architecture
         self.model = None
+        self._task: Task | None = None
         self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
         self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
@@ -167,6 +189,8 @@ class SequenceClassifier(L.LightningModule):
         Args:
             output: The model's, with `logits` (batch, num_labels).
             labels: As the task encodes them, (batch,); several labels as floats 0 and 1, (batch, num_labels).
+
+        With `class_weights` the mean is by `task.sample_weights(labels)`.
         """
         assert output.logits is not None
         return self.task.compute_loss(output.logits, labels)
@@ -176,7 +200,7 @@ class SequenceClassifier(L.LightningModule):
 
         Scores are probabilities (batch, num_labels), or what a regression predicts.
         """
-        return self.task.configure_metrics()
+        return build_metrics(self.metrics, self.task) if self.metrics else self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
         """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed.
@@ -243,6 +267,7 @@ class SequenceClassifier(L.LightningModule):
 
     def match_data(self) -> None:
         """Checks that the model, once it is built, fits the data, and lets it take packed batches."""
+        self._task = None
         data = text_data_of(self._trainer)
         if data is None:
             return
@@ -255,7 +280,10 @@ class SequenceClassifier(L.LightningModule):
             self._enable_packing()
 
     def on_fit_start(self) -> None:
-        """Says so where packed batches go without a dropout that the model's configuration asks for."""
+        """Refuses metrics to monitor that are not there, and says so where packed batches go without a dropout."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint | EarlyStopping) and (callback.monitor or "").startswith("val_"):
+                self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
         data = text_data_of(self._trainer)
@@ -440,6 +468,10 @@ class SequenceClassifier(L.LightningModule):
         if not seed_is_given():
             self._seed = checkpoint.get("dropout_seed", self._seed)
         self._trained_on = fingerprint_in(checkpoint)
+        self._task = None
+        for name in _WEIGHTS:  # with which an evaluation without training data goes on
+            if name in self.hparams and name in checkpoint.get("hyper_parameters", {}):
+                self.hparams[name] = checkpoint["hyper_parameters"][name]
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
             problem_type = problem_type_of(self.model.config)
@@ -457,12 +489,9 @@ class SequenceClassifier(L.LightningModule):
     @property
     def task(self) -> Task:
         """What is learnt: as the run's data module has it, else by the model's configuration."""
-        data = text_data_of(self._trainer)
-        if data is not None and data.task is not None:
-            return data.task
-        assert self.model is not None, "a model has a task once it is built"
-        kind = look_up(problem_type_of(self.model.config), TASKS, "the model's problem_type")
-        return kind.from_config(self.model.config) or kind.from_names(self.label_names)
+        if self._task is None:
+            self._task = self._find_task()
+        return self._task
 
     @property
     def label_names(self) -> list[str]:
@@ -470,10 +499,52 @@ class SequenceClassifier(L.LightningModule):
         config = self._own_config()
         return [] if config is None else label_names_from_config(config)
 
+    def monitored(
+        self, name: str | None = None, mode: Literal["min", "max"] | None = None
+    ) -> tuple[str, Literal["min", "max"]]:
+        """The validation metric that tells which weights are best.
+
+        Args:
+            name: As it is logged, such as `val_accuracy`; by default the first of `metrics`, or what the task says.
+            mode: Where it is best; by default what the metric itself says.
+
+        Returns:
+            Its name, of several validation sets for the first one, and whether it is best at its `min` or its `max`.
+
+        Raises:
+            ValueError: There is no such metric, or it does not say where it is best.
+        """
+        with summed_in_float32():
+            metrics = {"loss": None, **dict(self.configure_metrics(len(self.label_names)).items())}
+        data = text_data_of(self._trainer)
+        splits = [] if data is None else data.evaluation_splits.get("val", [])
+        suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
+        logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in metrics}
+        if name is None:
+            first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
+            name = f"val_{first if first in metrics else 'loss'}{suffixes[0]}"
+        if name not in logged and not self._logs_others():
+            raise UsageError(f"the metric {name!r} is to be monitored, but what is logged is {join_quoted(logged)}.")
+        found = metrics.get(logged.get(name, "loss"))
+        if mode is None and found is not None and found.higher_is_better is None:
+            raise UsageError(f"the metric {name!r} does not say whether more of it is better. Give mode, min or max.")
+        return name, mode or ("max" if found is not None and found.higher_is_better else "min")
+
+    def _logs_others(self) -> bool:
+        """Whether metrics may be logged in validation that are not this class's: by a subclass, or by a callback."""
+        hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
+        own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
+        callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        known = ("lightning.", "smartbatch_lightning.")
+        return own[0] is not SequenceClassifier or not all(module.startswith(known) for module in callbacks)
+
     def text_model(self) -> TextModel:
         """What a data module needs to know."""
         config = self._own_config()
-        return self._source.text_model(self._source.trained_config() if config is None else config, self._trained_on)
+        known = self._source.text_model(self._source.trained_config() if config is None else config)
+        return replace(
+            known, trained_on=self._trained_on, sample_weights=lambda labels: self.task.sample_weights(labels)
+        )
 
     @property
     def _source(self) -> ModelSource:
@@ -484,6 +555,22 @@ class SequenceClassifier(L.LightningModule):
         if self.model is not None:
             return self.model.config
         return None if self.architecture is None else self._source.trained_config()
+
+    def _find_task(self) -> Task:
+        data, options = text_data_of(self._trainer), self.loss_options
+        labels = None if data is None else data.train_labels
+        if data is not None and data.task is not None:
+            task = data.task
+        else:
+            assert self.model is not None, "a model has a task once it is built"
+            kind = look_up(problem_type_of(self.model.config), TASKS, "the model's problem_type")
+            task = kind.from_config(self.model.config) or kind.from_names(self.label_names)
+        if options.is_balanced and labels is not None:
+            options = options.balanced(task.label_counts(labels), len(labels))
+        known: dict[str, Any] = {name: self.hparams.get(name) for name in _WEIGHTS}
+        options = replace(options, **{name: known[name] for name in _WEIGHTS if getattr(options, name) == "balanced"})
+        self.hparams.update({name: getattr(options, name) for name in _WEIGHTS if name in self.hparams})
+        return task.with_loss(options)
 
     def _load_model(self, task: Task | None) -> PreTrainedModel:
         return self._source.load(self.num_labels, task, untrained_needs_labels=self._trainer is not None)

@@ -28,6 +28,14 @@ def summed_in_float32() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+class _MeanLoss(MeanMetric):
+    """A mean without checks for NaN, which wait for the GPU, and without which torchmetrics (1.9) ignores weights."""
+
+    def update(self, value: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+        self.mean_value += value * weight
+        self.weight += weight
+
+
 class StageMetrics(nn.Module):
     """Mean loss and metrics of one pass.
 
@@ -43,7 +51,7 @@ class StageMetrics(nn.Module):
         super().__init__()
         if "loss" in metrics:
             raise UsageError("configure_metrics gives a metric the name 'loss', which the mean loss has. Rename it.")
-        self.loss = MeanMetric(nan_strategy="disable")  # its checks wait for the GPU
+        self.loss = _MeanLoss()
         self.metrics = metrics
         self._task = task
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -52,12 +60,12 @@ class StageMetrics(nn.Module):
         """Counts a batch.
 
         Args:
-            loss: Mean over its samples, a scalar.
+            loss: Mean over its samples by their weights, a scalar.
             logits: (batch, num_labels).
             labels: (batch, ...).
         """
-        # once for each sample: without its checks for NaN, torchmetrics (1.9) ignores weights
-        self.loss.update(loss.detach().expand(len(labels)))
+        weights = self._task.sample_weights(labels)
+        self.loss.update(loss.detach(), torch.tensor(len(labels)) if weights is None else weights.sum())
         self._pending.append((logits.detach(), labels))
         pending = len(self._pending)
         if pending >= _MAX_PENDING or pending * logits.numel() >= _MAX_PENDING_LOGITS:

@@ -75,14 +75,13 @@ class ModelSource:
         config = self._pretrained_config()
         return config if is_fine_tuned(config) else None
 
-    def text_model(self, config: PretrainedConfig | None, trained_on: dict[str, Any] | None) -> TextModel:
-        """What a data module needs to know; `config` is that of a model with a trained head."""
+    def text_model(self, config: PretrainedConfig | None) -> TextModel:
+        """What a data module needs to know of where the model is; `config` is that of a model with a trained head."""
         return TextModel(
             tokenizer_name=self.pretrained,
             tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
             trained_config=config,
             is_demo=self.pretrained == "demo",
-            trained_on=trained_on,
         )
 
     @property

@@ -1,7 +1,7 @@
 """Multi-label classification: every sample has any number of labels, or none."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from transformers import PretrainedConfig
@@ -30,6 +29,7 @@ from smartbatch_lightning.tasks.labels import (
     order_of,
     whole_numbers,
 )
+from smartbatch_lightning.tasks.losses import BinaryCrossEntropy, LossOptions
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -53,12 +53,14 @@ class MultiLabelClassification:
         delimiter: What stands between them where labels are written again; None for lists.
         positions: Their names in the order in which the data has a 0 or 1 for each; by default that of the logits.
         indicators: Lists in the training split had a 0 or 1 for each; None where that is unknown.
+        loss: What is minimised.
     """
 
     labels: LabelEncoder
     delimiter: str | None = None
     positions: tuple[str, ...] | None = None
     indicators: bool | None = None
+    loss: BinaryCrossEntropy = field(default_factory=BinaryCrossEntropy)
 
     @property
     def label_names(self) -> list[str]:
@@ -153,9 +155,23 @@ class MultiLabelClassification:
         """Samples that have each label."""
         return dict(zip(self.label_names, np.asarray(labels).sum(axis=0).tolist(), strict=True))
 
+    def with_loss(self, options: LossOptions) -> "MultiLabelClassification":
+        """The same with weights of labels that are there, smoothed labels or focal loss."""
+        options.only(_PROBLEM_TYPE, "pos_weight", "label_smoothing", "focal_gamma")
+        return replace(self, loss=BinaryCrossEntropy.from_options(options, self.label_names))
+
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy, the mean over samples and labels."""
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return self.loss(logits, labels)
+
+    def sample_weights(self, labels: Tensor) -> None:
+        """All samples count alike."""
+        return
+
+    @property
+    def monitored(self) -> str:
+        """Macro F1."""
+        return "f1"
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probability of each label, (batch, num_labels)."""

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
 from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, flattened, is_list, is_text, order_of
+from smartbatch_lightning.tasks.losses import LossOptions
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -144,9 +145,18 @@ class Regression:
                 ranges = [f"{low:.{digits}g} to {high:.{digits}g}" for low, high in itertools.pairwise(edges)]
         return dict(zip(ranges, counts.tolist(), strict=True))
 
+    def with_loss(self, options: LossOptions) -> "Regression":
+        """The same: there are no options."""
+        options.only(_PROBLEM_TYPE)
+        return self
+
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error, over samples and targets."""
         return F.mse_loss(self.scores(logits), labels.to(logits.dtype))
+
+    def sample_weights(self, labels: Tensor) -> None:
+        """All samples count alike."""
+        return
 
     def scores(self, logits: Tensor) -> Tensor:
         """Predicted targets, (batch,), or (batch, num_targets) for several."""
@@ -160,6 +170,11 @@ class Regression:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
             return MetricCollection({**metrics, "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+
+    @property
+    def monitored(self) -> str:
+        """Spearman's correlation; of several targets the mean squared error."""
+        return "spearman" if len(self.names) == 1 else "mse"
 
     def metric_labels(self, labels: Tensor) -> Tensor:
         """As torchmetrics takes them: floats."""

@@ -1,7 +1,7 @@
 """Single-label classification: every sample is of one class."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import join_quoted
 from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
 from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelEncoder, LabelSource, read_labels
+from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
 from smartbatch_lightning.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ class SingleLabelClassification:
 
     Attributes:
         labels: Names and numbers of the classes.
+        loss: What is minimised.
     """
 
     labels: LabelEncoder
+    loss: CrossEntropy = field(default_factory=CrossEntropy)
 
     @property
     def label_names(self) -> list[str]:
@@ -94,15 +96,29 @@ class SingleLabelClassification:
         counts = np.bincount(labels, minlength=len(self.label_names))
         return dict(zip(self.label_names, counts.tolist(), strict=True))
 
+    def with_loss(self, options: LossOptions) -> "SingleLabelClassification":
+        """The same with weights of classes, smoothed labels or focal loss."""
+        options.only(_PROBLEM_TYPE, "class_weights", "label_smoothing", "focal_gamma")
+        return replace(self, loss=CrossEntropy.from_options(options, self.label_names))
+
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy."""
-        return F.cross_entropy(logits, labels)
+        return self.loss(logits, labels)
+
+    def sample_weights(self, labels: Tensor) -> Tensor | None:
+        """Those of the samples' classes."""
+        return self.loss.sample_weights(labels)
 
     def configure_metrics(self) -> MetricCollection:
         """Accuracy and macro F1, of probabilities."""
         num_labels = len(self.label_names)
         accuracy = MulticlassAccuracy(num_labels, average="micro")
         return MetricCollection({"accuracy": accuracy, "f1": MulticlassF1Score(num_labels, average="macro")})
+
+    @property
+    def monitored(self) -> str:
+        """Macro F1."""
+        return "f1"
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities of the classes, (batch, num_labels)."""

@@ -11,6 +11,7 @@ from torchmetrics import MetricCollection
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
+from smartbatch_lightning.tasks.losses import LossOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,8 +89,20 @@ class Task(Protocol):
         """Samples by label, for a report."""
         ...
 
+    def with_loss(self, options: LossOptions) -> "Task":
+        """The same task with the loss that a user asks for.
+
+        Raises:
+            ValueError: It does not fit the task, or names a label that is not there.
+        """
+        ...
+
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over the samples of a batch, a scalar; `logits` are (batch, num_labels)."""
+        """Mean loss over the samples of a batch, by their weights, a scalar; `logits` are (batch, num_labels)."""
+        ...
+
+    def sample_weights(self, labels: Tensor) -> Tensor | None:
+        """What each sample counts for in the mean loss, (batch,); None where all count alike."""
         ...
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -102,6 +115,11 @@ class Task(Protocol):
 
     def configure_metrics(self) -> MetricCollection:
         """Metrics of scores and labels."""
+        ...
+
+    @property
+    def monitored(self) -> str:
+        """The metric of these that tells which weights are best."""
         ...
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:

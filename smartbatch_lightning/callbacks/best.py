@@ -1,0 +1,165 @@
+"""The best weights: kept beside the last ones, and training ended where they get no better."""
+
+import os
+from itertools import count
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from smartbatch_lightning.contract import text_data_of
+from smartbatch_lightning.errors import UsageError, check_at_least
+from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.progress import between_steps
+
+Mode = Literal["min", "max"]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights that validated best, as `best.ckpt`, and those of the last epoch's end, as `last.ckpt`.
+
+    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` writes `last.ckpt` only where it writes the best. Without
+    validation there is `last.ckpt` alone.
+
+    Args:
+        monitor: Metric that tells which weights are best, as it is logged, such as `val_f1`; by default that of the
+            `SequenceClassifier`, of several validation sets the first one's.
+        mode: Whether it is best at its `min` or its `max`; by default what the metric itself says.
+        dirpath: Folder, for a run that is to go on there when it is started again; by default
+            `lightning_logs/version_N/checkpoints`.
+        every_n_train_steps: Optimizer steps after which `last.ckpt` is written too.
+
+    Raises:
+        ValueError: There is no such metric, the folder has the checkpoints of another run, or the number is below 1.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Mode | None = None,
+        dirpath: str | None = None,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        if every_n_train_steps is not None:
+            check_at_least(1, every_n_train_steps=every_n_train_steps)
+        # in a folder of its own a run that goes on after a kill writes again what it had written
+        super().__init__(dirpath, "best", monitor, enable_version_counter=dirpath is None)
+        self._given = (monitor, mode)
+        self._steps_between = every_n_train_steps
+
+    @property
+    def state_key(self) -> str:
+        """One for all metrics, which are known only when the data are."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Finds out what tells which weights are best.
+
+        Raises:
+            ValueError: As the class.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        files = [self._path_of("best"), self._path_of("last")]
+        goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
+        if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
+            raise UsageError(
+                f"{self.dirpath} has the checkpoints of another run, which would be replaced. Go on with that by "
+                "--ckpt_path=last, or give another --checkpoint.dirpath."
+            )
+        found = _monitored(trainer, pl_module, *self._given)
+        self.monitor, self.mode = found or (None, "min")
+        self.save_top_k = 1 if found else 0
+        self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there, unless another metric told which weights were best."""
+        if state_dict["monitor"] == self.monitor:
+            super().load_state_dict(state_dict)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Writes `last.ckpt` every so many steps."""
+        every = self._steps_between
+        if every and between_steps(trainer) and trainer.global_step % every == 0:
+            self._write_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes `best.ckpt` where there is a better one, and `last.ckpt`, which tells of it."""
+        if self.monitor in trainer.callback_metrics:  # else the epoch ended before its validation
+            super().on_train_epoch_end(trainer, pl_module)
+        self._write_last(trainer)
+
+    def _write_last(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self.last_model_path:
+            paths = (self._path_of(f"last-v{number}" if number else "last") for number in count())
+            others = self._enable_version_counter  # may lie in the folder, and stay
+            self.last_model_path = next(path for path in paths if not (others and self.file_exists(path, trainer)))
+        trainer.save_checkpoint(self.last_model_path)
+
+    def _path_of(self, name: str) -> str:
+        return os.path.join(str(self.dirpath), f"{name}{self.FILE_EXTENSION}")
+
+
+class EarlyStop(EarlyStopping):
+    """Ends training where the monitored metric gets no better.
+
+    Args:
+        patience: Validations in a row that may be no better than the best until then; None for no early stopping.
+        monitor: As in `BestCheckpoint`.
+        mode: As in `BestCheckpoint`.
+        min_delta: What the metric has to be better by.
+
+    Raises:
+        ValueError: There is no such metric, or no validation.
+    """
+
+    def __init__(
+        self,
+        patience: int | None = None,
+        monitor: str | None = None,
+        mode: Mode | None = None,
+        min_delta: float = 0.0,
+    ) -> None:
+        if patience is not None:
+            check_at_least(0, patience=patience)
+        super().__init__(monitor or "", min_delta, patience, mode=mode or "min")  # type: ignore[arg-type]
+        self._given = (monitor, mode)
+        self._given_delta = min_delta
+
+    @property
+    def state_key(self) -> str:
+        """One for all metrics, which are known only when the data are."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Finds out what tells whether training gets better.
+
+        Raises:
+            ValueError: As the class.
+        """
+        if stage == "fit" and self.patience is not None:
+            found = _monitored(trainer, pl_module, *self._given)
+            if found is None:
+                raise UsageError(
+                    "early stopping is asked for, but nothing is validated. Set --data.validation_split, or leave out "
+                    "--early_stopping.patience."
+                )
+            monitor, mode = found
+            super().__init__(monitor, self._given_delta, self.patience, mode=mode)
+        super().setup(trainer, pl_module, stage)
+
+
+def _monitored(
+    trainer: L.Trainer, module: L.LightningModule, monitor: str | None, mode: Mode | None
+) -> tuple[str, Mode] | None:
+    """Name of the metric that tells, and where it is best; None where there is no validation, or none is known."""
+    data = text_data_of(trainer)
+    if not trainer.enable_validation or (data is not None and data.evaluation_splits.get("val") == []):
+        return None
+    if isinstance(module, SequenceClassifier):
+        return module.monitored(monitor, mode)
+    return None if monitor is None else (monitor, mode or "min")

@@ -1,0 +1,193 @@
+"""Losses: what a user says of one, and those of the tasks of classification."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+Weights = Literal["balanced"] | Mapping[Any, float] | None
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What a user says of the loss.
+
+    Attributes:
+        class_weights: What a sample of each class counts for, by name of the class; classes that are not named count
+            for 1. `balanced` gives each class what scikit-learn does: the number of samples over that of the classes
+            and that of the class's samples. For single labels.
+        pos_weight: What having a label counts for against not having it, by name or one number for all, as in
+            `torch.nn.BCEWithLogitsLoss`; `balanced` is the number of samples without the label over that of those with
+            it. For several labels.
+        label_smoothing: Share of the labels that is spread evenly over all classes, from 0 to 1 (Szegedy et al.,
+            *Rethinking the Inception Architecture*, 2016).
+        focal_gamma: Exponent of the focal loss, by which samples that are predicted well count for less (Lin et al.,
+            *Focal Loss for Dense Object Detection*, 2017); 0 for the plain loss.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    class_weights: Weights = None
+    pos_weight: Weights | float = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing is {self.label_smoothing}; give a share from 0 to below 1.")
+        if not 0 <= self.focal_gamma < math.inf:
+            raise UsageError(f"focal_gamma is {self.focal_gamma}; give a number that is 0 or more, such as 2.")
+        for argument, weights in (("class_weights", self.class_weights), ("pos_weight", self.pos_weight)):
+            if isinstance(weights, str) and weights != "balanced":
+                raise UsageError(f"{argument} is {weights!r}; give 'balanced', or numbers by name.")
+            numbers: dict[Any, Any] = {"all labels": weights}
+            if isinstance(weights, Mapping):
+                numbers = dict(weights)
+            for name, number in numbers.items() if weights not in (None, "balanced") else ():
+                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+                    raise UsageError(f"{argument} is {number!r} for {name}; give a number above 0.")
+
+    @property
+    def is_balanced(self) -> bool:
+        """Weights are to be worked out from the training labels."""
+        return "balanced" in (self.class_weights, self.pos_weight)
+
+    def balanced(self, counts: Mapping[str, int], num_samples: int) -> "LossOptions":
+        """The same with numbers in place of `balanced`; what no training sample has counts for 1.
+
+        Args:
+            counts: Training samples of each label.
+            num_samples: Training samples.
+        """
+        found = {name: count for name, count in counts.items() if count}
+        options = self
+        if self.class_weights == "balanced":
+            weights = {name: num_samples / (len(found) * count) for name, count in found.items()}
+            options = replace(options, class_weights=weights)
+        if self.pos_weight == "balanced":
+            weights = {name: (num_samples - count) / count for name, count in found.items() if count < num_samples}
+            options = replace(options, pos_weight=weights)
+        return options
+
+    def only(self, problem_type: str, *taken: str) -> None:
+        """Refuses options that a task does not take.
+
+        Raises:
+            ValueError: One is given.
+        """
+        given = [name for name, value in vars(self).items() if value not in (None, 0.0) and name not in taken]
+        if given:
+            raise UsageError(
+                f"{given[0]} is given, which the loss of {problem_type} does not take. Leave it out, or set "
+                "--data.problem_type."
+            )
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of classes, as the mean over samples of which each has the weight of its class.
+
+    Attributes:
+        weights: Of the classes, in the order of the logits; None where all count alike.
+        label_smoothing: As in `LossOptions`.
+        focal_gamma: As in `LossOptions`.
+    """
+
+    weights: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+
+    @classmethod
+    def from_options(cls, options: LossOptions, names: Sequence[str]) -> "CrossEntropy":
+        """What a user says, for classes of these names.
+
+        Raises:
+            ValueError: A weight is for none of them.
+        """
+        return cls(
+            _in_order(options.class_weights, names, "class_weights"), options.label_smoothing, options.focal_gamma
+        )
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits (batch, num_labels) and labels (batch,), a scalar."""
+        weights = None if self.weights is None else _tensor(self.weights, logits.dtype, logits.device)
+        if not self.focal_gamma:
+            return F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing, reduction="none")
+        hardness = 1 - logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
+        total = len(labels) if weights is None else weights[labels].sum()
+        return (hardness**self.focal_gamma * losses).sum() / total
+
+    def sample_weights(self, labels: Tensor) -> Tensor | None:
+        """Weight of each sample in the mean, (batch,); None where all count alike."""
+        return None if self.weights is None else _tensor(self.weights, torch.float64, labels.device)[labels]
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Binary cross-entropy of several labels, the mean over samples and labels.
+
+    Attributes:
+        pos_weight: Of having each label, in the order of the logits; None where it counts as much as not having it.
+        label_smoothing: As in `LossOptions`.
+        focal_gamma: As in `LossOptions`.
+    """
+
+    pos_weight: tuple[float, ...] | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+
+    @classmethod
+    def from_options(cls, options: LossOptions, names: Sequence[str]) -> "BinaryCrossEntropy":
+        """What a user says, for labels of these names.
+
+        Raises:
+            ValueError: A weight is for none of them.
+        """
+        given = options.pos_weight
+        if isinstance(given, int | float):
+            given = dict.fromkeys(names, given)
+        return cls(_in_order(given, names, "pos_weight"), options.label_smoothing, options.focal_gamma)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of logits and labels, 0 and 1, both (batch, num_labels), a scalar."""
+        labels = labels.to(logits.dtype)
+        weights = None if self.pos_weight is None else _tensor(self.pos_weight, logits.dtype, logits.device)
+        smooth = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction="none")
+        if self.focal_gamma:
+            losses = torch.where(labels > 0, 1 - logits.sigmoid(), logits.sigmoid()) ** self.focal_gamma * losses
+        return losses.mean()
+
+
+def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[float, ...] | None:
+    """Weights by name in the order of the names."""
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        raise UsageError(
+            f"{argument} is {weights!r}, but there is no training data to count labels in, nor a checkpoint that was "
+            "trained so. Give numbers by name, or leave it out."
+        )
+    given = {str(name): float(weight) for name, weight in weights.items()}
+    if unknown := [name for name in given if name not in names]:
+        raise UsageError(
+            f"{argument} has {join_quoted(unknown)}, which is none of the labels: {join_quoted(names)}. Correct the "
+            "name."
+        )
+    return tuple(given.get(name, 1.0) for name in names)
+
+
+@lru_cache(maxsize=8)
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once, since a step would wait for its copy to a GPU; also for training where an evaluation asks first."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)

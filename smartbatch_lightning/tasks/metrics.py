@@ -1,0 +1,155 @@
+"""Metrics by name, out of torchmetrics."""
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.tasks.task import Task
+
+MetricSpecs = Sequence[str | Mapping[str, Any]] | Mapping[str, str | Mapping[str, Any]]
+
+_PREFIXES = {"single_label_classification": "Multiclass", "multi_label_classification": "Multilabel"}
+_MACRO, _MICRO, _WEIGHTED = {"average": "macro"}, {"average": "micro"}, {"average": "weighted"}
+# By the names that scikit-learn and `evaluate` have for them: a class of torchmetrics, and its options.
+_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "accuracy": ("Accuracy", _MICRO),
+    "balanced_accuracy": ("Accuracy", _MACRO),
+    "f1": ("F1Score", _MACRO),
+    "f1_micro": ("F1Score", _MICRO),
+    "f1_weighted": ("F1Score", _WEIGHTED),
+    "precision": ("Precision", _MACRO),
+    "recall": ("Recall", _MACRO),
+    "matthews_correlation": ("MatthewsCorrCoef", {}),
+    "cohen_kappa": ("CohenKappa", {}),
+    "roc_auc": ("AUROC", _MACRO),
+    "average_precision": ("AveragePrecision", _MACRO),
+    "exact_match": ("ExactMatch", {}),
+    "hamming_loss": ("HammingDistance", _MICRO),
+    "mse": ("MeanSquaredError", {}),
+    "rmse": ("MeanSquaredError", {"squared": False}),
+    "mae": ("MeanAbsoluteError", {}),
+    "r2": ("R2Score", {}),
+    "pearson": ("PearsonCorrCoef", {}),
+    "spearman": ("SpearmanCorrCoef", {}),
+}
+
+
+def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Class and options of each metric by the name under which it is logged.
+
+    Args:
+        metrics: Names or classes, or `class_path` with `init_args`; or these by name.
+
+    Raises:
+        ValueError: One is neither, or two have one name.
+    """
+    items = list(metrics.items()) if isinstance(metrics, Mapping) else [(None, metric) for metric in metrics]
+    specs: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, metric in items:
+        options: dict[str, Any] = {}
+        if isinstance(metric, Mapping):
+            if "class_path" not in metric or set(metric) - {"class_path", "init_args"}:
+                raise UsageError(f"metrics has {dict(metric)}; give a name, or class_path and init_args.")
+            metric, options = metric["class_path"], dict(metric.get("init_args") or {})
+        name = name or str(metric).rpartition(".")[2]
+        if name in specs or name == "loss" or not str(name).isidentifier():
+            raise UsageError(
+                f"metrics has the name {name!r}, which {'stands twice' if name in specs else 'no metric may have'}. "
+                "Give them by other names, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
+            )
+        specs[name] = (str(metric), options)
+        _candidates(str(metric))
+    return specs
+
+
+def build_metrics(metrics: MetricSpecs, task: Task) -> MetricCollection:
+    """Metrics of the scores and labels of a task.
+
+    A class is found by its name with or without the `Multiclass` or `Multilabel` before it. Of two classes a
+    `Binary...` takes the probability of the second.
+
+    Args:
+        metrics: As `named_specs` takes them.
+        task: Whose they are.
+
+    Raises:
+        ValueError: One does not fit the task, or gives more than a number.
+    """
+    return MetricCollection({name: _build(name, *spec, task) for name, spec in named_specs(metrics).items()})
+
+
+def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabel", "")) -> list[type[Metric]]:
+    """Classes that a name may mean, the likeliest first."""
+    if "." in metric:
+        return [look_up(metric, {}, "metrics")]
+    name = _NAMES[metric][0] if metric in _NAMES else metric
+    places = (torchmetrics.classification, torchmetrics.regression, torchmetrics)
+    found = [vars(place).get(prefix + name) for prefix in prefixes for place in places]
+    classes = [one for one in found if inspect.isclass(one) and issubclass(one, Metric)]
+    if not classes:
+        raise UsageError(
+            f"metrics has {metric!r}, which is none of {join_quoted(sorted(_NAMES))}, and no class of torchmetrics for "
+            "this task. Correct the name."
+        )
+    return classes
+
+
+def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metric:
+    problem_type = task.config_fields().get("problem_type", "")
+    kind = _candidates(metric, (_PREFIXES.get(problem_type, ""), ""))[0]
+    options = {**_NAMES.get(metric, ("", {}))[1], **options}
+    known = inspect.signature(kind.__init__).parameters
+    num_labels = len(task.label_names)
+    for option in ("num_classes", "num_labels", "num_outputs"):
+        if option in known and (option != "num_outputs" or num_labels > 1):
+            options.setdefault(option, num_labels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that it will save all predictions
+            binary = kind.__name__.startswith("Binary") and problem_type == "single_label_classification"
+            built = (_of_second_class(kind) if binary and num_labels == 2 else kind)(**options)
+            _try(built, task, problem_type)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise UsageError(
+            f"the metric {name} is {kind.__name__}, which does not fit {problem_type} with {num_labels} outputs: "
+            f"{root_cause_message(error)} Give another, or other init_args."
+        ) from error
+    return built
+
+
+def _of_second_class(kind: type[Metric]) -> type[Metric]:
+    """A metric of two classes that takes the probabilities of both. torchmetrics' wrappers do not count updates."""
+
+    def update(self: Metric, preds: Tensor, target: Tensor) -> None:
+        kind.update(self, preds[:, 1], target)
+
+    return type(kind.__name__, (kind,), {"update": update})
+
+
+def _try(metric: Metric, task: Task, problem_type: str) -> None:
+    """Finds out what a metric makes of a task's scores and labels, of which it forgets those that are tried.
+
+    Raises:
+        ValueError: It is not a single number.
+        Exception: Whatever torchmetrics raises.
+    """
+    num_labels = len(task.label_names)
+    logits = torch.linspace(-1, 1, 8 * num_labels).reshape(8, num_labels)
+    labels = torch.arange(8) % num_labels
+    if problem_type == "multi_label_classification":
+        labels = labels[:, None] == torch.arange(num_labels)
+    elif problem_type == "regression":
+        labels = task.scores(logits).square()
+    metric.update(task.scores(logits), task.metric_labels(labels))
+    result = metric.compute()
+    metric.reset()
+    if not isinstance(result, Tensor) or result.numel() != 1:
+        raise ValueError("it gives more than one number, as with average=none or a curve")
