@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.data.splits import stratified_split
 from smartbatch_lightning.tasks import SingleLabelClassification
-from smartbatch_lightning.tasks.labels import LabelSource
+from smartbatch_lightning.tasks.source import LabelSource
 
 
 def model_folder() -> str:
@@ -177,7 +177,7 @@ def test_no_validation_is_a_share_of_nothing(nothing, tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_are_almost_numbers_come_back_as_they_were(labels, names: list[str]) -> None:
-    task = SingleLabelClassification.from_dataset(Dataset(pa.table({"label": labels})), LabelSource(), "train")
+    task = SingleLabelClassification.from_columns(LabelSource().read(Dataset(pa.table({"label": labels})), "train"))
     assert task.label_names == names
     assert [str(label) for label in task.decode(np.arange(2)).to_pylist()] == names
 
@@ -185,7 +185,7 @@ def test_labels_that_are_almost_numbers_come_back_as_they_were(labels, names: li
 @pytest.mark.parametrize("label", [float("inf"), 1e20, 0.5])
 def test_floats_that_are_no_classes_are_refused(label: float) -> None:
     with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):
-        SingleLabelClassification.from_dataset(Dataset.from_dict({"label": [1.0, label]}), LabelSource(), "train")
+        SingleLabelClassification.from_columns(LabelSource().read(Dataset.from_dict({"label": [1.0, label]}), "train"))
 
 
 def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> None:

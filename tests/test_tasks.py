@@ -20,7 +20,7 @@ from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatc
 from smartbatch_lightning.data.splits import train_and_validation_rows
 from smartbatch_lightning.export import export_model
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
-from smartbatch_lightning.tasks.labels import LabelSource
+from smartbatch_lightning.tasks.source import LabelSource
 
 NAMES = ["anger", "fear", "joy"]
 WORDS = dict(zip(NAMES, ["dull", "slow", "fine"], strict=True))
@@ -120,7 +120,7 @@ def test_a_trained_model_is_tested_on_labels_of_its_names_in_whatever_form_and_o
     dataset, options = FORMS[form](tmp_path)
     own, _ = encoded(base, dataset, **options)
     aligned = own.task.aligned_with(task)
-    np.testing.assert_array_equal(aligned.encode(own.splits["train"], own.label_source, "train"), HAS[:, ::-1])
+    np.testing.assert_array_equal(aligned.encode(own.label_source.read(own.splits["train"], "train")), HAS[:, ::-1])
 
 
 def test_lists_of_the_classes_0_and_1_are_no_indicators(base: str, tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_lists_of_a_0_and_a_1_are_read_as_in_training(base: str, tmp_path: Path)
         data.setup("test")
         assert data.test_data[0].labels.tolist() == [has]
         task = MultiLabelClassification.from_config(BertConfig(**data.task.config_fields()))
-        assert task.encode(test, LabelSource(), "test").tolist() == [has]
+        assert task.encode(LabelSource().read(test, "test")).tolist() == [has]
     with pytest.raises(ValueError, match="may be two labels.*Give names in place of numbers"):
-        MultiLabelClassification.from_names(["a", "b"]).encode(test, LabelSource(), "test")
+        MultiLabelClassification.from_names(["a", "b"]).encode(LabelSource().read(test, "test"))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_targets_are_read_by_the_names_of_their_columns(tmp_path: Path, base: st
     trained = Regression.from_config(BertConfig(**data.task.config_fields()))
     for columns in (["a", "b"], ["b", "a"]):
         source = LabelSource.of(columns, None)
-        np.testing.assert_array_equal(trained.encode(data.splits["train"], source, "train"), expected)
+        np.testing.assert_array_equal(trained.encode(source.read(data.splits["train"], "train")), expected)
 
 
 @pytest.mark.parametrize("names", [["x", "y"], ["a", "c"]])
@@ -303,10 +303,10 @@ def test_columns_go_by_position_where_none_has_a_labels_name_and_are_refused_whe
     tasks = [MultiLabelClassification.from_names(names), Regression.from_names(names)]
     for task in tasks:
         if names == ["x", "y"]:
-            np.testing.assert_array_equal(task.encode(split, source, "train"), np.stack([numbers, 1 - numbers], 1))
+            np.testing.assert_array_equal(task.encode(source.read(split, "train")), np.stack([numbers, 1 - numbers], 1))
         else:
             with pytest.raises(ValueError, match="label_column names 'a', 'b', but the labels are 'a', 'c'"):
-                task.encode(split, source, "train")
+                task.encode(source.read(split, "train"))
 
 
 def test_an_odd_row_among_lists_of_0_and_1_is_refused_where_training_had_none(base: str, tmp_path: Path) -> None:

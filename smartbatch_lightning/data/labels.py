@@ -1,9 +1,7 @@
 """Which task a run has: the data's, or that of a trained model."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from datasets import Dataset
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
@@ -11,7 +9,7 @@ from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.config import problem_type_of
 from smartbatch_lightning.tasks.detection import detect_problem_type
-from smartbatch_lightning.tasks.labels import LabelSource
+from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
 
 _USUAL = "single_label_classification"
 
@@ -53,20 +51,14 @@ class TaskOptions:
             task_class.from_names(self.label_names, self.source)
 
     def find(
-        self,
-        splits: Mapping[str, Dataset],
-        train_split: str,
-        trained_config: PretrainedConfig | None,
-        *,
-        training: bool,
+        self, train_labels: LabelColumns | None, trained_config: PretrainedConfig | None, *, training: bool
     ) -> Task | None:
         """In training the task of the data; elsewhere the one that the model was trained for, where it says.
 
         Where both have the same labels, they stand in the order of the model's.
 
         Args:
-            splits: All splits.
-            train_split: Name of the split to train on.
+            train_labels: Of the split to train on, if it is there and has labels.
             trained_config: Configuration of what the model was trained for, if it was.
             training: The run trains; labels may then be others than the model's.
 
@@ -76,17 +68,16 @@ class TaskOptions:
         Raises:
             ValueError: The labels cannot be learnt, or the model was trained for others.
         """
-        labelled = train_split in splits and set(self.source.columns) <= set(splits[train_split].column_names)
         problem_type = self.problem_type
         if problem_type is None:
-            found = detect_problem_type(splits[train_split], self.source, train_split) if labelled else _USUAL
+            found = _USUAL if train_labels is None else detect_problem_type(train_labels)
             problem_type = found if training or trained_config is None else problem_type_of(trained_config)
-            labelled = labelled and found == problem_type
+            train_labels = train_labels if found == problem_type else None
         task_class = find_task_class(problem_type)
         trained = None if trained_config is None else task_class.from_config(trained_config)
         task = None if self.label_names is None else task_class.from_names(self.label_names, self.source)
-        if task is None and labelled and (training or trained is None):
-            task = task_class.from_dataset(splits[train_split], self.source, train_split)
+        if task is None and train_labels is not None and (training or trained is None):
+            task = task_class.from_columns(train_labels)
         if task is None or trained is None:
             return task or trained
         if training and sorted(task.label_names) != sorted(trained.label_names):

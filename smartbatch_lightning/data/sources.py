@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
+from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
 _FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # As a CSV file writes numbers with a fraction, and what is none.

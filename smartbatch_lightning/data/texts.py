@@ -21,7 +21,7 @@ from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Task
-from smartbatch_lightning.tasks.labels import LabelSource
+from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
 
 _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
@@ -32,6 +32,7 @@ class _Loaded:
 
     splits: DatasetDict
     tokenizer: PreTrainedTokenizerBase
+    train_labels: LabelColumns | None
     task: Task | None
 
 
@@ -270,13 +271,15 @@ class TextDataModule(L.LightningDataModule):
         if self._loaded is None:
             splits, model = self.load_dataset(), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
+            train = splits.get(self.train_split)
+            labelled = train is not None and self.label_source.is_in(train)
+            train_labels = self.label_source.read(train, self.train_split) if labelled else None
             task = self._task_options.find(
-                splits,
-                self.train_split,
+                train_labels,
                 None if model is None else model.trained_config,
                 training=self.trainer is None or self.trainer.state.fn not in _EVALUATIONS,
             )
-            self._loaded = _Loaded(splits, tokenizer, task)
+            self._loaded = _Loaded(splits, tokenizer, train_labels, task)
         return self._loaded
 
     @property
@@ -308,7 +311,8 @@ class TextDataModule(L.LightningDataModule):
                 "and the model is of no checkpoint. Give --ckpt_path, or --data.label_names, in the order of their "
                 "numbers."
             )
-        labels = self.task.encode(dataset, self.label_source, split)
+        train_labels = self._load().train_labels if split == self.train_split else None
+        labels = self.task.encode(train_labels or self.label_source.read(dataset, split))
         return TokenDataset(self.token_table(dataset), labels)
 
     def _split(self, split: str) -> Dataset:

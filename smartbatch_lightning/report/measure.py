@@ -138,9 +138,9 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
         dataset = data.splits[name]
         table = data.token_table(dataset)
         counts: dict[str, int] = {}
-        if data.task is not None and set(data.label_source.columns) <= set(dataset.column_names):
+        if data.task is not None and data.label_source.is_in(dataset):
             with suppress(UsageError):  # many a test split has labels that are none
-                counts = data.task.label_counts(data.task.encode(dataset, data.label_source, name))
+                counts = data.task.label_counts(data.task.encode(data.label_source.read(dataset, name)))
         splits.append(
             Split(
                 name=name,

@@ -1,8 +1,8 @@
-"""Labels by name: read from columns, numbered, and written again as they stood in the data."""
+"""Labels by name: numbered, and written again as they stood in the data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,93 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from smartbatch_lightning.tasks.source import LabelColumns, first_true, is_text
 
 LabelType = Literal["text", "integer", "boolean"]
-
-
-@dataclass(frozen=True)
-class LabelSource:
-    """Where the labels of a split stand.
-
-    Attributes:
-        columns: One column; or several, each of which is a label or a target.
-        delimiter: What stands between the labels of a text.
-    """
-
-    columns: tuple[str, ...] = ("label",)
-    delimiter: str | None = None
-
-    @classmethod
-    def of(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
-        """The source that arguments name.
-
-        Raises:
-            ValueError: There is no column, or one stands twice; or the delimiter is empty, or beside several columns.
-        """
-        columns = (column,) if isinstance(column, str) else tuple(column)
-        if not columns or len(set(columns)) < len(columns):
-            raise UsageError(f"label_column is {column!r}; give one column or several, each once.")
-        if delimiter == "" or (delimiter is not None and len(columns) > 1):
-            raise UsageError(
-                f"label_delimiter is {delimiter!r} and label_column {column!r}; give a delimiter of one character or "
-                "more, and one column."
-            )
-        return cls(columns, delimiter)
-
-    def read(self, dataset: "Dataset", split: str) -> list[pa.ChunkedArray]:
-        """The columns of a split, without what stands in others.
-
-        Raises:
-            ValueError: One is not there.
-        """
-        for column in self.columns:
-            if column not in dataset.column_names:
-                raise UsageError(
-                    f"the label column {column!r} is not in the split {split!r}, which has "
-                    f"{join_quoted(dataset.column_names)}. Set --data.label_column."
-                )
-        table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
-        return [table.column(column) for column in self.columns]
-
-    def only_column(self, problem_type: str) -> str:
-        """The column of labels, where there has to be one.
-
-        Raises:
-            ValueError: There are several, or a delimiter is given.
-        """
-        if len(self.columns) > 1 or self.delimiter is not None:
-            what = f"label_column is {list(self.columns)}" if len(self.columns) > 1 else "label_delimiter is given"
-            raise UsageError(
-                f"{what}, but problem_type is {problem_type!r}, which has one label a sample. Give one column without "
-                "a delimiter, or set --data.problem_type=multi_label_classification."
-            )
-        return self.columns[0]
-
-
-ONE_COLUMN = LabelSource()
-
-
-def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[str] | None = None) -> list[int]:
-    """Where in the data each of the model's outputs stands: by name, or by position where no column has such a name.
-
-    Args:
-        names: Of the outputs, in their order.
-        columns: Names in the data, in its order.
-        positions: Names that were given for the columns, in their order; by default `names`.
-
-    Raises:
-        ValueError: There are not as many, or some of the names are the same and others are not.
-    """
-    if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
-        raise UsageError(
-            f"label_column names {join_quoted(columns)}, but the labels are {join_quoted(names)}. Name a column for "
-            "each by --data.label_column, and leave out --data.label_names."
-        )
-    named = list(columns) if set(columns) == set(names) else list(positions or names)
-    return [named.index(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -107,20 +23,18 @@ class Labels:
     Attributes:
         names: Name of each label, text.
         label_type: How labels stand in the data.
-        class_names: Names of the `ClassLabel` that they are of, in its order; None where they are of none.
         rows: Row of each label in the split, counted from 0; None where each row has one.
-        split: Name of the split.
+        columns: Where they stand.
     """
 
     names: pa.ChunkedArray
     label_type: LabelType
-    class_names: list[str] | None
     rows: NDArray[np.int64] | None
-    split: str
+    columns: LabelColumns
 
-    def row(self, number: int) -> int:
-        """Row of a label, for a message."""
-        return number if self.rows is None else int(self.rows[number])
+    def row(self, number: int) -> str:
+        """Row of a label, as messages name it."""
+        return self.columns.row(number if self.rows is None else int(self.rows[number]))
 
 
 @dataclass(frozen=True)
@@ -144,14 +58,14 @@ class LabelEncoder:
         Raises:
             ValueError: All labels are the same, or there are none.
         """
-        names = labels.class_names
-        if names is None:
+        names = list(labels.columns.class_names or ())
+        if not names:
             names = pc.unique(labels.names).to_pylist()
             names.sort(key=(lambda name: int(name)) if all(map(_is_whole_number, names)) else str)
         if len(names) < 2:
-            found = f"the split {labels.split!r} has no label in any row"
+            found = f"the split {labels.columns.split!r} has no label in any row"
             if names:
-                found = f"all labels of the split {labels.split!r} are {names[0]!r}"
+                found = f"all labels of the split {labels.columns.split!r} are {names[0]!r}"
             raise UsageError(
                 f"{found}; there is nothing to tell apart. Give data with two classes or more, or set "
                 "--data.label_column."
@@ -180,7 +94,7 @@ class LabelEncoder:
         Raises:
             ValueError: A label is of none of the classes; the message names the row.
         """
-        counted = self.counted if labels.label_type == "integer" and labels.class_names is None else None
+        counted = self.counted if labels.label_type == "integer" and labels.columns.class_names is None else None
         known = list(self.names) if counted is None else [str(number) for number in range(len(counted))]
         numbers = pc.index_in(labels.names, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
@@ -193,9 +107,9 @@ class LabelEncoder:
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If whole numbers count the classes, set --data.label_names to the names in that order."
             raise UsageError(
-                f"row {labels.row(unknown)} (counted from 0) of the split {labels.split!r} has the label "
-                f"{join_quoted([labels.names[unknown].as_py()])}, which is none of the {len(self.names):,} classes: "
-                f"{join_quoted(self.names)}. Correct it, drop such rows, or use predict, which needs no labels.{hint}"
+                f"{labels.row(unknown)} has the label {join_quoted([labels.names[unknown].as_py()])}, which is none of "
+                f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
+                f"predict, which needs no labels.{hint}"
             )
         encoded = np.asarray(numbers, np.int64)
         if counted is not None:
@@ -226,45 +140,30 @@ class LabelEncoder:
         return replace(self, names=tuple(names))
 
 
-def read_labels(dataset: "Dataset", column: str, split: str) -> Labels:
-    """A split's labels, one a row: the name of a `ClassLabel`'s id, else what is there.
-
-    Raises:
-        ValueError: There is no such column, it holds no labels, or a label is missing.
-    """
-    [values] = LabelSource((column,)).read(dataset, split)
-    return labels_of(values, dataset.features.get(column), column, split)
-
-
-def labels_of(
-    values: pa.ChunkedArray, feature: Any, column: str, split: str, rows: NDArray[np.int64] | None = None
-) -> Labels:
-    """Values of a column as labels.
+def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.int64] | None = None) -> Labels:
+    """Values of the only column as labels: the name of a `ClassLabel`'s id, else what is there.
 
     Args:
-        values: Of the column, or of the lists in it.
-        feature: What `datasets` says that each is.
-        column: Name of the column, for messages.
-        split: Name of the split, for messages.
+        columns: The column.
+        values: Of it, or of the lists in it.
         rows: Row of each value, where a row has not just one.
 
     Raises:
         ValueError: They are no labels, or one is missing.
     """
-    kind = values.type
-    class_names = list(feature.names) if is_class_label(feature) else None
+    kind, [name], class_names = values.type, columns.names, columns.class_names
     if class_names is not None:
         known = pc.and_(pc.greater_equal(values, 0), pc.less(values, len(class_names)))
         values = pa.chunked_array([pa.array(class_names, pa.string())]).take(pc.if_else(known, values, None))
 
     def labels(names: pa.ChunkedArray, label_type: LabelType) -> Labels:
-        return Labels(names.cast(pa.string()), label_type, class_names, rows, split)
+        return Labels(names.cast(pa.string()), label_type, rows, columns)
 
     if values.null_count:
         missing = first_true(values.is_null())
         raise UsageError(
-            f"row {missing if rows is None else rows[missing]} (counted from 0) of the split {split!r} has no label in "
-            f"{column!r}. Drop such rows, or give them a label."
+            f"{columns.row(missing if rows is None else rows[missing])} has no label in {name!r}. Drop such rows, or "
+            "give them a label."
         )
     if class_names is not None:
         return labels(values, _type_of_names(class_names))
@@ -280,24 +179,9 @@ def labels_of(
     if is_text(kind):
         return labels(values, "text")
     raise UsageError(
-        f"the label column {column!r} of the split {split!r} holds {kind}; labels are whole numbers, strings or "
+        f"the label column {name!r} of the split {columns.split!r} holds {kind}; labels are whole numbers, strings or "
         "booleans. Set --data.label_column, or turn them into classes."
     )
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column is of text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether each row of a column holds a list."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Values of a column of lists, one after another."""
-    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 
 def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -305,7 +189,7 @@ def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.and_(pc.equal(labels, pc.floor(labels)), pc.less(pc.abs(labels), 2.0**53))
 
 
-def _type_of_names(names: list[str]) -> LabelType:
+def _type_of_names(names: Sequence[str]) -> LabelType:
     """A `ClassLabel` stands for its names."""
     return "integer" if all(map(_is_whole_number, names)) else "text"
 
@@ -330,15 +214,3 @@ def _warn_of_near_duplicates(names: list[str]) -> None:
                 f"The classes {join_quoted(alike)} differ in case or spaces alone, and are trained as different "
                 "classes. If they are one, write them alike in the data."
             )
-
-
-def first_true(flags: pa.ChunkedArray) -> int:
-    """Number of the first that is true."""
-    return int(pc.index(flags, True).as_py())
-
-
-def is_class_label(feature: Any) -> bool:
-    """Whether a column of a data set is a `ClassLabel`."""
-    from datasets import ClassLabel  # by now loaded; a model without a data set does without the library
-
-    return isinstance(feature, ClassLabel)

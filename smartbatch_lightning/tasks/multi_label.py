@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,25 +15,18 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import (
+from smartbatch_lightning.tasks.labels import LabelEncoder, Labels, labels_in, whole_numbers
+from smartbatch_lightning.tasks.losses import BinaryCrossEntropy, LossOptions
+from smartbatch_lightning.tasks.source import (
     ONE_COLUMN,
-    LabelEncoder,
-    Labels,
+    LabelColumns,
     LabelSource,
     first_true,
     flattened,
-    is_class_label,
-    is_list,
     is_text,
-    labels_of,
     order_of,
-    whole_numbers,
 )
-from smartbatch_lightning.tasks.losses import BinaryCrossEntropy, LossOptions
 from smartbatch_lightning.tasks.task import Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _PROBLEM_TYPE = "multi_label_classification"
 _DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
@@ -74,17 +67,16 @@ class MultiLabelClassification:
         return f"{len(self.label_names):,} labels, of which each sample has any number: {names}"
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "MultiLabelClassification":
+    def from_columns(cls, columns: LabelColumns) -> "MultiLabelClassification":
         """The labels of a training split."""
-        columns = source.read(dataset, split)
-        if len(columns) > 1:
-            return cls(_named(source.columns))
+        if len(columns.names) > 1:
+            return cls(_named(columns.names))
         # of lists that may be both, those of numbers could not be learnt
-        if are_indicators(dataset, source, columns[0]) is not False:
-            names = [str(number) for number in range(pc.list_value_length(columns[0])[0].as_py())]
+        if are_indicators(columns) is not False:
+            names = [str(number) for number in range(pc.list_value_length(columns.values)[0].as_py())]
             return cls(_named(names), positions=tuple(names), indicators=True)
-        labels, _ = _read_lists(dataset, columns[0], source, split)
-        return cls(LabelEncoder.from_labels(labels), source.delimiter, indicators=False)
+        labels, _ = _read_lists(columns)
+        return cls(LabelEncoder.from_labels(labels), columns.delimiter, indicators=False)
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "MultiLabelClassification":
@@ -114,17 +106,17 @@ class MultiLabelClassification:
             _INDICATORS: self.indicators,
         }
 
-    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.bool_]:
+    def encode(self, columns: LabelColumns) -> NDArray[np.bool_]:
         """Which labels each sample has. Shape (num_samples, num_labels)."""
-        columns = source.read(dataset, split)
-        if len(columns) > 1:
-            where = f"one of the columns {join_quoted(source.columns)}"
-            values = np.stack([_truth_values(column, split, where) for column in columns], axis=1)
-            return values[:, order_of(self.label_names, source.columns, self.positions)]
-        if self._has_indicators(dataset, columns[0], source, split):
-            values = _truth_values(flattened(columns[0]), split, f"the lists in {source.columns[0]!r}")
-            return self._in_order(values.reshape(len(columns[0]), -1), split)
-        labels, lengths = _read_lists(dataset, columns[0], source, split)
+        if len(columns.names) > 1:
+            where = f"one of the columns {join_quoted(columns.names)}"
+            values = [_truth_values(values, columns.split, where) for values in columns.by_name.values()]
+            return np.stack(values, axis=1)[:, order_of(self.label_names, columns.names, self.positions)]
+        if self._has_indicators(columns):
+            where = f"the lists in {columns.names[0]!r}"
+            truths = _truth_values(flattened(columns.values), columns.split, where)
+            return self._in_order(truths.reshape(len(columns.values), -1), columns.split)
+        labels, lengths = _read_lists(columns)
         encoded = np.zeros((len(lengths), len(self.label_names)), bool)
         encoded[np.repeat(np.arange(len(lengths)), lengths), self.labels.encode(labels)] = True
         return encoded
@@ -204,19 +196,19 @@ class MultiLabelClassification:
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 
-    def _has_indicators(self, dataset: "Dataset", column: pa.ChunkedArray, source: LabelSource, split: str) -> bool:
-        indicators = are_indicators(dataset, source, column)
-        if indicators is False and self.indicators and is_list(column.type) and not column.null_count:
+    def _has_indicators(self, columns: LabelColumns) -> bool:
+        indicators = are_indicators(columns)
+        if indicators is False and self.indicators and columns.are_lists and not columns.values.null_count:
             raise UsageError(
-                f"row {self._odd_row(column)} (counted from 0) of the split {split!r} has not a 0 or 1 for each of the "
+                f"{columns.row(self._odd_row(columns.values))} has not a 0 or 1 for each of the "
                 f"{len(self.label_names)} labels, as the training split has. Correct it, or drop such rows."
             )
         if indicators is None:
             indicators = self.indicators
         if indicators is None:
             raise UsageError(
-                f"every list of labels in the split {split!r} holds a 0 and a 1, which may be two labels, or say "
-                "whether the sample has each of two. Give names in place of numbers."
+                f"every list of labels in the split {columns.split!r} holds a 0 and a 1, which may be two labels, or "
+                "say whether the sample has each of two. Give names in place of numbers."
             )
         return indicators
 
@@ -236,19 +228,17 @@ class MultiLabelClassification:
         return values[:, order_of(self.label_names, names)]
 
 
-def are_indicators(dataset: "Dataset", source: LabelSource, column: pa.ChunkedArray) -> bool | None:
+def are_indicators(columns: LabelColumns) -> bool | None:
     """Whether lists say by 0 and 1 whether a sample has each label, and do not number labels.
 
     They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both. Lists of a
     `ClassLabel`'s numbers are never indicators.
     """
-    if not is_list(column.type) or not len(column) or column.null_count:
+    if not columns.are_lists or not len(columns.values) or columns.values.null_count or columns.class_names:
         return False
-    if is_class_label(getattr(dataset.features[source.columns[0]], "feature", None)):
-        return False
-    lengths = pc.list_value_length(column)
+    lengths = pc.list_value_length(columns.values)
     width = lengths[0].as_py()
-    flat = flattened(column)
+    flat = flattened(columns.values)
     if width < 2 or not pc.all(pc.equal(lengths, width)).as_py() or flat.null_count:
         return False
     if pa.types.is_boolean(flat.type):
@@ -279,29 +269,25 @@ def _truth_values(column: pa.ChunkedArray, split: str, where: str) -> NDArray[np
     return values.astype(bool)
 
 
-def _read_lists(
-    dataset: "Dataset", column: pa.ChunkedArray, source: LabelSource, split: str
-) -> tuple[Labels, NDArray[np.int64]]:
+def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
     """The labels of all samples one after another, and how many each has."""
-    [name] = source.columns
-    feature = dataset.features.get(name)
-    if column.null_count:
+    [name], lists = columns.names, columns.values
+    if lists.null_count:
         raise UsageError(
-            f"row {first_true(column.is_null())} (counted from 0) of the split {split!r} has no labels in {name!r}, "
-            "not even an empty list or text. Drop such rows, or give them an empty one."
+            f"{columns.row(first_true(lists.is_null()))} has no labels in {name!r}, not even an empty list or text. "
+            "Drop such rows, or give them an empty one."
         )
-    if not is_list(column.type):
-        if source.delimiter is None:
+    if not columns.are_lists:
+        if columns.delimiter is None:
             raise UsageError(
-                f"the label column {name!r} of the split {split!r} holds {column.type}, but {_PROBLEM_TYPE} has lists, "
-                "texts with a delimiter, or a column of 0 and 1 for each label. Set --data.label_delimiter, or name "
-                "several columns by --data.label_column."
+                f"the label column {name!r} of the split {columns.split!r} holds {lists.type}, but {_PROBLEM_TYPE} has "
+                "lists, texts with a delimiter, or a column of 0 and 1 for each label. Set --data.label_delimiter, or "
+                "name several columns by --data.label_column."
             )
-        column = _split(column, source.delimiter, is_text(column.type))
-        feature = None
-    lengths = np.asarray(pc.list_value_length(column), np.int64)
+        lists = _split(lists, columns.delimiter, is_text(lists.type))
+    lengths = np.asarray(pc.list_value_length(lists), np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    return labels_of(flattened(column), getattr(feature, "feature", None), name, split, rows), lengths
+    return labels_in(columns, flattened(lists), rows), lengths
 
 
 def _split(column: pa.ChunkedArray, delimiter: str, text: bool) -> pa.ChunkedArray:

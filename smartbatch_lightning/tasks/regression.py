@@ -4,7 +4,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +24,17 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource, first_true, flattened, is_list, is_text, order_of
 from smartbatch_lightning.tasks.losses import LossOptions
+from smartbatch_lightning.tasks.source import (
+    ONE_COLUMN,
+    LabelColumns,
+    LabelSource,
+    first_true,
+    flattened,
+    is_text,
+    order_of,
+)
 from smartbatch_lightning.tasks.task import Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _PROBLEM_TYPE = "regression"
 _STRATA = 10
@@ -56,15 +61,15 @@ class Regression:
         return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}"
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "Regression":
+    def from_columns(cls, columns: LabelColumns) -> "Regression":
         """The targets of a training split, by the names of their columns."""
-        targets = _read_targets(dataset, source, split)
+        targets = _read_targets(columns)
         if len(targets) and (targets == targets[0]).all():
             raise UsageError(
-                f"all targets of the split {split!r} are {targets[0].tolist()}; there is nothing to learn. Set "
+                f"all targets of the split {columns.split!r} are {targets[0].tolist()}; there is nothing to learn. Set "
                 "--data.label_column."
             )
-        names = source.columns
+        names = columns.names
         if len(names) == 1 and targets.shape[1] > 1:
             names = tuple(f"{names[0]}_{number}" for number in range(targets.shape[1]))
         return cls(names)
@@ -106,17 +111,17 @@ class Regression:
         """Names both ways and `problem_type`."""
         return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE}
 
-    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.float32]:
+    def encode(self, columns: LabelColumns) -> NDArray[np.float32]:
         """Targets of each sample. Shape (num_samples,), or (num_samples, num_targets) for several."""
-        targets = _read_targets(dataset, source, split)
+        targets = _read_targets(columns)
         if targets.shape[1] != len(self.names):
             raise UsageError(
-                f"the split {split!r} has {targets.shape[1]} targets, but there are {len(self.names)}: "
+                f"the split {columns.split!r} has {targets.shape[1]} targets, but there are {len(self.names)}: "
                 f"{join_quoted(self.names)}. Set --data.label_column."
             )
         encoded = targets.astype(np.float32)
-        if len(source.columns) > 1:
-            encoded = encoded[:, order_of(self.names, source.columns)]
+        if len(columns.names) > 1:
+            encoded = encoded[:, order_of(self.names, columns.names)]
         return encoded[:, 0] if len(self.names) == 1 else encoded
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
@@ -192,49 +197,45 @@ class Regression:
         return {f"prediction_{name}": values[:, number] for number, name in enumerate(self.names)}
 
 
-def _read_targets(dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.float64]:
+def _read_targets(columns: LabelColumns) -> NDArray[np.float64]:
     """Targets of a split. Shape (num_samples, num_targets)."""
-    if source.delimiter is not None:
+    if columns.delimiter is not None:
         raise UsageError(
             f"label_delimiter is given, but problem_type is {_PROBLEM_TYPE!r}, which has numbers. Leave it out."
         )
-    columns = source.read(dataset, split)
-    if len(columns) == 1 and is_list(columns[0].type):
-        return _list_column(columns[0], source.columns[0], split)
-    pairs = zip(columns, source.columns, strict=True)
-    return np.stack([_numbers(values, name, split) for values, name in pairs], axis=1)
+    if columns.are_lists:
+        return _read_lists(columns)
+    return np.stack([_numbers(columns, name, values) for name, values in columns.by_name.items()], axis=1)
 
 
-def _list_column(values: pa.ChunkedArray, name: str, split: str) -> NDArray[np.float64]:
-    lengths = pc.list_value_length(values)
-    width = lengths[0].as_py() if len(values) else 0
+def _read_lists(columns: LabelColumns) -> NDArray[np.float64]:
+    [name], lengths = columns.names, pc.list_value_length(columns.values)
+    width = lengths[0].as_py() if len(lengths) else 0
     if not width:
-        raise UsageError(
-            f"row 0 (counted from 0) of the split {split!r} has no target in {name!r}. Give every row as many targets."
-        )
+        raise UsageError(f"{columns.row(0)} has no target in {name!r}. Give every row as many targets.")
     even = pc.fill_null(pc.equal(lengths, width), False)
     if not pc.all(even).as_py():
         raise UsageError(
-            f"row {first_true(pc.invert(even))} (counted from 0) of the split {split!r} has not {width} targets in "
-            f"{name!r}, as the first row has. Give every row as many."
+            f"{columns.row(first_true(pc.invert(even)))} has not {width} targets in {name!r}, as the first row has. "
+            "Give every row as many."
         )
-    return _numbers(flattened(values), name, split, width).reshape(-1, width)
+    return _numbers(columns, name, flattened(columns.values), width).reshape(-1, width)
 
 
-def _numbers(values: pa.ChunkedArray, name: str, split: str, per_row: int = 1) -> NDArray[np.float64]:
+def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row: int = 1) -> NDArray[np.float64]:
     kind = values.type
     if is_text(kind):
         try:
             values, kind = pc.utf8_trim_whitespace(values).cast(pa.float64()), pa.float64()
         except pa.ArrowInvalid as error:
             raise UsageError(
-                f"the label column {name!r} of the split {split!r} holds text, but {_PROBLEM_TYPE} has numbers: "
-                f"{error}. Correct it, or set --data.label_column or --data.problem_type."
+                f"the label column {name!r} of the split {columns.split!r} holds text, but {_PROBLEM_TYPE} has "
+                f"numbers: {error}. Correct it, or set --data.label_column or --data.problem_type."
             ) from error
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise UsageError(
-            f"the label column {name!r} of the split {split!r} holds {kind}, but {_PROBLEM_TYPE} has numbers. Set "
-            "--data.label_column or --data.problem_type."
+            f"the label column {name!r} of the split {columns.split!r} holds {kind}, but {_PROBLEM_TYPE} has numbers. "
+            "Set --data.label_column or --data.problem_type."
         )
     numbers = np.asarray(values.cast(pa.float64()), np.float64)
     with np.errstate(over="ignore"):
@@ -243,7 +244,6 @@ def _numbers(values: pa.ChunkedArray, name: str, split: str, per_row: int = 1) -
         first = int(np.argmin(finite))
         met = "no target" if values[first].as_py() is None else f"the target {numbers[first]}"
         raise UsageError(
-            f"row {first // per_row} (counted from 0) of the split {split!r} has {met} in {name!r}. Drop such rows, or "
-            "give them a finite number."
+            f"{columns.row(first // per_row)} has {met} in {name!r}. Drop such rows, or give them a finite number."
         )
     return numbers

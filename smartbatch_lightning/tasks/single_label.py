@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,12 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
 
-from smartbatch_lightning.errors import join_quoted
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelEncoder, LabelSource, read_labels
+from smartbatch_lightning.tasks.labels import LabelEncoder, Labels, labels_in
 from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
+from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 from smartbatch_lightning.tasks.task import Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _PROBLEM_TYPE = "single_label_classification"
 _DELIMITERS = (",", ";", "|")
@@ -49,10 +47,9 @@ class SingleLabelClassification:
         return f"{len(self.label_names):,} classes, of which each sample has one: {join_quoted(self.label_names)}"
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "SingleLabelClassification":
+    def from_columns(cls, columns: LabelColumns) -> "SingleLabelClassification":
         """The classes of a training split."""
-        labels = read_labels(dataset, source.only_column(_PROBLEM_TYPE), split)
-        encoder = LabelEncoder.from_labels(labels)
+        encoder = LabelEncoder.from_labels(_read_labels(columns))
         _warn_of_delimiters(encoder.names)
         return cls(encoder)
 
@@ -79,9 +76,9 @@ class SingleLabelClassification:
         """Names both ways, `problem_type`, and how labels stand in the data."""
         return labels_in_config(self.labels, _PROBLEM_TYPE)
 
-    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[np.int64]:
+    def encode(self, columns: LabelColumns) -> NDArray[np.int64]:
         """Number of each sample's class. Shape (num_samples,)."""
-        return self.labels.encode(read_labels(dataset, source.only_column(_PROBLEM_TYPE), split))
+        return self.labels.encode(_read_labels(columns))
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
         """Classes of numbers, as they stood in the data."""
@@ -139,6 +136,17 @@ class SingleLabelClassification:
             "label": self.decode(probabilities.argmax(axis=1)),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
+
+
+def _read_labels(columns: LabelColumns) -> Labels:
+    if len(columns.names) > 1 or columns.delimiter is not None:
+        several = len(columns.names) > 1
+        what = f"label_column is {list(columns.names)}" if several else "label_delimiter is given"
+        raise UsageError(
+            f"{what}, but problem_type is {_PROBLEM_TYPE!r}, which has one label a sample. Give one column without a "
+            "delimiter, or set --data.problem_type=multi_label_classification."
+        )
+    return labels_in(columns, columns.values)
 
 
 def _warn_of_delimiters(names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What a data module and a model know of a task; everything else about it stays behind this."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -10,17 +10,14 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from transformers import PretrainedConfig
 
-from smartbatch_lightning.tasks.labels import ONE_COLUMN, LabelSource
 from smartbatch_lightning.tasks.losses import LossOptions
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 
 
 class Task(Protocol):
     """A form of the task with its labels: how they are read, learnt, measured and written.
 
-    A task is immutable: made from data (`from_dataset`), from given names (`from_names`) or from a model
+    A task is immutable: made from data (`from_columns`), from given names (`from_names`) or from a model
     (`from_config`), and handed on. The shape of labels is the task's own: `(num_samples,)` integers for classes;
     `(num_samples, num_labels)` for several labels a sample; floats for regression.
 
@@ -39,8 +36,8 @@ class Task(Protocol):
         ...
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", source: LabelSource, split: str) -> "Task":
-        """The task of a training split.
+    def from_columns(cls, columns: LabelColumns) -> "Task":
+        """The task of a training split's labels.
 
         Raises:
             ValueError: The labels cannot be learnt.
@@ -69,7 +66,7 @@ class Task(Protocol):
         """What a model's configuration holds of the task, as `from_pretrained` takes it."""
         ...
 
-    def encode(self, dataset: "Dataset", source: LabelSource, split: str) -> NDArray[Any]:
+    def encode(self, columns: LabelColumns) -> NDArray[Any]:
         """Labels of a split as numbers. The first dimension is the samples.
 
         Raises:

@@ -1,0 +1,152 @@
+"""Where labels stand in the data, and reading them as they stand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The label columns of a split, as they stand in the data.
+
+    Attributes:
+        by_name: Values of each column, in the order in which a source names them.
+        class_names: Names of the `ClassLabel` that the values of the only column, or of the lists in it, are of.
+        delimiter: What stands between the labels of a text.
+        split: Name of the split.
+    """
+
+    by_name: dict[str, pa.ChunkedArray]
+    class_names: tuple[str, ...] | None
+    delimiter: str | None
+    split: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(self.by_name)
+
+    @property
+    def values(self) -> pa.ChunkedArray:
+        """Of the only column."""
+        [values] = self.by_name.values()
+        return values
+
+    @property
+    def are_lists(self) -> bool:
+        """There is one column, each row of which holds a list."""
+        return len(self.by_name) == 1 and is_list(self.values.type)
+
+    def row(self, number: int) -> str:
+        """A row, as messages name it."""
+        return f"row {number} (counted from 0) of the split {self.split!r}"
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """Where the labels of a split stand.
+
+    Attributes:
+        columns: One column; or several, each of which is a label or a target.
+        delimiter: What stands between the labels of a text.
+    """
+
+    columns: tuple[str, ...] = ("label",)
+    delimiter: str | None = None
+
+    @classmethod
+    def of(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
+        """The source that arguments name.
+
+        Raises:
+            ValueError: There is no column, or one stands twice; or the delimiter is empty, or beside several columns.
+        """
+        columns = (column,) if isinstance(column, str) else tuple(column)
+        if not columns or len(set(columns)) < len(columns):
+            raise UsageError(f"label_column is {column!r}; give one column or several, each once.")
+        if delimiter == "" or (delimiter is not None and len(columns) > 1):
+            raise UsageError(
+                f"label_delimiter is {delimiter!r} and label_column {column!r}; give a delimiter of one character or "
+                "more, and one column."
+            )
+        return cls(columns, delimiter)
+
+    def is_in(self, dataset: "Dataset") -> bool:
+        """Whether a data set has all columns."""
+        return set(self.columns) <= set(dataset.column_names)
+
+    def read(self, dataset: "Dataset", split: str) -> LabelColumns:
+        """The columns of a split, without what stands in others.
+
+        Raises:
+            ValueError: One is not there.
+        """
+        for column in self.columns:
+            if column not in dataset.column_names:
+                raise UsageError(
+                    f"the label column {column!r} is not in the split {split!r}, which has "
+                    f"{join_quoted(dataset.column_names)}. Set --data.label_column."
+                )
+        table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
+        only = len(self.columns) == 1 and self.delimiter is None
+        names = _class_names(dataset.features[self.columns[0]]) if only else None
+        return LabelColumns({name: table.column(name) for name in self.columns}, names, self.delimiter, split)
+
+
+ONE_COLUMN = LabelSource()
+
+
+def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[str] | None = None) -> list[int]:
+    """Where in the data each of the model's outputs stands: by name, or by position where no column has such a name.
+
+    Args:
+        names: Of the outputs, in their order.
+        columns: Names in the data, in its order.
+        positions: Names that were given for the columns, in their order; by default `names`.
+
+    Raises:
+        ValueError: There are not as many, or some of the names are the same and others are not.
+    """
+    if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
+        raise UsageError(
+            f"label_column names {join_quoted(columns)}, but the labels are {join_quoted(names)}. Name a column for "
+            "each by --data.label_column, and leave out --data.label_names."
+        )
+    named = list(columns) if set(columns) == set(names) else list(positions or names)
+    return [named.index(name) for name in names]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column is of text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether each row of a column holds a list."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values of a column of lists, one after another."""
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+
+
+def first_true(flags: pa.ChunkedArray) -> int:
+    """Number of the first that is true."""
+    return int(pc.index(flags, True).as_py())
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    """Names of a `ClassLabel`, or of that in a list."""
+    from datasets import ClassLabel  # by now loaded; a model without a data set does without the library
+
+    feature = getattr(feature, "feature", feature)
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None
