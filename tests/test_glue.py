@@ -7,6 +7,7 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import FAST, ROOT, cli
+from transformers import AutoModel, AutoTokenizer
 
 from smartbatch_lightning import demo
 
@@ -44,20 +45,32 @@ def published(task: str, folder: Path) -> None:
     DatasetDict(splits).save_to_disk(folder)
 
 
-def options(task: str, folder: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained model without a head, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("untrained")
+    model = AutoModel.from_pretrained(demo.model_dir())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.model_dir()).save_pretrained(folder)
+    return folder
+
+
+def options(task: str, folder: Path, model: Path) -> list[str]:
     return [
         f"--config={ROOT / 'configs' / 'glue' / f'{task}.yaml'}",
         f"--data.dataset={folder}",
         "--data.dataset_config=null",
-        f"--model.pretrained={demo.model_dir()}",
+        f"--model.pretrained={model}",
     ]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(task: str, tmp_path: Path) -> None:
+def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(
+    task: str, untrained: Path, tmp_path: Path
+) -> None:
     _, names, metrics, validated = TASKS[task]
     published(task, tmp_path / "glue")
-    data = options(task, tmp_path / "glue")
+    data = options(task, tmp_path / "glue", untrained)
     fitted = cli("fit", *data, *FAST)
     suffixes = [f"/{name}" for name in validated] if len(validated) > 1 else [""]
     logged = {name for name in fitted.trainer.callback_metrics if name.startswith("val_")}
@@ -74,13 +87,13 @@ def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(task:
         assert predicted.columns[-len(names) :].tolist() == [f"probability_{name}" for name in names]
 
 
-def test_the_diagnostic_set_is_predicted_by_a_model_of_mnli(tmp_path: Path) -> None:
+def test_the_diagnostic_set_is_predicted_by_a_model_of_mnli(untrained: Path, tmp_path: Path) -> None:
     published("mnli", tmp_path / "mnli")
-    fitted = cli("fit", *options("mnli", tmp_path / "mnli"), *FAST)
+    fitted = cli("fit", *options("mnli", tmp_path / "mnli", untrained), *FAST)
     DatasetDict(test=split(("premise", "hypothesis"), NLI, 8, labelled=False)).save_to_disk(tmp_path / "ax")
     checkpoint = f"--ckpt_path={fitted.trainer.checkpoint_callback.best_model_path}"
     predicted = ["--data.predict_split=test", f"--predictions.path={tmp_path / 'predicted.csv'}"]
-    cli("predict", *options("mnli", tmp_path / "ax"), *FAST[:2], *predicted, checkpoint)
+    cli("predict", *options("mnli", tmp_path / "ax", untrained), *FAST[:2], *predicted, checkpoint)
     assert len(pd.read_csv(tmp_path / "predicted.csv")) == 8
 
 

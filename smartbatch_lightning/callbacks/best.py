@@ -57,18 +57,11 @@ class BestCheckpoint(ModelCheckpoint):
         """Finds out what tells which weights are best.
 
         Raises:
-            ValueError: As the class.
+            ValueError: There is no such metric.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        files = [self._path_of("best"), self._path_of("last")]
-        goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
-        if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
-            raise UsageError(
-                f"{self.dirpath} has the checkpoints of another run, which would be replaced. Go on with that by "
-                "--ckpt_path=last, or give another --checkpoint.dirpath."
-            )
         found = _monitored(trainer, pl_module, *self._given)
         self.monitor, self.mode = found or (None, "min")
         self.save_top_k = 1 if found else 0
@@ -78,6 +71,20 @@ class BestCheckpoint(ModelCheckpoint):
         """Goes on from there, unless another metric told which weights were best."""
         if state_dict["monitor"] == self.monitor:
             super().load_state_dict(state_dict)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses to replace what another run has left; by now Lightning has said whether this one goes on with it.
+
+        Raises:
+            ValueError: The folder that was given has checkpoints, and this run does not start from one of them.
+        """
+        files = [self._path_of("best"), self._path_of("last")]
+        goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
+        if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
+            raise UsageError(
+                f"{self.dirpath} has the checkpoints of another run, which would be replaced. Go on with that by "
+                "--ckpt_path=last, or give another --checkpoint.dirpath."
+            )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Writes `last.ckpt` every so many steps."""
@@ -139,7 +146,7 @@ class EarlyStop(EarlyStopping):
         """Finds out what tells whether training gets better.
 
         Raises:
-            ValueError: As the class.
+            ValueError: There is no such metric, or no validation.
         """
         if stage == "fit" and self.patience is not None:
             found = _monitored(trainer, pl_module, *self._given)

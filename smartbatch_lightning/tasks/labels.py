@@ -159,6 +159,11 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
     def labels(names: pa.ChunkedArray, label_type: LabelType) -> Labels:
         return Labels(names.cast(pa.string()), label_type, rows, columns)
 
+    if values.null_count == len(values) > 1:
+        raise UsageError(
+            f"the split {columns.split!r} has no label in {name!r} in any row, as test sets have whose labels are kept "
+            "secret. Name another split, or use predict, which needs no labels."
+        )
     if values.null_count:
         missing = first_true(values.is_null())
         raise UsageError(

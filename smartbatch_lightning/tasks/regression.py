@@ -119,6 +119,11 @@ class Regression:
                 f"the split {columns.split!r} has {targets.shape[1]} targets, but there are {len(self.names)}: "
                 f"{join_quoted(self.names)}. Set --data.label_column."
             )
+        if len(targets) > 1 and (targets == -1).all():
+            raise UsageError(
+                f"all targets of the split {columns.split!r} are -1, as in test sets whose targets are kept secret. "
+                "Name another split, or use predict, which needs no labels."
+            )
         encoded = targets.astype(np.float32)
         if len(columns.names) > 1:
             encoded = encoded[:, order_of(self.names, columns.names)]

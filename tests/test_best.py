@@ -1,0 +1,140 @@
+"""The best weights: kept by default, tested, exported and named, beside the last; and training that ends in time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FAST, cli, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
+# by which the first epoch is the best: the rate is so high that later ones are worse, or the same
+RUN = [*FAST[:3], "--trainer.max_epochs=3", "--trainer.default_root_dir=run", "--trainer.limit_val_batches=4"]
+
+
+class Planned(SequenceClassifier):
+    """Its validation metric is what is planned for each epoch."""
+
+    PLAN = (0.2, 0.9, 0.5)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_planned", torch.tensor(self.PLAN[self.current_epoch]))
+
+
+def planned(folder: Path, *callbacks, **options) -> tuple[Planned, object]:
+    run = trainer(
+        folder,
+        callbacks=list(callbacks),
+        **{"max_epochs": 3, "limit_train_batches": 2, "limit_val_batches": 1, "enable_checkpointing": True, **options},
+    )
+    model = Planned()
+    data = SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1)
+    run.fit(model, data)
+    return model, run
+
+
+def epoch_of(path: str | Path) -> int:
+    return torch.load(path, weights_only=True)["epoch"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
+    saver = BestCheckpoint("val_planned", "max", str(tmp_path / "kept"))
+    planned(tmp_path, saver)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert (epoch_of(saver.best_model_path), epoch_of(saver.last_model_path)) == (1, 2)
+    assert saver.best_model_path == str(tmp_path / "kept" / "best.ckpt")
+    assert float(saver.best_model_score) == pytest.approx(0.9)
+
+
+def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path) -> None:
+    planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=2)
+    saver = BestCheckpoint("val_planned", "max", str(tmp_path / "kept"))
+    run = trainer(
+        tmp_path, callbacks=[saver], max_epochs=3, limit_train_batches=2, limit_val_batches=1, enable_checkpointing=True
+    )
+    data = SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1)
+    run.fit(Planned(), data, ckpt_path=tmp_path / "kept" / "last.ckpt")
+    assert (epoch_of(saver.best_model_path), epoch_of(saver.last_model_path)) == (1, 2)
+
+
+def test_another_run_in_the_same_folder_is_refused_and_replaces_nothing(tmp_path: Path) -> None:
+    planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=1)
+    before = (tmp_path / "kept" / "best.ckpt").read_bytes()
+    with pytest.raises(ValueError, match=r"kept has the checkpoints of another run.*--ckpt_path=last"):
+        planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=1)
+    assert (tmp_path / "kept" / "best.ckpt").read_bytes() == before
+
+
+def test_early_stopping_waits_as_many_validations_as_it_is_told(tmp_path: Path) -> None:
+    for patience, epochs in ((1, 3), (2, 4)):
+        Planned.PLAN = (0.2, 0.9, 0.5, 0.4, 0.3)
+        _, run = planned(tmp_path, EarlyStop(patience, "val_planned", "max"), max_epochs=5, enable_checkpointing=False)
+        assert run.current_epoch == epochs
+    Planned.PLAN = (0.2, 0.9, 0.5)
+
+
+def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[EarlyStop(2)])
+    with pytest.raises(ValueError, match="nothing is validated. Set --data.validation_split"):
+        run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16, validation_split=None))
+
+
+def test_the_command_line_keeps_names_tests_and_exports_the_best_by_macro_f1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = cli("fit", *RUN, "--export_model.folder=exported", "--model.learning_rate=1e-3")
+    saver = fitted.trainer.checkpoint_callback
+    assert (saver.monitor, saver.mode) == ("val_f1", "max")
+    table = next(one for one in fitted.trainer.callbacks if type(one).__name__ == "TrainingMonitor").epochs
+    scores = [metrics["val_f1"] for _, metrics in table]
+    best = scores.index(max(scores))
+    saved = torch.load(saver.best_model_path, weights_only=True)
+    assert saved["epoch"] == best
+    assert f"Checkpoint: {saver.best_model_path}" in capsys.readouterr().out
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    for name, weight in exported.items():
+        assert torch.equal(weight, saved["state_dict"][f"model.{name}"]), name
+    assert f"| val_f1 | {scores[best]:.4f} |" in (tmp_path / "exported" / "README.md").read_text()
+    last = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
+    for name, weight in fitted.model.state_dict().items():
+        assert torch.equal(weight, last[name]), name  # what the run goes on with
+    again = cli("validate", *FAST[:2], "--trainer.limit_val_batches=4", f"--ckpt_path={saver.best_model_path}")
+    assert float(again.trainer.callback_metrics["val_f1"]) == pytest.approx(scores[best])
+
+
+def test_the_command_line_stops_early_by_one_option_and_takes_another_metric() -> None:
+    fitted = cli("fit", *RUN, "--early_stopping.patience=1", "--checkpoint.monitor=val_loss", "--model.learning_rate=0")
+    assert fitted.trainer.current_epoch == 2  # nothing gets better at a rate of 0
+    saver = fitted.trainer.checkpoint_callback
+    assert (saver.monitor, saver.mode) == ("val_loss", "min")
+    [stopping] = fitted.trainer.early_stopping_callbacks
+    assert (stopping.monitor, stopping.mode) == ("val_f1", "max")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks")  # which the command leaves out
+def test_without_validation_the_last_weights_are_kept_alone(tmp_path: Path) -> None:
+    fitted = cli("fit", *FAST, "--data.validation_split=null", "--trainer.default_root_dir=run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert fitted.trainer.checkpoint_callback.monitor is None
+
+
+def test_an_epoch_that_ends_before_its_validation_leaves_the_last_weights(tmp_path: Path) -> None:
+    cli("fit", *FAST[:2], "--trainer.max_steps=3", "--trainer.default_root_dir=run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_checkpoint_callback_of_ones_own_goes_before_the_command_lines() -> None:
+    own = [
+        "--trainer.callbacks=ModelCheckpoint",
+        "--trainer.callbacks.monitor=val_accuracy",
+        "--trainer.callbacks.mode=max",
+    ]
+    fitted = cli("fit", *FAST, *own, "--trainer.default_root_dir=run")
+    assert [type(saver) for saver in fitted.trainer.checkpoint_callbacks] == [ModelCheckpoint]
+    assert cli("fit", *FAST, "--trainer.enable_checkpointing=false").trainer.checkpoint_callback is None
