@@ -2,10 +2,10 @@
 
     SMARTBATCH_IMDB_DIR=... python -m benchmarks.imbalance
 
-MiniLM (6 layers, hidden size 384) is trained on 4,000 reviews of IMDB, 5 % of them positive, for two epochs at 64 tokens,
-packed, with the package's defaults, and tested on 2,000 others with as few, once with the plain loss and once with each
-option. Within a seed everything else is the same: reviews, initial weights, number of steps. Half an hour on two cores;
-`--max_steps 2` is over in a minute.
+MiniLM (6 layers, hidden size 384) is trained on 4,000 reviews of IMDB, 5 % of them positive, for two epochs at 64
+tokens, packed, with the package's defaults, and tested on 2,000 others with as few, once with the plain loss and once
+with each option. Within a seed everything else is the same: reviews, initial weights, number of steps. Half an hour on
+two cores; `--max_steps 2` is over in a minute.
 """
 
 import argparse
