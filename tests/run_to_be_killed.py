@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor
+from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
 
@@ -134,6 +135,9 @@ def main(folder: Path, *arguments: str) -> None:
     best = ModelCheckpoint(
         folder / "checkpoints", "best-{step}", monitor="val_loss", save_top_k=2, enable_version_counter=False
     )
+    if options["best"] == 2:  # those of the command line
+        checkpoint = best = BestCheckpoint("val_loss", None, str(folder / "checkpoints"), options["every"])
+        stopping = EarlyStop(options["stopping"], "val_loss", min_delta=0.01)
     monitor = TrainingMonitor()
     callbacks = [
         StopOnSignal(),
@@ -143,7 +147,7 @@ def main(folder: Path, *arguments: str) -> None:
         *([stopping] if options["stopping"] else []),
         *([LearningRateMonitor("step")] if options["logged"] else []),
         checkpoint,
-        *([best] if options["best"] else []),
+        *([best] if options["best"] == 1 else []),
         KillsItself(options["kill"], options["passed"]),
     ]
     interval = options["val_interval"]

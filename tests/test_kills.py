@@ -32,7 +32,7 @@ def settings(rng: random.Random) -> dict:
         "every": rng.randint(1, 5),
         "stopping": rng.choice([0, 1, 2]),
         "averaging": rng.choice(["none", "none", "ema", "swa"]),
-        "best": rng.choice([0, 1]),
+        "best": rng.choice([0, 1, 2]),
         "logged": rng.choice([0, 1]),
         "val_interval": rng.choice([1.0, 1.0, 0.5, 7.0]),
     }
