@@ -114,6 +114,27 @@ class SmartBatchTrainer(L.Trainer):
         report.show()
         echo("Wrote " + ", ".join(map(str, report.save(folder))))
 
+    def predict(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        return_predictions: bool | None = False,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """As Lightning's, but predictions are returned only where that is asked for.
+
+        Args:
+            model: The model.
+            dataloaders: Loaders, in place of the data module's.
+            datamodule: The data.
+            return_predictions: Keep all predictions in memory and return them, beside writing them.
+            ckpt_path: Checkpoint to predict with.
+            weights_only: Not used: a checkpoint is never loaded in a way that could run code.
+        """
+        return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+
     def export(
         self,
         model: SequenceClassifier,
@@ -283,6 +304,12 @@ class SmartBatchCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+    def before_predict(self) -> None:
+        """Refuses to overwrite predictions, before the data are tokenized."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
+                callback.check_path()
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""

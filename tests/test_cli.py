@@ -162,11 +162,11 @@ def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_p
     assert "test_f1" in cli("test", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics
     run = cli("predict", *short, f"--ckpt_path={checkpoint}", f"--predictions.path=out/labels.{ending}")
     table = (pd.read_csv if ending == "csv" else pd.read_parquet)(tmp_path / "out" / f"labels.{ending}")
-    assert table.columns.tolist() == ["index", "label", "probability_negative", "probability_positive"]
+    assert table.columns.tolist() == ["index", "prediction", "probability_negative", "probability_positive"]
     assert table["index"].tolist() == list(range(600))
     labels = run.datamodule.splits["test"]["label"]
     accuracy = sum(
-        name == run.datamodule.label_names[label] for name, label in zip(table["label"], labels, strict=True)
+        name == run.datamodule.label_names[label] for name, label in zip(table["prediction"], labels, strict=True)
     )
     tested = cli("test", *short, f"--ckpt_path={checkpoint}").trainer.callback_metrics["test_accuracy"]
     assert accuracy / 600 == pytest.approx(float(tested))
@@ -210,7 +210,7 @@ def test_new_files_take_tokenizer_and_classes_from_the_checkpoint(tmp_path: Path
     new = write("new.csv", ["text", *texts])
     cli("predict", *model, f"--data.dataset={new}", checkpoint, "--predictions.path=new.parquet")
     table = pd.read_parquet(tmp_path / "new.parquet")
-    assert table.columns.tolist() == ["index", "label", "probability_no", "probability_yes"]
+    assert table.columns.tolist() == ["index", "prediction", "probability_no", "probability_yes"]
     assert len(table) == 4
 
 

@@ -70,7 +70,7 @@ def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Pat
     assert set(metrics[0]) == {"test_loss", "test_accuracy", "test_f1"}
     for table in tables:
         assert table["index"].tolist() == list(range(501))
-    assert tables[0]["label"].tolist() == tables[1]["label"].tolist()
+    assert tables[0]["prediction"].tolist() == tables[1]["prediction"].tolist()
     pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-6, rtol=0)
 
 

@@ -43,7 +43,7 @@ def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, 
     classify = pipeline("text-classification", str(folder), truncation=True, device="cpu")
     texts = data.splits["test"]["text"][:100]
     answers = classify(texts)
-    assert [answer["label"] for answer in answers] == predicted["label"].tolist()
+    assert [answer["label"] for answer in answers] == predicted["prediction"].tolist()
     assert len({answer["label"] for answer in answers}) == 2
     scores = predicted[["probability_negative", "probability_positive"]].max(axis=1)
     assert [answer["score"] for answer in answers] == pytest.approx(scores.tolist(), abs=1e-5)
@@ -177,8 +177,8 @@ def test_labels_that_a_spreadsheet_would_run_are_quoted_in_csv_alone(tmp_path: P
         torch.nn.init.zeros_(model.model.classifier.bias)  # equally likely, so the first class of all
         run.predict(model, data)
     assert model.label_names[0] == names[0]
-    assert set(pd.read_parquet(tmp_path / "labels.parquet")["label"]) == {names[0]}
-    assert set(pd.read_csv(tmp_path / "labels.csv")["label"]) == {"'" + names[0]}
+    assert set(pd.read_parquet(tmp_path / "labels.parquet")["prediction"]) == {names[0]}
+    assert set(pd.read_csv(tmp_path / "labels.csv")["prediction"]) == {"'" + names[0]}
 
 
 def _demo_tokenizer():

@@ -105,7 +105,7 @@ def test_labels_in_a_file_to_predict_play_no_part(labels: list, trained, tmp_pat
     writer = PredictionWriter(str(tmp_path / "out.csv"))
     run = trainer(tmp_path, callbacks=[writer])
     run.predict(SequenceClassifier.load_from_checkpoint(trained), module(str(tmp_path / "new.csv")))
-    assert pd.read_csv(tmp_path / "out.csv")["label"].tolist() == ["neg", "pos"]
+    assert pd.read_csv(tmp_path / "out.csv")["prediction"].tolist() == ["neg", "pos"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_predicted_labels_stand_as_they_stood_in_the_data(labels, expected, endi
     run.fit(model, data_module)
     run.save_checkpoint(tmp_path / "run.ckpt")
     run.predict(SequenceClassifier.load_from_checkpoint(tmp_path / "run.ckpt"), data_module)
-    assert pd.read_parquet(tmp_path / "out.parquet")["label"].tolist() == expected * 20
+    assert pd.read_parquet(tmp_path / "out.parquet")["prediction"].tolist() == expected * 20
 
 
 @pytest.mark.parametrize("seed", range(5))

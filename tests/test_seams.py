@@ -38,7 +38,7 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 FLOORS = [
     ["errors"],
     ["registry", "storage", "console", "progress", "seeds"],
-    ["batching", "demo", "checkpointing"],
+    ["batching", "demo", "checkpointing", "shards"],
     ["tasks"],
     ["contract"],
     ["data", "models"],

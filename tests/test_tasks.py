@@ -478,11 +478,11 @@ def test_a_task_is_learnt_and_what_is_predicted_is_what_the_exported_pipeline_sa
         scores = {one["label"]: one["score"] for one in said}
         if labels.get("label") is LISTS:
             ours = {name: table[f"probability_{name}"][row] for name in NAMES}
-            assert list(table["labels"][row]) == [name for name in NAMES if scores[name] > 0.5]
+            assert list(table["prediction"][row]) == [name for name in NAMES if scores[name] > 0.5]
         elif "label" in labels:
             ours = {"label": table["prediction"][row]}
         else:
-            ours = {name: table[f"prediction_{name}"][row] for name in ("a", "b")}
+            ours = dict(zip(("a", "b"), table["prediction"][row], strict=True))
         assert ours == pytest.approx(scores, abs=1e-5)
 
 
@@ -492,7 +492,7 @@ def test_predictions_of_several_labels_stand_in_csv_as_json(base: str, tmp_path:
     run.fit(model, data)
     run.predict(model, data)
     table = pd.read_csv(tmp_path / "predictions.csv")
-    for row, labels in enumerate(table["labels"]):
+    for row, labels in enumerate(table["prediction"]):
         assert json.loads(labels) == [name for name in NAMES if table[f"probability_{name}"][row] > 0.5]
 
 

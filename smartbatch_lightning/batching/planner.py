@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from smartbatch_lightning.batching.arrays import Int64s, even_offsets
 from smartbatch_lightning.batching.jitter import choose_jitter
 from smartbatch_lightning.batching.layout import PlanRequest
 from smartbatch_lightning.batching.plan import BatchPlan
@@ -51,6 +52,35 @@ def plan_epoch(
     spec = with_jitter(spec if shuffle else replace(spec, jitter=0.0), checked)
     bit_generator = np.random.PCG64(np.random.SeedSequence((spec.seed, epoch))) if shuffle else None
     return find_strategy(spec.batching)(PlanRequest(checked, spec, num_replicas, bit_generator))
+
+
+def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replicas: int = 1) -> BatchPlan:
+    """Plans windows of consecutive samples, one window after another, each as `plan_epoch` does without shuffling.
+
+    When a window's batches are done, all samples up to its end are.
+
+    Args:
+        lengths: Tokens of each sample. Shape (num_samples,), integers.
+        spec: How batches are chosen and what one may hold.
+        window: Samples of a window at most; all windows hold equally many, to within one.
+        num_replicas: Ranks that share each window.
+
+    Raises:
+        ValueError: As of `plan_epoch`.
+    """
+    checked = check_lengths(lengths)
+    order, offsets = np.empty(len(checked), np.int64), [np.zeros(1, np.int64)]
+    ends = window_offsets(len(checked), window).tolist()
+    for first, end in zip(ends[:-1], ends[1:], strict=True):
+        plan = plan_epoch(checked[first:end], spec, num_replicas=num_replicas, shuffle=False)
+        order[first:end] = first + plan.order
+        offsets.append(first + plan.offsets[1:])
+    return BatchPlan(order, np.concatenate(offsets), num_replicas)
+
+
+def window_offsets(num_samples: int, window: int) -> Int64s:
+    """Where each window of `plan_windows` starts, and the end. Shape (num_windows + 1,)."""
+    return even_offsets(num_samples, max(1, -(-num_samples // window)))
 
 
 def with_jitter(spec: BatchSpec, lengths: NDArray[np.integer]) -> BatchSpec:

@@ -1,106 +1,237 @@
 """Predictions as a table."""
 
-import json
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
 import torch
+from datasets import Dataset
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from xxhash import xxh3_128
 
 from smartbatch_lightning.console import echo
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.contract import datamodule_of
+from smartbatch_lightning.data.loader import SmartBatchLoader
+from smartbatch_lightning.data.resume import data_digest
+from smartbatch_lightning.data.texts import TextDataModule
+from smartbatch_lightning.data.tokens import TokenDataset
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
-from smartbatch_lightning.storage import atomic_write, check_writable, refused
+from smartbatch_lightning.shards import TableShards
+from smartbatch_lightning.storage import check_writable
+
+_REMEDY = "Give another --predictions.path, or --predictions.overwrite=true to start again."
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes predictions as one table, a row a sample in the order of the input.
 
-    Columns: `index`, the row in the split, and those of the task: for single labels `label`, the likeliest class as it
-    stands in the data, and a `probability_NAME` for each class; for several labels `labels`, a list, in CSV as JSON,
-    or a text with their delimiter, and a `probability_NAME` for each; for a regression `prediction`, or a
-    `prediction_NAME` for each target. In CSV a text that a spreadsheet would take for a
-    formula, one that begins with `=`, `+`, `-`, `@`, a tab or a carriage return, has a `'` before it; not in Parquet.
+    | task | `prediction` | `probability_NAME` |
+    | --- | --- | --- |
+    | one label a sample | the likeliest class, as it stands in the data | of each class |
+    | several labels | those that are likelier than not: a list, or a text with the data's delimiter | of each label |
+    | regression | the number; of several targets a list, in the order of `label_names` | none |
+
+    Before these stand `index`, the row in the split, counted from 0, and the columns that are carried through. In CSV
+    lists are JSON, and a text that a spreadsheet would take for a formula, one that begins with `=`, `+`, `-`, `@`, a
+    tab or a carriage return, has a `'` before it; not in Parquet.
+
+    Every 65,536 rows or so are written when they are predicted, each rank's part by itself, to the folder
+    `PATH.shards`, and joined at the end. A run that was killed and is started again with the same data and model, on
+    any number of ranks, goes on with the rows that are not there. Without `return_predictions=False` Lightning's
+    `trainer.predict` keeps all predictions in memory besides.
 
     Args:
         path: File to write, as Parquet or CSV by its ending.
+        columns: Columns of the input to carry through, as they stand in it.
+        overwrite: Replace the file where it is there, and what a killed run of other data or another model has left.
 
     Raises:
         ValueError: The ending is another.
     """
 
-    def __init__(self, path: str = "predictions.parquet") -> None:
-        super().__init__(write_interval="epoch")
+    def __init__(
+        self, path: str = "predictions.parquet", columns: list[str] | None = None, overwrite: bool = False
+    ) -> None:
+        super().__init__(write_interval="batch")
         self.path = Path(path)
+        self.columns = columns or []
+        self.overwrite = overwrite
         if self.path.suffix not in (".parquet", ".csv"):
             raise UsageError(
                 f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
             )
+        self._shards = TableShards(self.path, _REMEDY)
+        self._pending: list[dict[str, Tensor]] = []  # of the shard that is being predicted
+        self._shard = 0
+        self._steps: list[int] = []  # of this rank and run, after which each shard is done
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses predictions whose columns are unknown, before any is made, unless another callback writes them.
+    def check_path(self) -> None:
+        """Refuses to overwrite a file.
 
         Raises:
-            ValueError: The module is no `SequenceClassifier`.
+            ValueError: It is there.
         """
-        if stage == "predict" and not isinstance(pl_module, SequenceClassifier):
+        if self.path.exists() and not self.overwrite:
+            raise UsageError(f"{self.path} is there already. {_REMEDY}")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses, before any prediction is made, what could not be written.
+
+        Raises:
+            ValueError: The file is there; a column is not in the input, or has the name of one that is predicted; or
+                the module is no `SequenceClassifier`, and no other callback writes its predictions.
+        """
+        if stage != "predict":
+            return
+        if not isinstance(pl_module, SequenceClassifier):
             writers = [one for one in trainer.callbacks if isinstance(one, BasePredictionWriter)]  # type: ignore[attr-defined]
             if all(isinstance(writer, PredictionWriter) for writer in writers):
                 raise UsageError(
                     f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
                     f"{type(pl_module).__name__}. Give a BasePredictionWriter of your own by --trainer.callbacks."
                 )
-        elif stage == "predict" and trainer.is_global_zero:
+            return
+        self.check_path()
+        self._shard = 0
+        if self.columns:
+            _check_columns(self.columns, _input_of(trainer))
+        if trainer.is_global_zero:
             check_writable(self.path.parent, "Give another path by --predictions.path.")
 
-    def write_on_epoch_end(
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves out what a run with the same data and model has written before it was killed.
+
+        Raises:
+            ValueError: Another run has left something, or there are several loaders.
+        """
+        if not isinstance(pl_module, SequenceClassifier):
+            return
+        loaders: Any = trainer.predict_dataloaders
+        [loader, *others] = loaders if isinstance(loaders, list | tuple) else [loaders]
+        if others:
+            raise UsageError(f"there are {len(loaders)} loaders, but one table to write. Predict with one at a time.")
+        known = isinstance(loader, SmartBatchLoader) and isinstance(loader.dataset, TokenDataset)
+        finished = 0
+        if trainer.is_global_zero:
+            fingerprint = {
+                "data": data_digest(loader.dataset) if known else uuid4().hex,
+                "weights": _weights_digest(pl_module),
+                "task": pl_module.task.config_fields(),
+                "precision": str(trainer.precision),
+                "limit_predict_batches": trainer.limit_predict_batches,
+                "rows of a shard": loader.plan_sampler.window if known else None,
+            }
+            finished = self._shards.take(fingerprint, overwrite=self.overwrite)
+        self._shard = trainer.strategy.broadcast(finished)
+        self._shards.check_shared()
+        self._pending = []
+        self._steps = loader.plan_sampler.window_steps().tolist() if known else []
+        if self._shard:
+            _skip(trainer, loader, self._steps[self._shard - 1])
+            self._steps = [step - self._steps[self._shard - 1] for step in self._steps]
+            rank_zero_info(f"Going on after {self._shard:,} of {len(self._steps):,} shards in {self._shards.folder}.")
+
+    def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        predictions: Sequence[dict[str, Tensor]],
-        batch_indices: Sequence[Any],
+        prediction: dict[str, Tensor],
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
-        """Gathers all ranks' predictions, brings them into order and writes them, on rank 0."""
+        """Keeps what was predicted, and writes it where it is the last of a shard."""
         if not isinstance(pl_module, SequenceClassifier):
             return  # another callback writes them
-        predicted = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, predicted)
-            predicted = {name: torch.cat([part[name] for part in parts]) for name in predicted}
-        if not trainer.is_global_zero:
+        if "index" not in prediction:
+            raise UsageError("the batches have no 'index', by which predictions are ordered. Give each sample its row.")
+        self._pending.append({name: values.cpu() for name, values in prediction.items()})
+        if self._steps and batch_idx + 1 == self._steps[self._shard]:
+            self._write_shard(trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Joins the shards to the file, on rank 0."""
+        if not isinstance(pl_module, SequenceClassifier):
             return
-        order = predicted["index"].argsort()
-        rows = {name: values[order].numpy() for name, values in predicted.items()}
-        table = pa.table({"index": rows.pop("index"), **pl_module.task.prediction_columns(rows)})
-        with refused(self.path, "Make room, or give another path by --predictions.path."):
-            if self.path.suffix == ".csv":
-                safe = _without_formulas(_without_lists(table))
-                atomic_write(self.path, lambda tmp_path: pyarrow.csv.write_csv(safe, tmp_path))
-            else:
-                atomic_write(self.path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
-        echo(f"Wrote {len(table):,} predictions to {self.path}")
+        if self._pending:  # where batches are limited, or the loader is of another kind
+            self._write_shard(trainer, pl_module)
+        if trainer.is_global_zero:
+            carried = _input_of(trainer).select_columns(self.columns).with_format("arrow") if self.columns else None
+            num_rows = self._shards.join(self._shard, "index", lambda table: _with_columns(table, carried))
+            self._shards.release()
+            echo(f"Wrote {num_rows:,} predictions to {self.path}")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Says that the same command goes on."""
+        if trainer.predicting and trainer.is_global_zero and self._shard:
+            echo(f"{self._shard:,} shards are in {self._shards.folder}. The same command goes on from there.")
+        self._shards.release()
+
+    def _write_shard(self, trainer: L.Trainer, module: SequenceClassifier) -> None:
+        predicted = {name: torch.cat([batch[name] for batch in self._pending]).numpy() for name in self._pending[0]}
+        self._pending = []
+        table = pa.table({"index": predicted.pop("index"), **module.task.prediction_columns(predicted)})
+        self._shards.write(table, self._shard, trainer.global_rank, trainer.world_size)
+        self._shard += 1
+        trainer.strategy.barrier("predictions")  # of each shard, or at the end a rank may be behind by a timeout
 
 
-def _without_lists(table: pa.Table) -> pa.Table:
-    """Lists as JSON, since CSV has none."""
-    for number, column in enumerate(table.columns):
-        if pa.types.is_list(column.type):
-            written = pa.array([json.dumps(row, ensure_ascii=False) for row in column.to_pylist()], pa.string())
-            table = table.set_column(number, table.column_names[number], written)
+def _input_of(trainer: L.Trainer) -> Dataset:
+    """The rows that are predicted, with all their columns."""
+    datamodule = datamodule_of(trainer)
+    if not isinstance(datamodule, TextDataModule):
+        raise UsageError(
+            f"columns of a SmartBatchDataModule can be carried through, but this run has {type(datamodule).__name__}. "
+            "Leave --predictions.columns out."
+        )
+    return datamodule.predict_rows
+
+
+def _check_columns(columns: list[str], rows: Dataset) -> None:
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise UsageError(
+            f"predictions.columns has {join_quoted(missing)}, but the split to predict has "
+            f"{join_quoted(rows.column_names)}. Give some of these."
+        )
+    taken = [name for name in columns if name in ("index", "prediction") or name.startswith("probability_")]
+    if taken or len(set(columns)) < len(columns):
+        raise UsageError(
+            f"predictions.columns is {join_quoted(columns)}, but the table has columns index, prediction and "
+            "probability_NAME of its own, and each name once. Leave out those, or rename them in the data."
+        )
+
+
+def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
+    """The table with columns of its rows in the input, behind `index`."""
+    if carried is None:
+        return table
+    rows = table["index"].to_numpy()
+    run = range(int(rows[0]), int(rows[-1]) + 1)
+    columns = carried[run if len(run) == len(rows) else rows.tolist()]
+    for number, name in enumerate(columns.column_names, 1):
+        table = table.add_column(number, columns.schema.field(name), columns[name])
     return table
 
 
-def _without_formulas(table: pa.Table) -> pa.Table:
-    for number, column in enumerate(table.columns):
-        if pa.types.is_string(column.type):
-            escaped = pc.replace_substring_regex(column, r"\A([=+\-@\t\r])", r"'\1")
-            table = table.set_column(number, table.column_names[number], escaped)
-    return table
+def _skip(trainer: L.Trainer, loader: SmartBatchLoader, steps: int) -> None:
+    """Leaves out batches of a loader that Lightning has counted already, for its limits and its progress bar."""
+    ranks = loader.plan_sampler.num_replicas
+    loader.plan_sampler.load_state_dict({"epoch": loader.plan_sampler.epoch, "consumed": [(ranks, steps)]})
+    trainer.predict_loop.max_batches[0] -= steps
+
+
+def _weights_digest(module: L.LightningModule) -> str:
+    """Hash of the parameters and buffers, of a sharded module of this rank's; 0.1 s for BERT-base."""
+    digest = xxh3_128()
+    for tensor in chain(module.parameters(), module.buffers()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        digest.update(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

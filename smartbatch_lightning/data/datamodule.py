@@ -32,6 +32,8 @@ from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import seed_is_given
 
+_ROWS_PREDICTED_TOGETHER = 2**16  # few enough to keep, and to do again after a kill; enough to be of all lengths
+
 
 class SmartBatchDataModule(TextDataModule):
     """Tokenizes text once and batches samples of similar length, in a new plan every epoch.
@@ -191,8 +193,10 @@ class SmartBatchDataModule(TextDataModule):
         return self._evaluation_loaders(self.test_data)
 
     def predict_dataloader(self) -> SmartBatchLoader:
-        """Batches in order of length; each sample's `index` is its row."""
-        return self._evaluation_loader(self.predict_data)
+        """Batches in order of length within windows of consecutive rows; each sample's `index` is its row."""
+        loader = self._evaluation_loader(self.predict_data)
+        loader.plan_sampler.window = _ROWS_PREDICTED_TOGETHER
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, and what its plan is made from."""

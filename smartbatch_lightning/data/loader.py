@@ -5,9 +5,10 @@ Each was found with lightning 2.6 and has a test that fails without its cure.
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 from smartbatch_lightning.data.sampler import SmartBatchSampler
@@ -46,6 +47,7 @@ class _LazyIterator(Iterator[Any]):
     def __init__(self, loader: "SmartBatchLoader") -> None:
         self._loader = loader
         self._iterator: Iterator[Any] | None = None
+        self._num_batches = 0
 
     def __next__(self) -> Any:
         start = perf_counter()
@@ -54,9 +56,20 @@ class _LazyIterator(Iterator[Any]):
                 self._iterator = self._loader.batches()
             batch = next(self._iterator)
             self._loader.num_yielded += 1
+            self._forget_batches()
             return batch
         finally:
             self._loader.data_wait_seconds += perf_counter() - start
+
+    def _forget_batches(self) -> None:
+        """Empties what Lightning keeps of a prediction's batches, their samples as Python numbers, but for the newest.
+
+        By itself it keeps all of them to the end, though it looks at none but the newest.
+        """
+        if isinstance(self._loader.batch_sampler, _IndexBatchSamplerWrapper):
+            if self._num_batches:
+                self._loader.batch_sampler.seen_batch_indices[self._num_batches - 1] = []
+            self._num_batches += 1
 
 
 def _attach_loss_weights(batches: Iterator[Any], weights: Iterable[float]) -> Iterator[Any]:
@@ -88,7 +101,7 @@ class SmartBatchLoader(DataLoader[Any]):
         self,
         dataset: Any,
         *,
-        batch_sampler: SmartBatchSampler,
+        batch_sampler: SmartBatchSampler | _IndexBatchSamplerWrapper,
         on_epoch: Callable[[SmartBatchSampler], None] | None = None,
         loss_weights: Callable[[SmartBatchSampler], Iterable[float]] | None = None,
         **options: Any,
@@ -97,7 +110,9 @@ class SmartBatchLoader(DataLoader[Any]):
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
-        self.plan_sampler: SmartBatchSampler = getattr(batch_sampler, "_batch_sampler", batch_sampler)
+        if isinstance(batch_sampler, _IndexBatchSamplerWrapper):
+            batch_sampler = cast(SmartBatchSampler, batch_sampler._batch_sampler)
+        self.plan_sampler = batch_sampler
         self.__dict__["sampler"] = _LightningSamplerAdapter(self.plan_sampler, on_epoch)
         self.loss_weights = loss_weights
         self.has_state = on_epoch is None

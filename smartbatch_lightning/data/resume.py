@@ -24,7 +24,7 @@ def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
         data: The training samples.
         spec: Of the sampler, its jitter a number.
     """
-    return {"data": _digest(data), **spec.fingerprint()}
+    return {"data": data_digest(data), **spec.fingerprint()}
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -46,7 +46,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _digest(data: TokenDataset) -> str:
+def data_digest(data: TokenDataset) -> str:
+    """Hash of all token ids, rows and labels."""
     digest = hashlib.sha256(data.table.digest.encode())
     for array in (data.rows, data.labels):
         digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"none")
@@ -67,7 +68,7 @@ def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, s
     if not (dist.is_available() and dist.is_initialized()):
         return
     settings = {f"data.{name}": value for name, value in spec.fingerprint().items()}
-    record: dict[str, Any] = {"data": [_digest(data) for data in sets], "label names": label_names, **settings}
+    record: dict[str, Any] = {"data": [data_digest(data) for data in sets], "label names": label_names, **settings}
     records: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(records, record)
     for rank, other in enumerate(records):

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from smartbatch_lightning.batching import BatchPlan, BatchSpec, plan_epoch
-from smartbatch_lightning.batching.planner import check_lengths, with_jitter
+from smartbatch_lightning.batching.planner import check_lengths, plan_windows, window_offsets, with_jitter
 from smartbatch_lightning.errors import UsageError
 
 _DEFAULT = BatchSpec()
@@ -33,6 +33,8 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     Attributes:
         spec: The same with a number for `jitter: auto`.
+        window: Consecutive samples that are planned together, without shuffling, before those that follow; None for
+            all.
 
     Raises:
         ValueError: A length is below 1 or above the token budget, or there are fewer samples than ranks.
@@ -51,7 +53,8 @@ class SmartBatchSampler(Sampler[list[int]]):
         self.spec = with_jitter(spec, self.lengths) if shuffle else spec
         self.shuffle = shuffle
         self._given_ranks = (num_replicas, rank)
-        self._steps: dict[int, int] = {}  # of an epoch, by number of ranks
+        self.window: int | None = None
+        self._steps: dict[tuple[int, int | None], int] = {}  # of an epoch, by number of ranks and window
         self.epoch = 0
         self._unfinished: dict[str, Any] = {"epoch": -1, "consumed": []}
         if not 0 <= self.rank < self.num_replicas:
@@ -145,11 +148,18 @@ class SmartBatchSampler(Sampler[list[int]]):
         """The batches of the current epoch over all ranks, with those that were consumed before."""
         return self._plan(self.num_replicas)
 
+    def window_steps(self) -> NDArray[np.int64]:
+        """Steps of a whole epoch after which each window is done. Shape (num_windows,)."""
+        ends = window_offsets(len(self.lengths), self.window or len(self.lengths))[1:]
+        return np.searchsorted(self.plan().offsets, ends) // self.num_replicas
+
     def _plan(self, num_replicas: int, samples: NDArray[np.int64] | None = None) -> BatchPlan:
         if samples is not None and not len(samples):
             return BatchPlan(samples, np.zeros(1, np.int64), num_replicas)
         if samples is not None and len(samples) < num_replicas:
             return BatchPlan(np.resize(samples, num_replicas), np.arange(num_replicas + 1), num_replicas)
+        if samples is None and self.window is not None:
+            return plan_windows(self.lengths, self.spec, self.window, num_replicas=num_replicas)
         lengths = self.lengths if samples is None else self.lengths[samples]
         plan = plan_epoch(lengths, self.spec, epoch=self.epoch, num_replicas=num_replicas, shuffle=self.shuffle)
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
@@ -166,10 +176,10 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch: the same in every epoch and on every rank."""
-        ranks = self.num_replicas
-        if ranks not in self._steps:
-            self._steps[ranks] = len(self._plan(ranks)) // ranks
-        return self._steps[ranks]
+        key = self.num_replicas, self.window
+        if key not in self._steps:
+            self._steps[key] = len(self._plan(self.num_replicas)) // self.num_replicas
+        return self._steps[key]
 
     def __iter__(self) -> Iterator[list[int]]:
         plan, step = self._remaining_plan()

@@ -191,6 +191,11 @@ class TextDataModule(L.LightningDataModule):
         return None if self.task is None else len(self.task.label_names)
 
     @property
+    def predict_rows(self) -> Dataset:
+        """The split to predict, with all its columns."""
+        return self._split(self._names.predicted(self.splits))
+
+    @property
     def used_splits(self) -> list[str]:
         """Names of the splits that a stage may ask for and that have samples."""
         return self._names.used(self.splits)
@@ -254,7 +259,7 @@ class TextDataModule(L.LightningDataModule):
         elif stage == "test":
             self.test_data = [self._labelled(split) for split in self._names.tested]
         elif stage == "predict":
-            self.predict_data = TokenDataset(self.token_table(self._split(self._names.predicted(self.splits))))
+            self.predict_data = TokenDataset(self.token_table(self.predict_rows))
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
         """The data sets that `setup` has made for a stage."""

@@ -192,7 +192,7 @@ class MultiLabelClassification:
         """The labels that are likelier than not as they stand in the data, and each one's probability."""
         probabilities = predicted["probabilities"]
         return {
-            "labels": self.decode(probabilities > _THRESHOLD),
+            "prediction": self.decode(probabilities > _THRESHOLD),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 

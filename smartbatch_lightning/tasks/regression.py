@@ -195,11 +195,8 @@ class Regression:
         return {"predictions": self.scores(logits).float()}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """Predicted targets in a column each."""
-        values = predicted["predictions"]
-        if len(self.names) == 1:
-            return {"prediction": values}
-        return {f"prediction_{name}": values[:, number] for number, name in enumerate(self.names)}
+        """Predicted targets, of several a list in their order."""
+        return {"prediction": self.decode(predicted["predictions"])}
 
 
 def _read_targets(columns: LabelColumns) -> NDArray[np.float64]:

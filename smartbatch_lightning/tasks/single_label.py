@@ -133,7 +133,7 @@ class SingleLabelClassification:
         """The likeliest class as it stands in the data, and each one's probability."""
         probabilities = predicted["probabilities"]
         return {
-            "label": self.decode(probabilities.argmax(axis=1)),
+            "prediction": self.decode(probabilities.argmax(axis=1)),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 

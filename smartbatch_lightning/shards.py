@@ -1,0 +1,176 @@
+"""A table that is written in shards, by one process or several, and joined at the end: a kill loses a shard."""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from filelock import BaseFileLock
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.storage import atomic_write, lock_folder, refused
+
+
+class TableShards:
+    """Shards of a table, in the folder `NAME.shards` beside the file that they become.
+
+    Of each shard every rank writes a part. Parts are written atomically, and a shard counts once all of one run's ranks
+    have written theirs.
+
+    Args:
+        path: The file, Parquet or CSV by its ending.
+        remedy: What to do about a folder that cannot be used, as messages end.
+    """
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        self.path = path
+        self.folder = path.with_name(f"{path.name}.shards")
+        self.remedy = remedy
+        self._noted = self.folder / "fingerprint.json"
+        self._lock: BaseFileLock | None = None
+
+    def take(self, fingerprint: dict[str, Any], *, overwrite: bool) -> int:
+        """Takes the folder for the ranks of this run, until `release`; rank 0 does it.
+
+        Args:
+            fingerprint: What the rows depend on, by name, plain data.
+            overwrite: Remove the shards of a run with another fingerprint.
+
+        Returns:
+            Shards that a run with this fingerprint has left, from the first one on.
+
+        Raises:
+            ValueError: They are of a run with another fingerprint, or another process writes to the folder.
+        """
+        self._lock = lock_folder(self.folder / "run", self.remedy)
+        fingerprint = json.loads(json.dumps(fingerprint))
+        if finished := self.num_finished:
+            before = json.loads(self._noted.read_text()) if self._noted.exists() else {}
+            differing = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
+            if not differing:
+                return finished
+            if not overwrite:
+                raise UsageError(
+                    f"{self.folder} has {finished:,} shards of a run that did not end, whose {join_quoted(differing)} "
+                    f"differ from this run's. Set them as they were to go on from there. {self.remedy}"
+                )
+        with refused(self.folder, self.remedy):
+            for part in self.folder.glob("*.parquet"):
+                part.unlink()
+            atomic_write(self._noted, lambda tmp_path: tmp_path.write_text(json.dumps(fingerprint)))
+        return 0
+
+    def check_shared(self) -> None:
+        """Refuses a folder that rank 0 has taken on a disk of its own.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        if not self._noted.exists():
+            raise UsageError(
+                f"{self.folder}, to which rank 0 writes, is not there on another rank. Give a path on a disk that all "
+                "ranks share."
+            )
+
+    def release(self) -> None:
+        """Gives the folder back; one without shards is removed."""
+        if self._lock is not None:
+            finished = self.num_finished
+            self._lock.release()
+            self._lock = None
+            if not finished:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def num_finished(self) -> int:
+        """Shards that are there, from the first one on."""
+        parts = self._parts()
+        return next(shard for shard in count() if shard not in parts)
+
+    def write(self, table: pa.Table, shard: int, rank: int, num_ranks: int) -> None:
+        """Writes a rank's part of a shard."""
+        path = self.folder / f"{shard:06}.{rank}-of-{num_ranks}.parquet"
+        with refused(path, "Make room; the same command then goes on from here."):
+            atomic_write(path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
+
+    def join(self, num_shards: int, order_by: str, complete: Callable[[pa.Table], pa.Table]) -> int:
+        """Writes the file atomically, shard by shard, and removes the folder.
+
+        Args:
+            num_shards: Shards of the table.
+            order_by: Column by which the rows of each shard are ordered.
+            complete: Given the rows of a shard in order, returns those of the file.
+
+        Returns:
+            Rows of the file.
+        """
+        parts, num_rows = self._parts(), 0
+
+        def tables() -> Iterator[pa.Table]:
+            nonlocal num_rows
+            for shard in range(num_shards):
+                table = complete(pa.concat_tables(map(_read, parts[shard])).sort_by(order_by))
+                num_rows += len(table)
+                yield table
+
+        with refused(self.path, "Make room; the same command then goes on from here."):
+            atomic_write(self.path, lambda tmp_path: _write_tables(tables(), tmp_path, self.path.suffix))
+            for path in self.folder.glob("*.parquet"):
+                path.unlink()
+        return num_rows
+
+    def _parts(self) -> dict[int, list[Path]]:
+        """Files of each shard that is whole."""
+        found: dict[tuple[int, int], list[Path]] = defaultdict(list)
+        for path in self.folder.glob("*.parquet"):
+            if named := re.fullmatch(r"(\d+)\.\d+-of-(\d+)\.parquet", path.name):
+                found[int(named[1]), int(named[2])].append(path)
+        return {shard: sorted(paths) for (shard, num_ranks), paths in found.items() if len(paths) == num_ranks}
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pyarrow.parquet.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path} is damaged: {error} Delete it; the same command then makes it again.") from error
+
+
+def _write_tables(tables: Iterator[pa.Table], path: Path, suffix: str) -> None:
+    """Writes tables of one schema, one after another; a row group of Parquet each."""
+    if suffix == ".csv":
+        tables = (_without_formulas(_without_lists(table)) for table in tables)
+    make = pyarrow.csv.CSVWriter if suffix == ".csv" else pyarrow.parquet.ParquetWriter
+    first = next(tables)
+    with make(path, first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _without_lists(table: pa.Table) -> pa.Table:
+    """Lists and other nested values as JSON, since CSV has none."""
+    for number, column in enumerate(table.columns):
+        if pa.types.is_nested(column.type):
+            rows = [None if row is None else _as_json(row) for row in column.to_pylist()]
+            table = table.set_column(number, table.column_names[number], pa.array(rows, pa.string()))
+    return table
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _without_formulas(table: pa.Table) -> pa.Table:
+    for number, column in enumerate(table.columns):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            escaped = pc.replace_substring_regex(column, r"\A([=+\-@\t\r])", r"'\1")
+            table = table.set_column(number, table.column_names[number], escaped)
+    return table
