@@ -1,6 +1,7 @@
 """Lengths, seed and epoch in, a `BatchPlan` out, without torch and without global random state."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,8 +71,7 @@ def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replic
     """
     checked = check_lengths(lengths)
     order, offsets = np.empty(len(checked), np.int64), [np.zeros(1, np.int64)]
-    ends = window_offsets(len(checked), window).tolist()
-    for first, end in zip(ends[:-1], ends[1:], strict=True):
+    for first, end in pairwise(window_offsets(len(checked), window).tolist()):
         plan = plan_epoch(checked[first:end], spec, num_replicas=num_replicas, shuffle=False)
         order[first:end] = first + plan.order
         offsets.append(first + plan.offsets[1:])
