@@ -144,7 +144,7 @@ def main() -> None:
         subprocess.run([sys.executable, script, "prepare", *options], check=True, cwd=folder)
         command = [sys.executable, script, "predict", *options, "--predictions.columns=[id]"]
         command += ["--trainer.callbacks=benchmarks.predictions.TellsStart", "--trainer.enable_progress_bar=false"]
-        half = max(1, arguments.rows // 2**17)
+        half = max(1, arguments.rows // 2**16)
         runs = [predict(command, folder, half), predict(command, folder, None)]
         report("predictions", {"Memory": runs, "Rows": [check(folder / "predictions.parquet", arguments.rows)]})
 

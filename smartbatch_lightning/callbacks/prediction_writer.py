@@ -42,10 +42,10 @@ class PredictionWriter(BasePredictionWriter):
     lists are JSON, and a text that a spreadsheet would take for a formula, one that begins with `=`, `+`, `-`, `@`, a
     tab or a carriage return, has a `'` before it; not in Parquet.
 
-    Every 65,536 rows or so are written when they are predicted, each rank's part by itself, to the folder
-    `PATH.shards`, and joined at the end. A run that was killed and is started again with the same data and model, on
-    any number of ranks, goes on with the rows that are not there. Without `return_predictions=False` Lightning's
-    `trainer.predict` keeps all predictions in memory besides.
+    Some 32,768 rows at a time are written when they are predicted, each rank's part by itself, to the folder
+    `PATH.shards`, and all are joined at the end. A run that was killed and is started again with the same data and
+    model, on any number of ranks, goes on with the rows that are not there. Without `return_predictions=False`
+    Lightning's `trainer.predict` keeps all predictions in memory besides.
 
     Args:
         path: File to write, as Parquet or CSV by its ending.

@@ -32,7 +32,7 @@ from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import seed_is_given
 
-_ROWS_PREDICTED_TOGETHER = 2**16  # few enough to keep, and to do again after a kill; enough to be of all lengths
+_ROWS_PREDICTED_TOGETHER = 2**15  # few to keep, and to do again after a kill; enough of any length for whole batches
 
 
 class SmartBatchDataModule(TextDataModule):

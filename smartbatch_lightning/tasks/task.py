@@ -124,5 +124,5 @@ class Task(Protocol):
         ...
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """What `predict` gave, as the columns of a table."""
+        """What `predict` gave, as the columns of a table: `prediction`, and perhaps `probability_NAME`."""
         ...
