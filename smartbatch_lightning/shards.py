@@ -41,7 +41,7 @@ class TableShards:
         """Takes the folder for the ranks of this run, until `release`; rank 0 does it.
 
         Args:
-            fingerprint: What the rows depend on, by name, plain data.
+            fingerprint: What the rows depend on, by name.
             overwrite: Remove the shards of a run with another fingerprint.
 
         Returns:
@@ -51,7 +51,7 @@ class TableShards:
             ValueError: They are of a run with another fingerprint, or another process writes to the folder.
         """
         self._lock = lock_folder(self.folder / "run", self.remedy)
-        fingerprint = json.loads(json.dumps(fingerprint))
+        fingerprint = json.loads(json.dumps(fingerprint, default=str))
         if finished := self.num_finished:
             before = json.loads(self._noted.read_text()) if self._noted.exists() else {}
             differing = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import run_predictions
 import torch
-from helpers import Fork, cli, finish, trainer
+from helpers import Fork, cli, finish, slow, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smartbatch_lightning import (
     BatchSpec,
+    PadCollator,
     PredictionWriter,
     SequenceClassifier,
     SmartBatchDataModule,
@@ -226,7 +227,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
         ([1, 1], signal.SIGTERM, 128 + signal.SIGTERM),
         ([2, 2], signal.SIGKILL, -signal.SIGKILL),
         ([2, 1], signal.SIGKILL, -signal.SIGKILL),
-        ([1, 2], signal.SIGKILL, -signal.SIGKILL),
+        slow([1, 2], signal.SIGKILL, -signal.SIGKILL),
     ],
     ids=["killed twice", "SIGTERM", "two ranks", "two ranks, then one", "one rank, then two"],
 )
@@ -306,6 +307,41 @@ def test_columns_may_be_others_when_a_killed_run_goes_on(rows, small_windows, tm
     interrupt(rows, tmp_path)
     predict(rows, tmp_path, columns=["label"])
     assert pd.read_parquet(tmp_path / "predictions.parquet")["label"].tolist() == reviews()["label"].tolist()
+
+
+def test_a_loader_with_which_a_killed_run_went_on_is_whole_again(rows, small_windows, tmp_path: Path) -> None:
+    data = module(rows)
+    data.setup("predict")
+    loader = data.predict_dataloader()
+    interrupt(rows, tmp_path)
+    for name in ("predictions", "again"):
+        run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / f"{name}.parquet"))])
+        run.predict(SequenceClassifier(str(demo.model_dir())), loader)
+        assert pd.read_parquet(tmp_path / f"{name}.parquet")["index"].tolist() == list(range(ROWS))
+        assert run.num_predict_batches == [40 if name == "again" else 24]
+
+
+def test_several_loaders_or_batches_without_an_index_are_refused(rows, tmp_path: Path) -> None:
+    data = module(rows)
+    data.setup("predict")
+
+    class OfAnyLoader(SequenceClassifier):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return super().predict_step(batch, batch_idx)
+
+    model = OfAnyLoader(str(demo.model_dir()))
+    run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "out.csv"))])
+    with pytest.raises(ValueError, match="there are 2 loaders, but one table to write"):
+        run.predict(model, [data.predict_dataloader(), data.predict_dataloader()])
+    data = module(rows, loader_kwargs={"collate_fn": without_index})
+    with pytest.raises(ValueError, match="the batches have no 'index'"):
+        run.predict(model, data)
+
+
+def without_index(rows: list) -> dict:
+    batch = PadCollator()(rows)
+    del batch["index"]
+    return batch
 
 
 def test_limited_batches_are_predicted_alone(rows, small_windows, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from smartbatch_lightning.console import echo
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.data.resume import data_digest
+from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, join_quoted
@@ -71,6 +72,7 @@ class PredictionWriter(BasePredictionWriter):
         self._pending: list[dict[str, Tensor]] = []  # of the shard that is being predicted
         self._shard = 0
         self._steps: list[int] = []  # of this rank and run, after which each shard is done
+        self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
         """Refuses to overwrite a file.
@@ -99,7 +101,7 @@ class PredictionWriter(BasePredictionWriter):
                 )
             return
         self.check_path()
-        self._shard = 0
+        self._shard, self._resumed = 0, None
         if self.columns:
             _check_columns(self.columns, _input_of(trainer))
         if trainer.is_global_zero:
@@ -134,8 +136,7 @@ class PredictionWriter(BasePredictionWriter):
         self._pending = []
         self._steps = loader.plan_sampler.window_steps().tolist() if known else []
         if self._shard:
-            _skip(trainer, loader, self._steps[self._shard - 1])
-            self._steps = [step - self._steps[self._shard - 1] for step in self._steps]
+            self._leave_out(trainer, loader.plan_sampler, self._steps[self._shard - 1])
             rank_zero_info(f"Going on after {self._shard:,} of {len(self._steps):,} shards in {self._shards.folder}.")
 
     def write_on_batch_end(
@@ -161,6 +162,8 @@ class PredictionWriter(BasePredictionWriter):
         """Joins the shards to the file, on rank 0."""
         if not isinstance(pl_module, SequenceClassifier):
             return
+        if self._resumed is not None:  # its loader may be used again
+            self._resumed.load_state_dict({"epoch": self._resumed.epoch, "consumed": []})
         if self._pending:  # where batches are limited, or the loader is of another kind
             self._write_shard(trainer, pl_module)
         if trainer.is_global_zero:
@@ -174,6 +177,13 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.predicting and trainer.is_global_zero and self._shard:
             echo(f"{self._shard:,} shards are in {self._shards.folder}. The same command goes on from there.")
         self._shards.release()
+
+    def _leave_out(self, trainer: L.Trainer, sampler: SmartBatchSampler, steps: int) -> None:
+        """Leaves out the first batches of a loader, which Lightning has counted for its limits and progress bar."""
+        sampler.load_state_dict({"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, steps)]})
+        trainer.predict_loop.max_batches[0] -= steps
+        self._steps = [step - steps for step in self._steps]
+        self._resumed = sampler
 
     def _write_shard(self, trainer: L.Trainer, module: SequenceClassifier) -> None:
         predicted = {name: torch.cat([batch[name] for batch in self._pending]).numpy() for name in self._pending[0]}
@@ -219,13 +229,6 @@ def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
     for number, name in enumerate(columns.column_names, 1):
         table = table.add_column(number, columns.schema.field(name), columns[name])
     return table
-
-
-def _skip(trainer: L.Trainer, loader: SmartBatchLoader, steps: int) -> None:
-    """Leaves out batches of a loader that Lightning has counted already, for its limits and its progress bar."""
-    ranks = loader.plan_sampler.num_replicas
-    loader.plan_sampler.load_state_dict({"epoch": loader.plan_sampler.epoch, "consumed": [(ranks, steps)]})
-    trainer.predict_loop.max_batches[0] -= steps
 
 
 def _weights_digest(module: L.LightningModule) -> str:
