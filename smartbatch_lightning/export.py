@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smartbatch_lightning.console import echo, printable
@@ -14,9 +16,12 @@ from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
+from smartbatch_lightning.models.head import find_output_layer, rescale_logits
 from smartbatch_lightning.storage import check_writable, write_into
 from smartbatch_lightning.tasks import SingleLabelClassification
+from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization
 
+_SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
 
@@ -31,7 +36,8 @@ def export_model(
     """Writes weights as safetensors, the configuration with the names of the classes, the tokenizer and a model card.
 
     `transformers.pipeline("text-classification", folder, truncation=True)` gives what `predict` does: the tokenizer's
-    longest input is set to the data's `max_length`.
+    longest input is set to the data's `max_length`. Mean and deviation of standardised targets go into the weights of
+    the last layer, whose outputs are then in the data's unit.
 
     Args:
         model: Trained, and built.
@@ -41,7 +47,8 @@ def export_model(
         command: That trained it, for the card.
 
     Raises:
-        ValueError: As `check_export_folder`; or the model is wrapped, weights are not finite, or there is no room.
+        ValueError: As `check_export_folder`; or the model is wrapped, weights are not finite, there is no room, or the
+            last layer cannot take up the mean of standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"
     if not isinstance(model.model, PreTrainedModel):
@@ -60,9 +67,12 @@ def export_model(
     tokenizer.model_max_length = data.max_length
     card = _card(model, data, folder.resolve().name, metrics or {}, command)
     exported = model.model
+    standardization = Standardization.from_fields(exported.config.to_dict())
 
     def write(tmp_folder: Path) -> None:
         exported.save_pretrained(tmp_folder)
+        if standardization is not None:
+            _fold(tmp_folder, type(exported), standardization, _sample_inputs(data))
         tokenizer.save_pretrained(tmp_folder)
         card.save(tmp_folder / "README.md")
 
@@ -70,11 +80,45 @@ def export_model(
     echo(f"Wrote the model to {folder}")
 
 
+def _fold(
+    folder: Path, kind: type[PreTrainedModel], standardization: Standardization, inputs: list[dict[str, Tensor]]
+) -> None:
+    """Lets a model that was written give targets in the data's unit, of itself.
+
+    Raises:
+        ValueError: Its last layer has no bias, or is not what gives the logits.
+    """
+    model = kind.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        expected = standardization.restore_tensor(torch.cat([model(**one).logits for one in inputs]))
+        rescale_logits(model, standardization.std, standardization.mean)
+        logits = torch.cat([model(**one).logits for one in inputs])
+    tolerance = _MOST_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
+    if not ((logits - expected).abs() <= tolerance).all():
+        raise UsageError(
+            f"the mean and the deviation of standardised targets cannot be put into the last layer of {kind.__name__}: "
+            f"its outputs would differ by {(logits - expected).abs().max():g}. Set --data.standardize_targets=false, "
+            "and train without."
+        )
+    for name in STANDARDIZATION_FIELDS:
+        delattr(model.config, name)
+    model.save_pretrained(folder)
+
+
+def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
+    """A few texts of the data as a model takes them, each a batch of its own."""
+    rows = data.splits[data.used_splits[0]].select_columns(data.text_columns)[:_SAMPLES]
+    texts = zip(*(rows[column] for column in data.text_columns), strict=True)
+    options: dict[str, Any] = {"truncation": True, "max_length": data.max_length, "return_tensors": "pt"}
+    return [data.tokenizer(*text, **options) for text in texts]
+
+
 def check_exportable(module: Any, datamodule: Any) -> None:
     """Refuses what `export_model` cannot write.
 
     Raises:
-        ValueError: It is no `SequenceClassifier` trained on a `SmartBatchDataModule`.
+        ValueError: It is no `SequenceClassifier` trained on a `SmartBatchDataModule`; or its last layer cannot take up
+            the mean of standardised targets.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
@@ -82,6 +126,8 @@ def check_exportable(module: Any, datamodule: Any) -> None:
             f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of the "
             "tokenizer instead."
         )
+    if module.model is not None and Standardization.from_fields(module.model.config.to_dict()) is not None:
+        find_output_layer(module.model)
 
 
 def check_export_folder(folder: str | Path) -> None:

@@ -32,6 +32,22 @@ def minilm() -> str:
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small pretrained BERT without a head, with the demo's vocabulary."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from smartbatch_lightning import demo
+
+    folder, tokenizer = tmp_path_factory.mktemp("base"), AutoTokenizer.from_pretrained(str(demo.model_dir()))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def imdb() -> Path:
     """Folder with the real IMDB as train.parquet and test.parquet."""
     if "SMARTBATCH_IMDB_DIR" not in os.environ:

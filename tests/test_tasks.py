@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from helpers import slow, trainer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, pipeline
+from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.data.splits import train_and_validation_rows
@@ -30,17 +30,6 @@ TEXTS = [" ".join(WORDS[NAMES[label]] for label in np.flatnonzero(row)) + " a fi
 LISTS = [[NAMES[label] for label in np.flatnonzero(row)] for row in HAS]
 SCORES = HAS.sum(axis=1) * 1.25 + 0.1
 SMALL = BertConfig(vocab_size=2000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A pretrained model without a head."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(str(demo.model_dir()))
-    torch.manual_seed(0)
-    BertModel(BertConfig(**{**SMALL.to_dict(), "vocab_size": len(tokenizer)})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def saved(folder: Path, labels: dict[str, Any], features: dict[str, Any] | None = None) -> str:

@@ -1,12 +1,12 @@
 """Which task a run has: the data's, or that of a trained model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.registry import look_up
-from smartbatch_lightning.tasks import TASKS, Task
+from smartbatch_lightning.tasks import TASKS, Regression, Task
 from smartbatch_lightning.tasks.config import problem_type_of
 from smartbatch_lightning.tasks.detection import detect_problem_type
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
@@ -36,6 +36,7 @@ class TaskOptions:
         problem_type: Name or import path of the task; by default what the labels of the training split look like.
         label_names: Names of the labels; by default those of the data.
         source: Where the labels stand.
+        standardize_targets: A regression learns its targets standardised.
 
     Raises:
         ValueError: There is no such task, or no names of labels.
@@ -44,6 +45,7 @@ class TaskOptions:
     problem_type: str | None
     label_names: tuple[str, ...] | None
     source: LabelSource
+    standardize_targets: bool = False
 
     def __post_init__(self) -> None:
         task_class = find_task_class(self.problem_type or _USUAL)
@@ -78,8 +80,18 @@ class TaskOptions:
         task = None if self.label_names is None else task_class.from_names(self.label_names, self.source)
         if task is None and train_labels is not None and (training or trained is None):
             task = task_class.from_columns(train_labels)
+        if self.standardize_targets and not isinstance(task or trained, Regression | None):
+            raise UsageError(
+                f"standardize_targets is true, but problem_type is {problem_type!r}, which has no targets. Set "
+                "--data.problem_type=regression where labels are numbers; else leave standardize_targets out."
+            )
         if task is None or trained is None:
             return task or trained
         if training and sorted(task.label_names) != sorted(trained.label_names):
             return task  # the model decides whether it can learn these
         return task.aligned_with(trained)
+
+
+def in_data_unit(task: Task) -> Task:
+    """The same task without standardised targets."""
+    return replace(task, standardization=None) if isinstance(task, Regression) else task

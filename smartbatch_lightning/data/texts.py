@@ -1,7 +1,7 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import text_model_of
-from smartbatch_lightning.data.labels import TaskOptions
+from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.sources import read_dataset
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.tokenizers import find_tokenizer
@@ -20,7 +21,7 @@ from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
-from smartbatch_lightning.tasks import Task
+from smartbatch_lightning.tasks import Regression, Task
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
 
 _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
@@ -34,6 +35,7 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     train_labels: LabelColumns | None
     task: Task | None
+    trains: bool  # or runs a model that is not trained yet
 
 
 class TextDataModule(L.LightningDataModule):
@@ -53,6 +55,8 @@ class TextDataModule(L.LightningDataModule):
         label_delimiter: What stands between the labels of a text that has several, such as `,` in `joy,anger`.
         label_names: Names of the classes in the order of their numbers; by default those of the `ClassLabel`, or what
             the training split holds, sorted. Where none of them is a number, whole numbers in the data count them.
+        standardize_targets: A regression learns `(target - mean) / deviation`, with the mean and the deviation of each
+            target in the samples that are trained on. Predictions and metrics are in the data's unit, but for the loss.
         train_split: Split to train on.
         validation_split: Split to validate on, or several; or the share of the training split to set aside for it,
             drawn from `seed` with the same share of every label; 0 or None for no validation. `auto` takes a split
@@ -85,6 +89,7 @@ class TextDataModule(L.LightningDataModule):
         label_column: str | list[str] = "label",
         label_delimiter: str | None = None,
         label_names: list[str] | None = None,
+        standardize_targets: bool = False,
         train_split: str = "train",
         validation_split: float | str | list[str] | None = "auto",
         test_split: str | list[str] = "test",
@@ -105,7 +110,8 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         source = LabelSource.of(label_column, label_delimiter)
-        self._task_options = TaskOptions(problem_type, None if label_names is None else tuple(label_names), source)
+        names = None if label_names is None else tuple(label_names)
+        self._task_options = TaskOptions(problem_type, names, source, standardize_targets)
         self.dataset: str | dict[str, str] = (
             {split: os.fspath(file) for split, file in dataset.items()}
             if isinstance(dataset, dict)
@@ -248,6 +254,7 @@ class TextDataModule(L.LightningDataModule):
             self._seed = run_seed(self.trainer)
             if not seed_is_given():
                 rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints keep it.")
+        self._standardize_targets()
         if stage == "fit":
             self.train_data, self.validation_data = self._train_and_validation()
             assert self.task is not None
@@ -279,12 +286,10 @@ class TextDataModule(L.LightningDataModule):
             train = splits.get(self.train_split)
             labelled = train is not None and self.label_source.is_in(train)
             train_labels = self.label_source.read(train, self.train_split) if labelled else None
-            task = self._task_options.find(
-                train_labels,
-                None if model is None else model.trained_config,
-                training=self.trainer is None or self.trainer.state.fn not in _EVALUATIONS,
-            )
-            self._loaded = _Loaded(splits, tokenizer, train_labels, task)
+            trained = None if model is None else model.trained_config
+            training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
+            task = self._task_options.find(train_labels, trained, training=training)
+            self._loaded = _Loaded(splits, tokenizer, train_labels, task, training or trained is None)
         return self._loaded
 
     @property
@@ -295,14 +300,31 @@ class TextDataModule(L.LightningDataModule):
     def _names(self) -> SplitNames:
         return SplitNames(self.train_split, self.validation_split, self.test_split, self.predict_split)
 
-    def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
-        train = self._labelled(self.train_split)
+    def _standardize_targets(self) -> None:
+        """Lets the task know mean and deviation of the targets that are trained on, unless a trained model does."""
+        loaded = self._load()
+        task, labels = loaded.task, loaded.train_labels
+        if not (self._task_options.standardize_targets and loaded.trains and labels and isinstance(task, Regression)):
+            return
+        if task.standardization is None:
+            self._split(self.train_split)  # which refuses one without samples
+            parts = self._train_and_validation_rows()
+            standardized = task.standardized(labels, None if parts is None else parts[0])
+            self._loaded = replace(loaded, task=standardized)
+
+    def _train_and_validation_rows(self) -> tuple[Int64s, Int64s] | None:
+        """Rows of the training split to train and to validate on; None where none are set aside."""
         share = self._names.validation_share(self.splits)
-        if not share:
+        labels = self._load().train_labels
+        if not share or labels is None or self.task is None:
+            return None
+        task = in_data_unit(self.task)  # whether targets are standardised makes no difference
+        return train_and_validation_rows(task, task.encode(labels), share, self.seed)
+
+    def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
+        train, parts = self._labelled(self.train_split), self._train_and_validation_rows()
+        if parts is None:
             return train, [self._labelled(split) for split in self._names.validated(self.splits)]
-        assert self.task is not None
-        assert train.labels is not None
-        parts = train_and_validation_rows(self.task, train.labels, share, self.seed)
         train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
         return train, [validation]
 

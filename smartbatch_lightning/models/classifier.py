@@ -273,8 +273,7 @@ class SequenceClassifier(L.LightningModule):
             return
         assert self.model is not None
         if data.task is not None:
-            problem_type = data.task.config_fields().get("problem_type")
-            check_labels("the model", self.model.config, data.task.label_names, problem_type)
+            check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
         check_inputs(self.model, data)
         if data.packed:
             self._enable_packing()
@@ -474,8 +473,8 @@ class SequenceClassifier(L.LightningModule):
                 self.hparams[name] = checkpoint["hyper_parameters"][name]
         saved = checkpoint.get("hyper_parameters", {}).get("architecture")
         if saved is not None and self.model is not None:
-            problem_type = problem_type_of(self.model.config)
-            check_labels("the checkpoint", AutoConfig.for_model(**saved), self.label_names, problem_type)
+            config = AutoConfig.for_model(**saved)
+            check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
         elif saved is not None:  # a subclass may not take it as an argument
             self.architecture = saved
 

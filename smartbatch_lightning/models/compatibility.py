@@ -1,5 +1,8 @@
 """Whether a model fits the data: its labels, its longest input, its vocabulary and how its batches are made."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -7,6 +10,7 @@ from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.packing import check_packing
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
+from smartbatch_lightning.tasks.standardization import Standardization
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -14,12 +18,20 @@ def is_fine_tuned(config: PretrainedConfig) -> bool:
     return any("SequenceClassification" in kind for kind in config.architectures or [])
 
 
-def check_labels(
-    source: str, config: PretrainedConfig, label_names: list[str], problem_type: str | None = None
-) -> None:
-    """Refuses a model whose labels are not the data's, by name and order, or that was trained for another task."""
-    if problem_type is not None:
-        check_problem_type(config, problem_type)
+def check_labels(source: str, config: PretrainedConfig, label_names: list[str], task_fields: Mapping[str, Any]) -> None:
+    """Refuses a model whose labels are not the data's, by name and order, or that was trained for another task.
+
+    Args:
+        source: The model, for messages.
+        config: Its configuration.
+        label_names: Of the data.
+        task_fields: What a configuration holds of the data's task.
+
+    Raises:
+        ValueError: It is such a model.
+    """
+    if task_fields.get("problem_type") is not None:
+        check_problem_type(config, task_fields["problem_type"])
     trained = label_names_from_config(config)
     if trained != label_names:
         raise UsageError(
@@ -28,6 +40,19 @@ def check_labels(
             "SequenceClassifier.load_from_checkpoint; where only the names differ, set --data.label_names to "
             "the model's."
         )
+    own, others = (Standardization.from_fields(fields) for fields in (config.to_dict(), task_fields))
+    if own != others:
+        raise UsageError(
+            f"{source} has learnt {_described(own)}, but the data has {_described(others)}. Set "
+            "--data.standardize_targets, the training data and the seed as they were; or load a checkpoint with "
+            "SequenceClassifier.load_from_checkpoint, which knows them."
+        )
+
+
+def _described(standardization: Standardization | None) -> str:
+    if standardization is None:
+        return "targets that are not standardised"
+    return f"targets standardised by the mean {standardization.mean} and the deviation {standardization.std}"
 
 
 def check_head(source: str, config: PretrainedConfig, label_names: list[str]) -> None:

@@ -11,7 +11,10 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.compatibility import check_head, is_fine_tuned
+from smartbatch_lightning.models.head import rescale_logits
 from smartbatch_lightning.tasks import Task
+from smartbatch_lightning.tasks.config import label_names_from_config
+from smartbatch_lightning.tasks.standardization import Standardization
 
 # What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
@@ -58,7 +61,12 @@ class ModelSource:
                     f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
                 )
             check_head(self._path, config, task.label_names)
+            knows_targets = is_fine_tuned(config) and label_names_from_config(config) == task.label_names
+            before = Standardization.from_fields(config.to_dict())
             config.update(task.config_fields())
+            after = Standardization.from_fields(config.to_dict())
+            if knows_targets and before is None and after is not None:
+                return _standardized(self._pretrained_model(config), after)
         elif num_labels is not None:
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
@@ -129,6 +137,13 @@ class ModelSource:
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
         return model
+
+
+def _standardized(model: PreTrainedModel, by: Standardization) -> PreTrainedModel:
+    """A model that was trained on targets as they are, to go on with standardised ones."""
+    pairs = list(zip(by.mean, by.std, strict=True))
+    rescale_logits(model, [1 / std for _, std in pairs], [-mean / std for mean, std in pairs])
+    return model
 
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:

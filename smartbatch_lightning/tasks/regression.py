@@ -34,6 +34,7 @@ from smartbatch_lightning.tasks.source import (
     is_text,
     order_of,
 )
+from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization, widest_float
 from smartbatch_lightning.tasks.task import Task
 
 _PROBLEM_TYPE = "regression"
@@ -44,11 +45,16 @@ _STRATA = 10
 class Regression:
     """One target a sample, or several, which stand in a column each or in a column of lists.
 
+    Where targets are standardised, labels as they are encoded, logits and the loss are so; scores, metrics and
+    predictions are in the data's unit.
+
     Attributes:
         names: Names of the targets, in the order of the logits.
+        standardization: By what targets are standardised; None where they are learnt as they are.
     """
 
     names: tuple[str, ...]
+    standardization: Standardization | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -58,7 +64,8 @@ class Regression:
     @property
     def description(self) -> str:
         """Names of the targets, in words."""
-        return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}"
+        how = "" if self.standardization is None else ", learnt standardised and predicted in the data's unit"
+        return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}{how}"
 
     @classmethod
     def from_columns(cls, columns: LabelColumns) -> "Regression":
@@ -90,10 +97,24 @@ class Regression:
             ValueError: It was trained for another task.
         """
         check_problem_type(config, _PROBLEM_TYPE)
-        return cls(tuple(label_names_from_config(config)))
+        return cls(tuple(label_names_from_config(config)), Standardization.from_fields(config.to_dict()))
+
+    def standardized(self, columns: LabelColumns, rows: NDArray[np.int64] | None = None) -> "Regression":
+        """The same, standardised by the mean and the deviation of a split.
+
+        Args:
+            columns: Of the split.
+            rows: Its rows that are trained on; by default all.
+
+        Raises:
+            ValueError: All values of a target are alike.
+        """
+        targets = self._ordered_targets(columns)
+        trained = targets if rows is None else targets[rows]
+        return replace(self, standardization=Standardization.from_targets(trained, self.names))
 
     def aligned_with(self, trained: Task) -> "Regression":
-        """The targets by the names that a model has for as many."""
+        """The targets by the names that a model has for as many, standardised as they were for it."""
         names = trained.label_names
         if len(names) != len(self.names):
             raise UsageError(
@@ -105,14 +126,27 @@ class Regression:
                 f"the model's targets are {join_quoted(names)}, in this order; name the columns so by "
                 "--data.label_column, and leave out --data.label_names."
             )
-        return replace(self, names=tuple(names))
+        assert isinstance(trained, Regression)
+        return replace(self, names=tuple(names), standardization=trained.standardization)
 
     def config_fields(self) -> dict[str, Any]:
-        """Names both ways and `problem_type`."""
-        return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE}
+        """Names both ways, `problem_type`, and by what targets are standardised."""
+        fields = dict.fromkeys(STANDARDIZATION_FIELDS) if self.standardization is None else self.standardization.fields
+        return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE, **fields}
 
     def encode(self, columns: LabelColumns) -> NDArray[np.float32]:
-        """Targets of each sample. Shape (num_samples,), or (num_samples, num_targets) for several."""
+        """Targets of each sample, standardised or as they are.
+
+        Shape (num_samples,), or (num_samples, num_targets) for several.
+        """
+        targets = self._ordered_targets(columns)
+        if self.standardization is not None:
+            targets = self.standardization.standardize(targets)
+        encoded = targets.astype(np.float32)
+        return encoded[:, 0] if len(self.names) == 1 else encoded
+
+    def _ordered_targets(self, columns: LabelColumns) -> NDArray[np.float64]:
+        """Targets in the data's unit and the order of the logits. Shape (num_samples, num_targets)."""
         targets = _read_targets(columns)
         if targets.shape[1] != len(self.names):
             raise UsageError(
@@ -124,14 +158,11 @@ class Regression:
                 f"all targets of the split {columns.split!r} are -1, as in test sets whose targets are kept secret. "
                 "Name another split, or use predict, which needs no labels."
             )
-        encoded = targets.astype(np.float32)
-        if len(columns.names) > 1:
-            encoded = encoded[:, order_of(self.names, columns.names)]
-        return encoded[:, 0] if len(self.names) == 1 else encoded
+        return targets[:, order_of(self.names, columns.names)] if len(columns.names) > 1 else targets
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
         """The numbers, or lists of them."""
-        values = np.asarray(labels)
+        values = self._in_unit(labels)
         return pa.array(values if values.ndim == 1 else values.tolist())
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
@@ -145,7 +176,7 @@ class Regression:
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
         """Samples in each fifth of the range of the target; of several none."""
-        values = np.asarray(labels, np.float64)
+        values = self._in_unit(labels).astype(np.float64)
         if values.ndim == 2 or not len(values):
             return {}
         counts, edges = np.histogram(values, bins=5)
@@ -161,25 +192,27 @@ class Regression:
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error, over samples and targets."""
-        return F.mse_loss(self.scores(logits), labels.to(logits.dtype))
+        """Mean squared error, over samples and targets; of standardised targets in squared standard deviations."""
+        return F.mse_loss(self._outputs(logits), labels.to(logits.dtype))
 
     def sample_weights(self, labels: Tensor) -> None:
         """All samples count alike."""
         return
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Predicted targets, (batch,), or (batch, num_targets) for several."""
-        return logits[:, 0] if len(self.names) == 1 else logits
+        """Predicted targets in the data's unit, (batch,), or (batch, num_targets) for several; at least float32."""
+        outputs = self._outputs(logits)
+        return outputs if self.standardization is None else self.standardization.restore_tensor(outputs)
 
     def configure_metrics(self) -> MetricCollection:
         """Mean squared and mean absolute error; of a single target also the correlations of Pearson and Spearman."""
         metrics: dict[str, Metric | MetricCollection] = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
-        if len(self.names) > 1:
-            return MetricCollection(metrics)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
-            return MetricCollection({**metrics, "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+        if len(self.names) == 1:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
+                metrics |= {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+        collection = MetricCollection(metrics)
+        return collection if self.standardization is None else collection.set_dtype(widest_float())
 
     @property
     def monitored(self) -> str:
@@ -187,16 +220,23 @@ class Regression:
         return "spearman" if len(self.names) == 1 else "mse"
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """As torchmetrics takes them: floats."""
-        return labels.float()
+        """In the data's unit, as torchmetrics takes them: floats."""
+        return labels.float() if self.standardization is None else self.standardization.restore_tensor(labels)
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
         """Predicted targets, as `predictions`."""
-        return {"predictions": self.scores(logits).float()}
+        return {"predictions": self.scores(logits)}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
         """Predicted targets, of several a list in their order."""
         return {"prediction": self.decode(predicted["predictions"])}
+
+    def _outputs(self, logits: Tensor) -> Tensor:
+        return logits[:, 0] if len(self.names) == 1 else logits
+
+    def _in_unit(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Encoded labels in the data's unit."""
+        return np.asarray(labels) if self.standardization is None else self.standardization.restore(labels)
 
 
 def _read_targets(columns: LabelColumns) -> NDArray[np.float64]:

@@ -1,0 +1,44 @@
+"""The layer that gives a model's logits, and a change of the unit that they are in."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from smartbatch_lightning.errors import UsageError
+
+
+def find_output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that gives the logits: the last one with as many outputs.
+
+    Raises:
+        ValueError: There is none, or it has no bias.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in layers if layer.out_features == model.config.num_labels]
+    if not layers or layers[-1].bias is None:
+        raise UsageError(
+            f"{type(model).__name__} has no last layer with a bias, into which the mean of standardised targets could "
+            "go. Set --data.standardize_targets=false, and train without."
+        )
+    return layers[-1]
+
+
+@torch.no_grad()
+def rescale_logits(model: PreTrainedModel, scale: Sequence[float], shift: Sequence[float]) -> None:
+    """Changes the weights of the last layer so that the logits are `logits * scale + shift`.
+
+    Args:
+        model: Changed in place.
+        scale: For each logit.
+        shift: For each logit.
+
+    Raises:
+        ValueError: As `find_output_layer`.
+    """
+    layer = find_output_layer(model)
+    by, to = (torch.tensor(values, dtype=torch.float64) for values in (scale, shift))
+    weight, bias = layer.weight.cpu().double() * by[:, None], layer.bias.cpu().double() * by + to
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)

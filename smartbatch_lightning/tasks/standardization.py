@@ -1,0 +1,79 @@
+"""Targets of a regression, standardised by their mean and standard deviation, and back."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smartbatch_lightning.errors import UsageError
+
+# Of a model's configuration, beside `id2label`.
+STANDARDIZATION_FIELDS = ("target_mean", "target_std")
+
+
+@dataclass(frozen=True)
+class Standardization:
+    """By what targets are standardised: `(target - mean) / std`.
+
+    Attributes:
+        mean: Of each target, in the data's unit.
+        std: Standard deviation of each target, over the number of samples.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_targets(cls, targets: NDArray[np.float64], names: Sequence[str]) -> "Standardization":
+        """The mean and the standard deviation of targets, (num_samples, num_targets), of these names.
+
+        Raises:
+            ValueError: All values of a target are alike.
+        """
+        means, deviations = [], []
+        for name, values in zip(names, targets.T, strict=True):
+            # summed exactly: labels are part of what a checkpoint knows its data by, on every machine
+            mean = math.fsum(values) / len(values)
+            std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
+            if std == 0 or values.min() == values.max():
+                raise UsageError(
+                    f"the target {name!r} is {values[0]} in every sample that is trained on, and cannot be "
+                    "standardised. Leave it out of --data.label_column, or set --data.standardize_targets=false."
+                )
+            means.append(mean)
+            deviations.append(std)
+        return cls(tuple(means), tuple(deviations))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Standardization | None":
+        """What a model's configuration says; None where its outputs are in the data's unit."""
+        mean, std = (fields.get(name) for name in STANDARDIZATION_FIELDS)
+        return None if mean is None or std is None else cls(tuple(mean), tuple(std))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What `from_fields` reads."""
+        return dict(zip(STANDARDIZATION_FIELDS, (list(self.mean), list(self.std)), strict=True))
+
+    def standardize(self, targets: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Targets, (..., num_targets), in standard deviations from the mean."""
+        return (targets - np.array(self.mean)) / np.array(self.std)
+
+    def restore(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Standardised values, (num_samples,) or (num_samples, num_targets), in the data's unit."""
+        return np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean)
+
+    def restore_tensor(self, values: Tensor) -> Tensor:
+        """As `restore`; float32 would hold 1,000,000.3 as 1,000,000.3125."""
+        mean, std = (torch.tensor(each, dtype=widest_float(), device=values.device) for each in (self.mean, self.std))
+        return values.to(mean.dtype) * std + mean
+
+
+def widest_float() -> torch.dtype:
+    """Floats of most digits that all devices of this machine have."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
