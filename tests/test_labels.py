@@ -136,7 +136,7 @@ def test_a_class_of_one_sample_is_trained_and_said_to_be_so(rare: str, seed: int
         data = module(write(tmp_path / "t.csv", rows), seed=seed, validation_split=0.2)
         data.setup("fit")
     assert 40 in data.train_data.rows
-    assert sum("single sample" in record.message and repr(rare) in record.message for record in caplog.records) == 1
+    assert sum("Too few samples" in record.message and repr(rare) in record.message for record in caplog.records) == 1
 
 
 def test_fifty_classes_of_two_samples_take_turns_in_validation() -> None:
@@ -198,7 +198,7 @@ def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> 
 
 
 def test_an_unknown_label_among_a_thousand_classes_is_a_short_message(tmp_path: Path) -> None:
-    train = write(tmp_path / "train.csv", [("a film", f"class number {number}") for number in range(1000)])
+    train = write(tmp_path / "train.csv", [("a film", f"class number {number}") for number in range(1000)] * 2)
     test = write(tmp_path / "test.csv", [("a film", "nobody")])
     with pytest.raises(ValueError, match="none of the 1,000 classes: .* and 990 more") as caught:
         module({"train": train, "test": test}).setup("test")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from helpers import slow, trainer
-from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
-from smartbatch_lightning.data.splits import train_and_validation_rows
+from smartbatch_lightning.data.splits import stratified_split, train_and_validation_rows
 from smartbatch_lightning.export import export_model
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
 from smartbatch_lightning.tasks.source import LabelSource
@@ -112,6 +114,99 @@ def test_a_trained_model_is_tested_on_labels_of_its_names_in_whatever_form_and_o
     np.testing.assert_array_equal(aligned.encode(own.label_source.read(own.splits["train"], "train")), HAS[:, ::-1])
 
 
+@pytest.mark.parametrize("kind", ["TRUE and FALSE", "numbers with spaces", "mixed", "of another format"])
+def test_columns_of_truth_values_are_several_labels_however_they_are_written(kind, base: str, tmp_path: Path) -> None:
+    words = {"TRUE and FALSE": [("FALSE", "TRUE")] * 3, "numbers with spaces": [(" 0", " 1 ")] * 3}
+    spelled = words.get(kind, [("false", "true"), ("0", "1"), ("0.0", "1.0")])
+    columns = {
+        name: [no_yes[int(has)] for has in HAS[:, n]]
+        for n, (name, no_yes) in enumerate(zip(NAMES, spelled, strict=True))
+    }
+    dataset = saved(tmp_path, columns) if kind == "of another format" else csv(tmp_path, columns)
+    data, labels = encoded(base, dataset, label_column=NAMES)
+    assert isinstance(data.task, MultiLabelClassification)
+    np.testing.assert_array_equal(labels, HAS)
+
+
+def test_texts_of_numbers_in_several_columns_are_a_regression(base: str, tmp_path: Path) -> None:
+    texts = {"a": [f" {score}" for score in SCORES], "b": [str(score) for score in -SCORES]}
+    data, labels = encoded(base, saved(tmp_path, texts), label_column=["a", "b"])
+    assert isinstance(data.task, Regression)
+    np.testing.assert_array_equal(labels, np.stack([SCORES, -SCORES], axis=1).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["decimal128(10, 2)", "decimal128(38, 2)", "decimal256(40, 2)"])
+def test_decimals_are_classes_where_they_are_whole_and_targets_elsewhere(kind: str, base: str, tmp_path: Path) -> None:
+    for number, (values, expected) in enumerate([(["1.00", "-7.00"], [1, -7]), (["1.50", "2.00"], [1.5, 2])]):
+        labels = [Decimal(value) for value in values * 30]
+        (tmp_path / str(number)).mkdir()
+        dataset = saved(tmp_path / str(number), {"label": labels}, {"label": Value(kind)})
+        data, encoded_labels = encoded(base, dataset)
+        assert data.task.decode(encoded_labels).to_pylist() == expected * 30
+        lists = saved(
+            tmp_path / str(number), {"label": [[one, one] for one in labels]}, {"label": Sequence(Value(kind))}
+        )
+        data, encoded_labels = encoded(base, lists)
+        assert data.task.decode(encoded_labels).to_pylist()[1] == ([-7] if number == 0 else [2, 2])
+
+
+def test_targets_beyond_the_whole_numbers_of_floats_are_the_nearest_floats(base: str, tmp_path: Path) -> None:
+    targets = [2**53 + 1, 2**62 + 1, -(2**63)]
+    _, labels = encoded(base, saved(tmp_path, {"label": targets * 20}), **REGRESSION)
+    assert labels[:3].tolist() == [2.0**53, 2.0**62, -(2.0**63)]
+
+
+@pytest.mark.parametrize("names", [None, NAMES])
+def test_a_test_split_whose_samples_have_no_label_needs_no_type(names, base: str, tmp_path: Path) -> None:
+    for split, labels in (("train", LISTS), ("test", [[]] * 3)):
+        lines = [json.dumps({"text": "a film", "label": one}) for one in labels]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    data = module({s: str(tmp_path / f"{s}.jsonl") for s in ("train", "test")}, base, label_names=names)
+    data.setup("test")
+    assert data.test_data[0].labels.tolist() == [[False] * 3] * 3
+
+
+def test_one_name_is_that_of_a_target(base: str, tmp_path: Path) -> None:
+    data, _ = encoded(base, csv(tmp_path, {"label": SCORES}), label_names=["score"])
+    assert isinstance(data.task, Regression)
+    assert data.label_names == ["score"]
+
+
+def test_labels_that_are_named_as_transformers_names_unnamed_ones_are_names(base: str, tmp_path: Path) -> None:
+    texts = ["LABEL_0;LABEL_1", "LABEL_1", ""] * 20
+    data, labels = encoded(base, csv(tmp_path, {"label": texts}), label_delimiter=";")
+    task = MultiLabelClassification.from_config(BertConfig(**data.task.config_fields()))
+    assert task == data.task
+    assert task.decode(labels).to_pylist() == texts
+    assert (
+        MultiLabelClassification.from_config(BertConfig(num_labels=2, problem_type="multi_label_classification"))
+        is None
+    )
+
+
+def test_a_model_that_does_not_say_its_task_is_tested_with_an_option_that_the_message_names(tmp_path, base) -> None:
+    names = dict(enumerate(NAMES))
+    config = BertConfig(**{**SMALL.to_dict(), "id2label": names, "label2id": {name: n for n, name in names.items()}})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "hub")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "hub")
+    hub, dataset = str(tmp_path / "hub"), saved(tmp_path, {"label": LISTS})
+    option = {"problem_type": "multi_label_classification"}
+    for fit, run in ((True, trainer(tmp_path, max_steps=1)), (False, trainer(tmp_path))):
+        with pytest.raises(ValueError, match=re.escape(f"--model.model_kwargs='{json.dumps(option)}'")):
+            (run.fit if fit else run.test)(SequenceClassifier(hub), module(dataset))
+    [tested] = trainer(tmp_path).test(SequenceClassifier(hub, model_kwargs=option), module(dataset))
+    assert "test_exact_match" in tested
+
+
+def test_classes_that_hardly_ever_recur_are_warned_of(base: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="60 classes in 60 samples, such as '0 €'.*problem_type=regression.*label_col"):
+        encoded(base, csv(tmp_path, {"label": [f"{number} €" for number in range(60)]}))
+    with pytest.warns(
+        UserWarning, match="60 classes, such as '0,5'.*label_delimiter.*1234.5 .*problem_type=regression"
+    ):
+        encoded(base, csv(tmp_path, {"label": [f"{number},5" for number in range(60)]}))
+
+
 def test_lists_of_the_classes_0_and_1_are_no_indicators(base: str, tmp_path: Path) -> None:
     lists = [[], [0], [1], [0, 1]] * 15
     data, labels = encoded(base, saved(tmp_path, {"label": lists}))
@@ -176,12 +271,12 @@ BAD = {
     "a column of 0 and 1 with 2": (
         lambda f: csv(f, {"a": [0, 1, 2] * 20, "b": [0, 1, 1] * 20}),
         {"label_column": ["a", "b"], "problem_type": "multi_label_classification"},
-        "has the value 2; give 0 and 1",
+        "row 2 .* has the value 2 in 'a'; give 0 and 1",
     ),
     "no value": (
         lambda f: csv(f, {"a": [0, 1, None] * 20, "b": [0, 1, 1] * 20}),
         {"label_column": ["a", "b"]},
-        "row 2 .* has no value in one of the columns",
+        "row 2 .* has no value in 'a'",
     ),
     "no delimiter": (
         lambda f: csv(f, {"label": ["joy", "joy,fear"] * 30}),
@@ -201,7 +296,62 @@ BAD = {
     "texts for a regression": (
         lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
         {"problem_type": "regression"},
-        "holds text, but regression has numbers",
+        "row 0 .* has 'joy' in 'label', which is no number",
+    ),
+    "numbers with a decimal comma": (
+        lambda f: csv(f, {"label": ["3.5", " 4", "3,5"] * 20}),
+        REGRESSION,
+        "row 2 .* has '3,5' in 'label'.*as in 1234.5",
+    ),
+    "numbers with a percent sign": (
+        lambda f: csv(f, {"a": ["3.5", "12 %"] * 30, "b": [0.5, 2] * 30}),
+        {**REGRESSION, "label_column": ["b", "a"]},
+        "row 1 .* has '12 %' in 'a'",
+    ),
+    "numbers with separators of thousands": (
+        lambda f: saved(f, {"label": [["1.5", "2"], ["1.5", "1,200"]] * 30}),
+        REGRESSION,
+        "row 1 .* has '1,200' in 'label'",
+    ),
+    "a NaN among columns of 0 and 1": (
+        lambda f: saved(f, {"a": [0.0, 1, math.nan] * 20, "b": [0, 1, 1] * 20}),
+        {"label_column": ["b", "a"]},
+        "row 2 .* has the value nan in 'a'; give 0 and 1",
+    ),
+    "a word among columns of 0 and 1": (
+        lambda f: csv(f, {"a": [0, 1, "yes"] * 20, "b": [0, 1, 1] * 20}),
+        {"label_column": ["a", "b"]},
+        "row 2 .* has the value 'yes' in 'a'; give 0 and 1, or true and false",
+    ),
+    "a list of 0 and 1 that is too short": (
+        lambda f: saved(f, {"label": [*HAS[:7].astype(int).tolist(), [0, 1], *HAS[8:].astype(int).tolist()]}),
+        {},
+        "row 7 .* has not a 0 or 1 for each of the 3 labels in 'label', as most rows have",
+    ),
+    "a list of 0 and 1 that is too long": (
+        lambda f: saved(f, {"label": [[0, 0], [1, 1], [1, 0, 0]] * 20}),
+        {"label_names": ["a", "b"]},
+        "row 2 .* has not a 0 or 1 for each of the 2 labels",
+    ),
+    "a list of 0 and 1 with a 2": (
+        lambda f: saved(f, {"label": [*HAS[:7].astype(int).tolist(), [0, 1, 2], *HAS[8:].astype(int).tolist()]}),
+        {"label_names": NAMES},
+        "row 7 .* has not a 0 or 1 for each of the 3 labels",
+    ),
+    "lists of a 0 and a 1 but for one": (
+        lambda f: saved(f, {"label": [[1, 0], [0, 1]] * 29 + [[0, 1], [1]]}),
+        {},
+        "row 59 .* has not a 0 or 1 for each of the 2 labels",
+    ),
+    "lists for single labels": (
+        lambda f: saved(f, {"label": LISTS}),
+        {"problem_type": "single_label_classification"},
+        """'label' of the split 'train' holds lists.*--model.model_kwargs='{"problem_type": "multi_label_class""",
+    ),
+    "one name of several classes": (
+        lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
+        {"label_names": ["score"]},
+        "label_names is 'score'.*If the label is a number to predict, set --data.problem_type=regression",
     ),
     "a target that is nan": (
         lambda f: csv(f, {"label": ["0.5", "nan", "1.5"] * 20}),
@@ -504,6 +654,20 @@ def test_a_validation_split_keeps_the_shares_of_label_sets_and_of_the_range() ->
     quantiles = np.quantile(targets, np.linspace(0, 1, 11))
     counts, _ = np.histogram(targets[validation], quantiles)
     assert counts.tolist() == pytest.approx([20] * 10, abs=2)
+
+
+def test_no_label_is_left_untrained_however_its_samples_share_it_with_other_labels() -> None:
+    """Each of 60 labels has two or three samples, and no two samples have the same labels."""
+    labels, rng = np.zeros((60, 60), bool), np.random.default_rng(0)
+    for _ in range(3):
+        labels[np.arange(60), rng.permutation(60)] = True
+    strata = MultiLabelClassification.from_names([f"label {number}" for number in range(60)]).strata(labels)
+    validated = set()
+    for seed in range(50):
+        train, validation = stratified_split(strata, 0.5, seed)
+        assert labels[train].any(axis=0).all()
+        validated |= set(validation.tolist())
+    assert len(validated) >= 20
 
 
 def test_the_source_of_labels_is_one_column_or_several() -> None:

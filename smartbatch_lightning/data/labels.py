@@ -49,7 +49,8 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         task_class = find_task_class(self.problem_type or _USUAL)
-        if self.label_names is not None:
+        # one name alone may be that of a regression's target
+        if self.label_names is not None and (self.problem_type is not None or len(self.label_names) != 1):
             task_class.from_names(self.label_names, self.source)
 
     def find(

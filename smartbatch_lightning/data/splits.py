@@ -123,7 +123,7 @@ def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, se
     rare = first[counts == 1]
     if len(rare):
         names = join_quoted(task.decode(labels[rare]).to_pylist())
-        rank_zero_info(f"Labels of a single sample, which is trained on and not validated: {names}.")
+        rank_zero_info(f"Too few samples for a part to validate, so that all are trained on: those of {names}.")
     return train, validation
 
 

@@ -30,23 +30,32 @@ def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
         ValueError: It was.
     """
     if (trained := problem_type_of(config)) != problem_type:
+        hint = "" if config.problem_type else f" {if_config_does_not_say(problem_type)}"
         raise UsageError(
             f"the model was trained for {trained}, not for {problem_type}. Give a model that was, or one that is not "
-            "fine-tuned; or set --data.problem_type."
+            f"fine-tuned; or set --data.problem_type.{hint}"
         )
 
 
+def if_config_does_not_say(problem_type: str) -> str:
+    """What to do about a model that was trained for a task, but whose configuration lacks it, as many on the Hub."""
+    return (
+        f"If the model was trained for {problem_type} and its configuration does not say so, set "
+        f'--model.model_kwargs=\'{{"problem_type": "{problem_type}"}}\'.'
+    )
+
+
 def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEncoder | None:
-    """The labels that a model was trained for; None where their names are `LABEL_0`, `LABEL_1` and so on.
+    """The labels that a model was trained for; None where it is not this package's and names them `LABEL_0` and so on.
 
     Raises:
         ValueError: It was trained for another task.
     """
     check_problem_type(config, problem_type)
-    names = label_names_from_config(config)
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+    names, label_type = label_names_from_config(config), config.to_dict().get(_LABEL_TYPE)
+    if label_type is None and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return None
-    return LabelEncoder(tuple(names), config.to_dict().get(_LABEL_TYPE, "text"))
+    return LabelEncoder(tuple(names), label_type or "text")
 
 
 def labels_in_config(labels: LabelEncoder, problem_type: str) -> dict[str, Any]:

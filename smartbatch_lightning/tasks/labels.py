@@ -83,7 +83,8 @@ class LabelEncoder:
         texts = [str(name) for name in names]
         if len(texts) < 2 or len(set(texts)) < len(texts):
             raise UsageError(
-                f"label_names is {join_quoted(texts) or 'empty'}; give the names of two classes or more, each once."
+                f"label_names is {join_quoted(texts) or 'empty'}; give the names of two classes or more, each once. If "
+                "the label is a number to predict, set --data.problem_type=regression."
             )
         counted = None if any(map(_is_whole_number, texts)) else tuple(texts)
         return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", counted)
@@ -172,8 +173,6 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
         )
     if class_names is not None:
         return labels(values, _type_of_names(class_names))
-    if pa.types.is_float16(kind):  # with which pyarrow does not compute
-        values, kind = values.cast(pa.float32()), pa.float32()
     if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
         values, kind = values.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):

@@ -21,8 +21,11 @@ from smartbatch_lightning.tasks.source import (
     ONE_COLUMN,
     LabelColumns,
     LabelSource,
+    as_numbers,
+    as_truth_values,
     first_true,
     flattened,
+    is_number,
     is_text,
     order_of,
 )
@@ -109,13 +112,12 @@ class MultiLabelClassification:
     def encode(self, columns: LabelColumns) -> NDArray[np.bool_]:
         """Which labels each sample has. Shape (num_samples, num_labels)."""
         if len(columns.names) > 1:
-            where = f"one of the columns {join_quoted(columns.names)}"
-            values = [_truth_values(values, columns.split, where) for values in columns.by_name.values()]
-            return np.stack(values, axis=1)[:, order_of(self.label_names, columns.names, self.positions)]
+            truths = [_truth_values(columns, name, values) for name, values in columns.by_name.items()]
+            return np.stack(truths, axis=1)[:, order_of(self.label_names, columns.names, self.positions)]
         if self._has_indicators(columns):
-            where = f"the lists in {columns.names[0]!r}"
-            truths = _truth_values(flattened(columns.values), columns.split, where)
-            return self._in_order(truths.reshape(len(columns.values), -1), columns.split)
+            width = len(flattened(columns.values)) // len(columns.values)
+            flat = _truth_values(columns, columns.names[0], flattened(columns.values), width)
+            return self._in_order(flat.reshape(-1, width), columns.split)
         labels, lengths = _read_lists(columns)
         encoded = np.zeros((len(lengths), len(self.label_names)), bool)
         encoded[np.repeat(np.arange(len(lengths)), lengths), self.labels.encode(labels)] = True
@@ -133,14 +135,26 @@ class MultiLabelClassification:
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Samples with the same labels; where a set of labels occurs once, those with the same rarest label.
 
-        A sample with a label that two samples have at most is of its own stratum, which is not split.
+        A sample with a label that two samples have at most is of its own stratum, which is not split, and so is one for
+        each label that might otherwise be left without any sample in the first part.
         """
-        sets, stratum, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
-        stratum = stratum.reshape(-1).astype(np.int64)
+        bits = np.packbits(labels, axis=1)  # as bytes of a row, which numpy compares fifty times as fast as columns
+        sets, stratum, counts = np.unique(
+            bits.view(np.dtype((np.void, bits.shape[1]))).reshape(-1), return_inverse=True, return_counts=True
+        )
         frequency = np.where(labels, labels.sum(axis=0), len(labels) + 1)
         rarest = np.where(labels.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
-        strata = np.where(counts[stratum] > 1, stratum, len(sets) + rarest)
+        by_set = counts[stratum] > 1
         alone = frequency.min(axis=1) <= 2
+        # of a stratum one sample at least is in the first part, and with it what all samples of the stratum have
+        kept = labels[by_set | alone].any(axis=0)
+        kept[rarest[~by_set & ~alone & labels.any(axis=1)]] = True
+        for label in np.flatnonzero(labels.any(axis=0) & ~kept):
+            if not kept[label]:
+                row = int(labels[:, label].argmax())
+                alone[row] = True
+                kept |= labels[row]
+        strata = np.where(by_set, stratum, len(sets) + rarest)
         return np.where(alone, len(sets) + labels.shape[1] + 1 + np.arange(len(labels)), strata)
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
@@ -197,12 +211,11 @@ class MultiLabelClassification:
         }
 
     def _has_indicators(self, columns: LabelColumns) -> bool:
+        if self.indicators and columns.are_lists and not columns.values.null_count:
+            whole = _are_truth_values(columns, len(self.label_names))
+            if not whole.all():
+                raise _odd_row(columns, int(np.argmin(whole)), len(self.label_names), "the training split has")
         indicators = are_indicators(columns)
-        if indicators is False and self.indicators and columns.are_lists and not columns.values.null_count:
-            raise UsageError(
-                f"{columns.row(self._odd_row(columns.values))} has not a 0 or 1 for each of the "
-                f"{len(self.label_names)} labels, as the training split has. Correct it, or drop such rows."
-            )
         if indicators is None:
             indicators = self.indicators
         if indicators is None:
@@ -211,11 +224,6 @@ class MultiLabelClassification:
                 "say whether the sample has each of two. Give names in place of numbers."
             )
         return indicators
-
-    def _odd_row(self, column: pa.ChunkedArray) -> int:
-        width = len(self.label_names)
-        rows = enumerate(column.to_pylist())
-        return next((row for row, has in rows if len(has) != width or not set(has) <= {0, 1}), 0)
 
     def _in_order(self, values: NDArray[np.bool_], split: str) -> NDArray[np.bool_]:
         """Truth values (num_samples, num_labels) of lists in the order of the logits."""
@@ -233,40 +241,57 @@ def are_indicators(columns: LabelColumns) -> bool | None:
 
     They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both. Lists of a
     `ClassLabel`'s numbers are never indicators.
+
+    Raises:
+        ValueError: Most lists are so, but not all.
     """
     if not columns.are_lists or not len(columns.values) or columns.values.null_count or columns.class_names:
         return False
-    lengths = pc.list_value_length(columns.values)
-    width = lengths[0].as_py()
-    flat = flattened(columns.values)
-    if width < 2 or not pc.all(pc.equal(lengths, width)).as_py() or flat.null_count:
+    flat, lengths = flattened(columns.values), np.asarray(pc.list_value_length(columns.values), np.int64)
+    width = int(np.bincount(lengths).argmax())
+    if not is_number(flat.type) or width < 2:
         return False
-    if pa.types.is_boolean(flat.type):
-        return True
-    if not (pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type)):
-        return False
-    values = np.asarray(flat)
-    if not np.isin(values, (0, 1)).all():
-        return False
-    twice = width > 2 or (values.reshape(-1, width).sum(axis=1) != 1).any()
-    return True if twice else None
+    whole = _are_truth_values(columns, width)
+    starts = (np.cumsum(lengths) - lengths)[whole]
+    first, second = (np.asarray(as_numbers(flat))[starts + place] for place in range(2))
+    twice = pa.types.is_boolean(flat.type) or bool(whole.any() and (width > 2 or (first == second).any()))
+    if whole.all():
+        return True if twice else None
+    if 2 * whole.sum() > len(whole) and (twice or (first > second).any()):  # numbers of labels ascend as a rule
+        raise _odd_row(columns, int(np.argmin(whole)), width, "most rows have")
+    return False
+
+
+def _are_truth_values(columns: LabelColumns, width: int) -> NDArray[np.bool_]:
+    """Whether each list holds so many zeros and ones, and nothing else. Shape (num_samples,)."""
+    lengths = np.asarray(pc.list_value_length(columns.values), np.int64)
+    other = np.asarray(as_truth_values(flattened(columns.values)).is_null())
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    odd = np.bincount(rows[other], minlength=len(lengths)) > 0
+    return np.asarray((lengths == width) & ~odd, bool)
+
+
+def _odd_row(columns: LabelColumns, row: int, width: int, as_elsewhere: str) -> UsageError:
+    return UsageError(
+        f"{columns.row(row)} has not a 0 or 1 for each of the {width} labels in {columns.names[0]!r}, as "
+        f"{as_elsewhere}. Correct it, or drop such rows; where the lists number labels, give names in place of numbers."
+    )
 
 
 def _named(names: Sequence[str]) -> LabelEncoder:
     return replace(LabelEncoder.from_names(names), counted=None)
 
 
-def _truth_values(column: pa.ChunkedArray, split: str, where: str) -> NDArray[np.bool_]:
-    if column.null_count:
-        row = first_true(column.is_null())
+def _truth_values(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row: int = 1) -> NDArray[np.bool_]:
+    truths = as_truth_values(values)
+    if truths.null_count:
+        odd = first_true(truths.is_null())
+        value = values[odd].as_py()
+        met = "no value" if value is None else f"the value {value!r}"
         raise UsageError(
-            f"row {row} (counted from 0) of the split {split!r} has no value in {where}. Give 0 or 1, or drop it."
+            f"{columns.row(odd // per_row)} has {met} in {name!r}; give 0 and 1, or true and false, or drop such rows."
         )
-    values = np.asarray(column)
-    if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
-        odd = next(value for value in values.tolist() if value not in (0, 1))
-        raise UsageError(f"{where} of the split {split!r} has the value {odd!r}; give 0 and 1, or true and false.")
-    return values.astype(bool)
+    return np.asarray(truths, bool)
 
 
 def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:

@@ -29,6 +29,7 @@ from smartbatch_lightning.tasks.source import (
     ONE_COLUMN,
     LabelColumns,
     LabelSource,
+    as_numbers,
     first_true,
     flattened,
     is_text,
@@ -265,21 +266,20 @@ def _read_lists(columns: LabelColumns) -> NDArray[np.float64]:
 
 
 def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row: int = 1) -> NDArray[np.float64]:
-    kind = values.type
-    if is_text(kind):
-        try:
-            values, kind = pc.utf8_trim_whitespace(values).cast(pa.float64()), pa.float64()
-        except pa.ArrowInvalid as error:
-            raise UsageError(
-                f"the label column {name!r} of the split {columns.split!r} holds text, but {_PROBLEM_TYPE} has "
-                f"numbers: {error}. Correct it, or set --data.label_column or --data.problem_type."
-            ) from error
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+    found = as_numbers(values)
+    if found is None and is_text(values.type):
+        first = next(row for row, text in enumerate(values.to_pylist()) if not _is_number(text))
         raise UsageError(
-            f"the label column {name!r} of the split {columns.split!r} holds {kind}, but {_PROBLEM_TYPE} has numbers. "
-            "Set --data.label_column or --data.problem_type."
+            f"{columns.row(first // per_row)} has {join_quoted([values[first].as_py()])} in {name!r}, which is no "
+            "number. Write numbers as in 1234.5, without a unit or separators of thousands, or drop such rows; or set "
+            "--data.label_column or --data.problem_type."
         )
-    numbers = np.asarray(values.cast(pa.float64()), np.float64)
+    if found is None:
+        raise UsageError(
+            f"the label column {name!r} of the split {columns.split!r} holds {values.type}, but {_PROBLEM_TYPE} has "
+            "numbers. Set --data.label_column or --data.problem_type."
+        )
+    numbers = np.asarray(found, np.float64)
     with np.errstate(over="ignore"):
         finite = np.isfinite(numbers.astype(np.float32))  # as which they are learnt
     if not finite.all():
@@ -289,3 +289,7 @@ def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row:
             f"{columns.row(first // per_row)} has {met} in {name!r}. Drop such rows, or give them a finite number."
         )
     return numbers
+
+
+def _is_number(text: str | None) -> bool:
+    return as_numbers(pa.chunked_array([pa.array([text], pa.string())])) is not None

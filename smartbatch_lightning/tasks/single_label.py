@@ -14,13 +14,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
+from smartbatch_lightning.tasks.config import if_config_does_not_say, labels_from_config, labels_in_config
 from smartbatch_lightning.tasks.labels import LabelEncoder, Labels, labels_in
 from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 from smartbatch_lightning.tasks.task import Task
 
 _PROBLEM_TYPE = "single_label_classification"
+_MANY_CLASSES = 50
 _DELIMITERS = (",", ";", "|")
 
 
@@ -50,7 +51,8 @@ class SingleLabelClassification:
     def from_columns(cls, columns: LabelColumns) -> "SingleLabelClassification":
         """The classes of a training split."""
         encoder = LabelEncoder.from_labels(_read_labels(columns))
-        _warn_of_delimiters(encoder.names)
+        if columns.class_names is None:
+            _warn_of_classes(encoder.names, len(columns.values))
         return cls(encoder)
 
     @classmethod
@@ -139,18 +141,22 @@ class SingleLabelClassification:
 
 
 def _read_labels(columns: LabelColumns) -> Labels:
-    if len(columns.names) > 1 or columns.delimiter is not None:
-        several = len(columns.names) > 1
-        what = f"label_column is {list(columns.names)}" if several else "label_delimiter is given"
+    if len(columns.names) > 1 or columns.delimiter is not None or columns.are_lists:
+        what = f"label_column is {list(columns.names)}" if len(columns.names) > 1 else "label_delimiter is given"
+        if columns.are_lists:
+            what = f"the label column {columns.names[0]!r} of the split {columns.split!r} holds lists"
+        several = "multi_label_classification"
         raise UsageError(
             f"{what}, but problem_type is {_PROBLEM_TYPE!r}, which has one label a sample. Give one column without a "
-            "delimiter, or set --data.problem_type=multi_label_classification."
+            f"delimiter, or set --data.problem_type={several}. {if_config_does_not_say(several)}"
         )
     return labels_in(columns, columns.values)
 
 
-def _warn_of_delimiters(names: Sequence[str]) -> None:
-    """Tells of classes that look like several labels in one text."""
+def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
+    """Tells of classes that look like several labels in one text, or that hardly ever recur."""
+    recur = len(names) <= _MANY_CLASSES or 2 * len(names) <= num_samples
+    numbers = "numbers to predict, write them as in 1234.5 and set --data.problem_type=regression"
     for delimiter in _DELIMITERS:
         parts = [part for name in names for part in name.split(delimiter)]
         several = sum(delimiter in name for name in names)
@@ -158,6 +164,11 @@ def _warn_of_delimiters(names: Sequence[str]) -> None:
             rank_zero_warn(
                 f"Most of the {len(names):,} classes, such as {join_quoted(names[:3])}, look like several labels with "
                 f"{delimiter!r} between them, and are trained as classes of their own. If they are several, set "
-                f"--data.label_delimiter={delimiter!r}."
+                f"--data.label_delimiter={delimiter!r}." + ("" if recur else f" If they are {numbers}.")
             )
             return
+    if not recur:
+        rank_zero_warn(
+            f"There are {len(names):,} classes in {num_samples:,} samples, such as {join_quoted(names[:3])}. If they "
+            f"are {numbers}; if the labels stand in another column, set --data.label_column."
+        )

@@ -18,7 +18,8 @@ class LabelColumns:
     """The label columns of a split, as they stand in the data.
 
     Attributes:
-        by_name: Values of each column, in the order in which a source names them.
+        by_name: Values of each column, in the order in which a source names them; decimals are whole numbers or
+            floats, and what has no type, since there is no value, is text.
         class_names: Names of the `ClassLabel` that the values of the only column, or of the lists in it, are of.
         delimiter: What stands between the labels of a text.
         split: Name of the split.
@@ -98,10 +99,12 @@ class LabelSource:
         table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
         only = len(self.columns) == 1 and self.delimiter is None
         names = _class_names(dataset.features[self.columns[0]]) if only else None
-        return LabelColumns({name: table.column(name) for name in self.columns}, names, self.delimiter, split)
+        by_name = {name: _with_plain_type(table.column(name)) for name in self.columns}
+        return LabelColumns(by_name, names, self.delimiter, split)
 
 
 ONE_COLUMN = LabelSource()
+_FALSE, _TRUE = ("0", "0.0", "false"), ("1", "1.0", "true")
 
 
 def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[str] | None = None) -> list[int]:
@@ -129,6 +132,11 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column is of numbers or booleans."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Whether each row of a column holds a list."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
@@ -139,9 +147,54 @@ def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 
+def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """The float that is nearest to each value, also of texts with spaces around; None where one is no number."""
+    if is_text(values.type):
+        try:
+            return pc.utf8_trim_whitespace(values).cast(pa.float64())
+        except pa.ArrowInvalid:
+            return None
+    return values.cast(pa.float64(), safe=False) if is_number(values.type) else None
+
+
+def as_truth_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Booleans for 0 and 1, true and false, also in texts of any case with spaces around; null for all else."""
+    if is_text(values.type):
+        values = pc.utf8_lower(pc.utf8_trim_whitespace(values))
+        no, yes = (pc.is_in(values, value_set=pa.array(words, values.type)) for words in (_FALSE, _TRUE))
+    elif is_number(values.type):
+        no, yes = (pc.fill_null(pc.equal(as_numbers(values), truth), False) for truth in (0, 1))
+    else:
+        return pa.chunked_array([pa.nulls(len(values), pa.bool_())])
+    return pc.if_else(pc.or_(no, yes), yes, None)
+
+
 def first_true(flags: pa.ChunkedArray) -> int:
     """Number of the first that is true."""
     return int(pc.index(flags, True).as_py())
+
+
+def _with_plain_type(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Values, or lists of values, of a type that pyarrow computes with."""
+    if not is_list(values.type):
+        return values.cast(_plain_type(values))
+    plain = _plain_type(flattened(values))
+    return values if plain == values.type.value_type else values.cast(pa.list_(plain))
+
+
+def _plain_type(values: pa.ChunkedArray) -> pa.DataType:
+    kind = values.type
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if not pa.types.is_decimal(kind):
+        return kind
+    try:
+        values.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return pa.float64()
+    return pa.int64()
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:

@@ -62,11 +62,11 @@ class Standardization:
 
     def standardize(self, targets: NDArray[np.float64]) -> NDArray[np.float64]:
         """Targets, (..., num_targets), in standard deviations from the mean."""
-        return (targets - np.array(self.mean)) / np.array(self.std)
+        return np.asarray((targets - np.array(self.mean)) / np.array(self.std))
 
     def restore(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Standardised values, (num_samples,) or (num_samples, num_targets), in the data's unit."""
-        return np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean)
+        return np.asarray(np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean))
 
     def restore_tensor(self, values: Tensor) -> Tensor:
         """As `restore`; float32 would hold 1,000,000.3 as 1,000,000.3125."""
