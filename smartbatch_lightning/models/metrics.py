@@ -82,4 +82,7 @@ class StageMetrics(nn.Module):
         if self._pending:
             logits, labels = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
             self._pending.clear()
-            self.metrics.update(self._task.scores(logits), self._task.metric_labels(labels))
+            scores = self._task.scores(logits)
+            if scores.dtype == torch.float64:  # as which a regression gives large targets, for the digits of float64
+                self.metrics.set_dtype(scores.dtype)
+            self.metrics.update(scores, self._task.metric_labels(labels))

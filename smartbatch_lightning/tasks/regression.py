@@ -35,7 +35,7 @@ from smartbatch_lightning.tasks.source import (
     is_text,
     order_of,
 )
-from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization, widest_float
+from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization
 from smartbatch_lightning.tasks.task import Task
 
 _PROBLEM_TYPE = "regression"
@@ -208,12 +208,11 @@ class Regression:
     def configure_metrics(self) -> MetricCollection:
         """Mean squared and mean absolute error; of a single target also the correlations of Pearson and Spearman."""
         metrics: dict[str, Metric | MetricCollection] = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
-        if len(self.names) == 1:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
-                metrics |= {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
-        collection = MetricCollection(metrics)
-        return collection if self.standardization is None else collection.set_dtype(widest_float())
+        if len(self.names) > 1:
+            return MetricCollection(metrics)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
+            return MetricCollection({**metrics, "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
 
     @property
     def monitored(self) -> str:

@@ -70,10 +70,10 @@ class Standardization:
 
     def restore_tensor(self, values: Tensor) -> Tensor:
         """As `restore`; float32 would hold 1,000,000.3 as 1,000,000.3125."""
-        mean, std = (torch.tensor(each, dtype=widest_float(), device=values.device) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(each, dtype=_widest_float(), device=values.device) for each in (self.mean, self.std))
         return values.to(mean.dtype) * std + mean
 
 
-def widest_float() -> torch.dtype:
+def _widest_float() -> torch.dtype:
     """Floats of most digits that all devices of this machine have."""
     return torch.float32 if torch.backends.mps.is_available() else torch.float64
