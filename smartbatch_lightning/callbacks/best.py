@@ -20,7 +20,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights that validated best, as `best.ckpt`, and those of the last epoch's end, as `last.ckpt`.
 
     Lightning's `ModelCheckpoint(monitor=..., save_last=True)` writes `last.ckpt` only where it writes the best. Without
-    validation there is `last.ckpt` alone.
+    validation there is `last.ckpt` alone, which then is the best one too.
 
     Args:
         monitor: Metric that tells which weights are best, as it is logged, such as `val_f1`; by default that of the
@@ -105,6 +105,8 @@ class BestCheckpoint(ModelCheckpoint):
             paths = (self._path_of(f"last-v{number}" if number else "last") for number in count())
             others = self._enable_version_counter  # may lie in the folder, and stay
             self.last_model_path = next(path for path in paths if not (others and self.file_exists(path, trainer)))
+        if self.monitor is None:
+            self.best_model_path = self.last_model_path
         trainer.save_checkpoint(self.last_model_path)
 
     def _path_of(self, name: str) -> str:

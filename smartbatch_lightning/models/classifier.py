@@ -50,7 +50,6 @@ Batch = dict[str, Any]
 Stage = Literal["train", "val", "test"]
 
 _ARCHITECTURE = "architecture"  # among weights that are handed from process to process
-_WEIGHTS = ("class_weights", "pos_weight")  # which a checkpoint holds as numbers
 _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
 
@@ -468,10 +467,10 @@ class SequenceClassifier(L.LightningModule):
             self._seed = checkpoint.get("dropout_seed", self._seed)
         self._trained_on = fingerprint_in(checkpoint)
         self._task = None
-        for name in _WEIGHTS:  # with which an evaluation without training data goes on
-            if name in self.hparams and name in checkpoint.get("hyper_parameters", {}):
-                self.hparams[name] = checkpoint["hyper_parameters"][name]
-        saved = checkpoint.get("hyper_parameters", {}).get("architecture")
+        hyperparameters = checkpoint.get("hyper_parameters", {})
+        # with which an evaluation without training data goes on
+        self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
+        saved = hyperparameters.get("architecture")
         if saved is not None and self.model is not None:
             config = AutoConfig.for_model(**saved)
             check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
@@ -564,11 +563,12 @@ class SequenceClassifier(L.LightningModule):
             assert self.model is not None, "a model has a task once it is built"
             kind = look_up(problem_type_of(self.model.config), TASKS, "the model's problem_type")
             task = kind.from_config(self.model.config) or kind.from_names(self.label_names)
-        if options.is_balanced and labels is not None:
+        if options.to_balance and labels is not None:
             options = options.balanced(task.label_counts(labels), len(labels))
-        known: dict[str, Any] = {name: self.hparams.get(name) for name in _WEIGHTS}
-        options = replace(options, **{name: known[name] for name in _WEIGHTS if getattr(options, name) == "balanced"})
-        self.hparams.update({name: getattr(options, name) for name in _WEIGHTS if name in self.hparams})
+            self.hparams.update({name: getattr(options, name) for name in self.loss_options.to_balance})
+        elif options.to_balance:  # as a checkpoint, or a fit before, has counted them
+            known: dict[str, Any] = {name: self.hparams.get(name) or "balanced" for name in options.to_balance}
+            options = replace(options, **known)
         return task.with_loss(options)
 
     def _load_model(self, task: Task | None) -> PreTrainedModel:

@@ -56,9 +56,9 @@ class LossOptions:
                     raise UsageError(f"{argument} is {number!r} for {name}; give a number above 0.")
 
     @property
-    def is_balanced(self) -> bool:
-        """Weights are to be worked out from the training labels."""
-        return "balanced" in (self.class_weights, self.pos_weight)
+    def to_balance(self) -> list[str]:
+        """Names of the weights that are to be counted in the training labels."""
+        return [name for name in ("class_weights", "pos_weight") if getattr(self, name) == "balanced"]
 
     def balanced(self, counts: Mapping[str, int], num_samples: int) -> "LossOptions":
         """The same with numbers in place of `balanced`; what no training sample has counts for 1.
