@@ -65,10 +65,9 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def predicted(folder: Path, model: SequenceClassifier, data: SmartBatchDataModule) -> np.ndarray:
-    run = trainer(folder, callbacks=[PredictionWriter(str(folder / "predictions.parquet"))])
+    run = trainer(folder, callbacks=[PredictionWriter(str(folder / "predictions.parquet"), overwrite=True)])
     run.predict(model, data)
-    [prediction] = [c for c in pq.read_table(folder / "predictions.parquet").to_pandas() if c.startswith("prediction")]
-    return pq.read_table(folder / "predictions.parquet")[prediction].to_numpy()
+    return pq.read_table(folder / "predictions.parquet")["prediction"].to_numpy()
 
 
 def test_metrics_and_predictions_of_a_checkpoint_are_in_the_datas_unit_without_training_data(trained, tmp_path) -> None:

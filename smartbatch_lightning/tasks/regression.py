@@ -163,8 +163,7 @@ class Regression:
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
         """The numbers, or lists of them."""
-        values = self._in_unit(labels)
-        return pa.array(values if values.ndim == 1 else values.tolist())
+        return _as_column(self._in_unit(labels))
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
         """Tenths of the samples by the rank of their targets, or of the targets' mean where there are several."""
@@ -229,7 +228,7 @@ class Regression:
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
         """Predicted targets, of several a list in their order."""
-        return {"prediction": self.decode(predicted["predictions"])}
+        return {"prediction": _as_column(predicted["predictions"])}
 
     def _outputs(self, logits: Tensor) -> Tensor:
         return logits[:, 0] if len(self.names) == 1 else logits
@@ -237,6 +236,10 @@ class Regression:
     def _in_unit(self, labels: NDArray[Any]) -> NDArray[Any]:
         """Encoded labels in the data's unit."""
         return np.asarray(labels) if self.standardization is None else self.standardization.restore(labels)
+
+
+def _as_column(values: NDArray[Any]) -> pa.Array:
+    return pa.array(values if values.ndim == 1 else values.tolist())
 
 
 def _read_targets(columns: LabelColumns) -> NDArray[np.float64]:
