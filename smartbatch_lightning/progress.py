@@ -82,8 +82,9 @@ def remaining_steps(trainer: L.Trainer) -> float:
 
 
 def trained_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps after which so many remain as do, in a training of `total_steps`, which must have an end."""
-    return int(total_steps(trainer) - remaining_steps(trainer))
+    """Optimizer steps after which so many remain as do, in a training of `total_steps`; without an end those taken."""
+    total = total_steps(trainer)
+    return trainer.global_step if math.isinf(total) else int(total - remaining_steps(trainer))
 
 
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:

@@ -1,9 +1,10 @@
-"""SequenceClassifier: a pretrained transformer with a classification head, AdamW and linear warm-up."""
+"""SequenceClassifier: a pretrained transformer with a classification head, its optimizer and schedule."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,24 +20,33 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    get_linear_schedule_with_warmup,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, fingerprint_in, text_data_of
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.compatibility import check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import check_losses, check_weights
+from smartbatch_lightning.models.layers import checkpoint_gradients, freeze
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
+from smartbatch_lightning.models.optimizer import (
+    OptimizerCallable,
+    build_optimizer,
+    check_callbacks,
+    check_same_groups,
+)
 from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
-from smartbatch_lightning.models.schedule import adds_parameters, follow_rates, place_schedule
+from smartbatch_lightning.models.schedule import (
+    Schedule,
+    adds_parameters,
+    check_validation,
+    follow_rates,
+    lightning_config,
+    place_schedule,
+)
 from smartbatch_lightning.models.source import ModelSource
 from smartbatch_lightning.progress import between_steps, restore_loaders, stay_stopped, total_steps
 from smartbatch_lightning.registry import look_up
@@ -69,9 +79,17 @@ class SequenceClassifier(L.LightningModule):
         pretrained: Name on the Hugging Face Hub or folder written by `save_pretrained`; `demo` for the small BERT of
             the embedded demo.
         num_labels: Number of classes; by default the data module's.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate of AdamW, by default 5e-5; not beside `optimizer`.
         adam_epsilon: AdamW's term for numerical stability.
         weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
+        optimizer: Another optimizer than AdamW, by `class_path` and `init_args`, with a rate and decay of its own;
+            in Python what makes one of parameter groups, such as `functools.partial(torch.optim.SGD, lr=0.1)`. It does
+            not decay biases and normalisation layers either.
+        lr_scheduler: A schedule of transformers by its name there (`lr_scheduler_type`), such as `cosine`,
+            `constant_with_warmup` or `reduce_lr_on_plateau`; or one of torch by `class_path` and `init_args`, in Python
+            also what makes one of an optimizer. It goes by optimizer step, and ends with training unless an argument
+            says otherwise; `ReduceLROnPlateau` goes by validation and its argument `monitor`, by default `val_loss`.
+        lr_scheduler_kwargs: Further arguments of a schedule that is given by name.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
         class_weights: What a sample of each class counts for in the mean loss, by name, or `balanced`; the mean of an
@@ -82,6 +100,13 @@ class SequenceClassifier(L.LightningModule):
         metrics: Metrics in place of the task's: names such as `accuracy`, `f1_micro` or `matthews_correlation`, classes
             of torchmetrics, or `class_path` with `init_args`; or these by the name under which each is logged. The
             first one tells which weights are best.
+        layer_decay: Factor of each layer's learning rate to that of the layer above, such as 0.9; the head's is
+            `learning_rate`, the embeddings' the lowest (*ELECTRA*, Clark et al., 2020).
+        head_learning_rate: Learning rate of the classification head, where it is to be another.
+        freeze_embeddings: Leave the embeddings as they are.
+        freeze_layers: Leave so many of the first layers as they are, and the embeddings.
+        gradient_checkpointing: Compute layers again in the backward pass instead of keeping what they computed: less
+            memory for a third more time.
         compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
             `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
             and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
@@ -101,9 +126,12 @@ class SequenceClassifier(L.LightningModule):
         pretrained: str = "demo",
         num_labels: int | None = None,
         *,
-        learning_rate: float = 5e-5,
+        learning_rate: float | None = None,
         adam_epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: str | dict[str, Any] | Callable[[Optimizer], Any] = "linear",
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
         class_weights: Literal["balanced"] | dict[str, float] | None = None,
@@ -111,6 +139,11 @@ class SequenceClassifier(L.LightningModule):
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
         metrics: list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None = None,
+        layer_decay: float = 1.0,
+        head_learning_rate: float | None = None,
+        freeze_embeddings: bool = False,
+        freeze_layers: int = 0,
+        gradient_checkpointing: bool = False,
         compile: bool | str = False,  # noqa: A002 - the field's word
         model_kwargs: dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
@@ -128,21 +161,47 @@ class SequenceClassifier(L.LightningModule):
             ("learning_rate", learning_rate),
             ("adam_epsilon", adam_epsilon),
             ("weight_decay", weight_decay),
+            ("head_learning_rate", head_learning_rate),
         ):
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
+        if not 0 < layer_decay <= 1:
+            raise UsageError(f"layer_decay is {layer_decay}; give a factor above 0 that is 1, for none, or less.")
+        check_at_least(0, freeze_layers=freeze_layers)
+        if optimizer is not None and (learning_rate is not None or adam_epsilon != 1e-8 or weight_decay):
+            raise UsageError(
+                f"learning_rate is {learning_rate}, adam_epsilon {adam_epsilon} and weight_decay {weight_decay}, which "
+                "are AdamW's, but optimizer is given. Set its own lr, eps and weight_decay in its init_args, and "
+                "learning_rate to null."
+            )
+        if optimizer is None and learning_rate is None:
+            learning_rate = 5e-5
+            self.hparams.update({"learning_rate": learning_rate} if "learning_rate" in self.hparams else {})
         check_mode(compile)
         self.pretrained = pretrained
         self.num_labels = num_labels
         self.learning_rate = learning_rate
         self.adam_epsilon = adam_epsilon
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_kwargs = lr_scheduler_kwargs or {}
         self.warmup_steps = warmup_steps
         self.warmup_ratio = warmup_ratio
         self.loss_options = LossOptions(class_weights, pos_weight, label_smoothing, focal_gamma)
         self.metrics = metrics
         if metrics is not None:
             named_specs(metrics)  # which refuses what is no metric
+        self.layer_decay = layer_decay
+        self.head_learning_rate = head_learning_rate
+        self.freeze_embeddings = freeze_embeddings
+        self.freeze_layers = freeze_layers
+        self.gradient_checkpointing = gradient_checkpointing
+        if self._schedule.sets_rates and (layer_decay != 1 or head_learning_rate is not None):
+            raise UsageError(
+                "lr_scheduler has max_lr, one learning rate for all parameters, beside layer_decay or "
+                "head_learning_rate. Leave it out, and each group rises to its own."
+            )
         self.compiled = compile
         self.model_kwargs = model_kwargs or {}
         self.architecture = architecture
@@ -202,33 +261,28 @@ class SequenceClassifier(L.LightningModule):
         return build_metrics(self.metrics, self.task) if self.metrics else self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
-        """AdamW; parameters of one dimension, which are biases and normalisation layers, are not decayed.
+        """AdamW or what `optimizer` makes; biases and normalisation layers, of one dimension, are not decayed.
 
         It has frozen parameters too, which it passes over until they are unfrozen, unless a callback such as
         `BackboneFinetuning` is there to add them, all of which are then decayed.
         """
         added = adds_parameters(self._trainer)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad or not added]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-        optimizer = AdamW(
-            groups, self.learning_rate, eps=self.adam_epsilon, weight_decay=self.weight_decay, fused=fused
-        )
+        settings: Any = {"lr": self.learning_rate, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
+        make = self.optimizer or partial(AdamW, **settings, fused=fused)
+        optimizer: Any = build_optimizer(make, trained, self._transformer, self.layer_decay, self.head_learning_rate)
         # A fused optimizer undoes a gradient scaler's scaling as it steps, too late for clipping, which Lightning
         # therefore refuses in mixed precision, even without a scaler. Without this mark the scaler does it before.
         optimizer._step_supports_amp_scaling = False
-        return optimizer
+        return optimizer  # type: ignore[no-any-return]
 
-    def configure_scheduler(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
-        """Linear rise over the warm-up, then linear decay to 0 at the last of `num_steps` optimizer steps."""
-        warmup_steps = self.warmup_steps or math.ceil(self.warmup_ratio * num_steps)
-        schedule: LRScheduler = get_linear_schedule_with_warmup(  # type: ignore[no-untyped-call]
-            optimizer, warmup_steps, num_steps
-        )
-        return schedule
+    def configure_scheduler(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
+        """What `lr_scheduler` says; by default linear decay to 0 at the last of `num_steps` optimizer steps.
+
+        The number is None where training has no end, which an override of this method is spared.
+        """
+        return self._schedule(optimizer, num_steps)
 
     # --- Lightning's hooks ---
 
@@ -247,6 +301,7 @@ class SequenceClassifier(L.LightningModule):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":
             check_compilation(self.compiled, self.trainer)
+            check_callbacks(self.trainer, self)
             forget_objects(self, self.hparams)
             self._seed = run_seed(self.trainer)
             self._random_state = torch.get_rng_state()
@@ -293,20 +348,22 @@ class SequenceClassifier(L.LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and its schedule over exactly the optimizer steps that will run."""
-        num_steps = total_steps(self.trainer)
-        if math.isinf(num_steps):
+        """The optimizer and its schedule over exactly the optimizer steps that will run."""
+        num_steps, endless = total_steps(self.trainer), math.isinf(total_steps(self.trainer))
+        overridden = type(self).configure_scheduler is not SequenceClassifier.configure_scheduler
+        if endless and (overridden or self._schedule.needs_end):
             raise UsageError(
-                "the learning rate falls to 0 at the last step, but training has no end. Set --trainer.max_epochs or "
-                "--trainer.max_steps."
+                "the learning rate's schedule ends at the last step, but training has no end. Set --trainer.max_epochs "
+                "or --trainer.max_steps; or --model.lr_scheduler=constant."
             )
         optimizer = self.configure_optimizer()
-        scheduler = self.configure_scheduler(optimizer, int(num_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = self.configure_scheduler(optimizer, None if endless else int(num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": lightning_config(scheduler, self._schedule.monitor)}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
         """Lets schedule and loaders stand where training goes on after a checkpoint or in a second `fit`."""
         stay_stopped(self.trainer)
+        check_validation(self.trainer)
         self._losses.clear()
         self._start_metrics("train")  # also where an epoch goes on
         restore_loaders(self.trainer)
@@ -463,6 +520,8 @@ class SequenceClassifier(L.LightningModule):
                 "the checkpoint holds weights alone, as save_weights_only=True writes them, and no training can go on "
                 "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
             )
+        if fitting and self.model is not None:
+            self._check_resumable(checkpoint)
         if not seed_is_given():
             self._seed = checkpoint.get("dropout_seed", self._seed)
         self._trained_on = fingerprint_in(checkpoint)
@@ -580,7 +639,25 @@ class SequenceClassifier(L.LightningModule):
             check_losses(self.trainer, losses, self._how_to_converge())
 
     def _how_to_converge(self) -> str:
+        if self.optimizer is not None:
+            return "Lower the lr of --model.optimizer, or --trainer.gradient_clip_val."
         return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
+
+    @property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps, self.warmup_ratio)
+
+    def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses an optimizer that cannot take the checkpoint's state; a schedule of another kind does without it."""
+        cls = type(self)
+        if cls.configure_optimizers is not SequenceClassifier.configure_optimizers:
+            return
+        groups = checkpoint["optimizer_states"][0]["param_groups"]
+        check_same_groups(groups, self.configure_optimizer(), more_follow=adds_parameters(self._trainer))
+        if self.trainer.lr_scheduler_configs or cls.configure_scheduler is not SequenceClassifier.configure_scheduler:
+            return  # a tuner gives back what this run had
+        if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
+            checkpoint["lr_schedulers"] = []  # it is made again
 
     @property
     def _transformer(self) -> PreTrainedModel:
@@ -604,6 +681,9 @@ class SequenceClassifier(L.LightningModule):
         model.train()
         if "attn_implementation" not in self.model_kwargs:
             avoid_mask_sync(model)
+        freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(model)
         if self.compiled:
             compile_model(model, self.compiled)
         return model

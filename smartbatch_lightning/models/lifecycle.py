@@ -27,11 +27,12 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
+from smartbatch_lightning.models.schedule import step_by_validation
 from smartbatch_lightning.progress import nothing_was_left
 
 
 class ModelLifecycle(Callback):
-    """The first callback of a run: builds the model, and takes it out of evaluation mode where that is interrupted."""
+    """The first callback of a run: builds the model, and does what has to come before other callbacks' hooks."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Builds what has not been built, where no strategy shards what is made in `configure_model`.
@@ -55,6 +56,10 @@ class ModelLifecycle(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback._use_buffers = False  # they are copied then
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lets a schedule that goes by validation step before checkpoints are written, which then hold that step."""
+        step_by_validation(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the model its averaged weights also where a restarted run has nothing left to train."""

@@ -1,21 +1,211 @@
-"""Learning rate schedules that stand where training stands."""
+"""Learning rate schedules: made by name, class or function, and standing where training stands."""
 
-from collections.abc import Callable
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
+from smartbatch_lightning.registry import look_up
+
+# All of transformers' but `greedy`, which is no torch schedule and wants the loss of every step.
+_MADE_BY: Mapping[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    **{kind.value: make for kind, make in _MADE_BY.items() if kind.value != "greedy"},
+    "reduce_lr_on_plateau": ReduceLROnPlateau,  # whose signature tells its arguments, as transformers' does not
+}
+
+# What schedules call the number of optimizer steps at which they end, and the arguments that say it in other words.
+_STEPS: dict[str, set[str]] = {
+    "num_training_steps": {"num_stable_steps"},
+    "total_steps": {"epochs", "steps_per_epoch"},
+    "T_max": set(),
+    "total_iters": set(),
+}
+
+# A frequency, in epochs, with which Lightning leaves a `ReduceLROnPlateau` alone: it would let it step at the end of an
+# epoch, when the checkpoints of the validation before have been written, and a resume would miss that step.
+_NEVER = sys.maxsize
+
+
+class Schedule:
+    """Makes the learning rate schedule of a training.
+
+    Args:
+        lr_scheduler: A name in `SCHEDULES`; the import path of what takes an optimizer, such as a class of
+            `torch.optim.lr_scheduler`; such a path as `class_path`, with `init_args`; or what takes an optimizer.
+        arguments: Further arguments of what is given by name or path.
+        warmup_steps: Optimizer steps over which the learning rate rises.
+        warmup_ratio: The same as a share of all optimizer steps.
+
+    Attributes:
+        monitor: Metric by which a `ReduceLROnPlateau` goes.
+
+    Raises:
+        ValueError: There is no such schedule, or it does not take the arguments or a warm-up.
+    """
+
+    def __init__(
+        self,
+        lr_scheduler: str | Mapping[str, Any] | Callable[[Optimizer], Any],
+        arguments: Mapping[str, Any],
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.0,
+    ) -> None:
+        chosen: Any = lr_scheduler
+        if isinstance(chosen, Mapping):
+            if arguments or "class_path" not in chosen or chosen.keys() - {"class_path", "init_args"}:
+                raise UsageError(
+                    f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, and no "
+                    "lr_scheduler_kwargs beside them."
+                )
+            chosen, arguments = chosen["class_path"], chosen.get("init_args") or {}
+        self._name = chosen if isinstance(chosen, str) else repr(chosen)
+        make = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
+        self._make: Callable[..., Any] = make
+        self._arguments = dict(arguments)
+        self._warmup_steps, self._warmup_ratio = warmup_steps, warmup_ratio
+        self.by_validation = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
+        self.monitor = "val_loss"
+        try:
+            signature = inspect.signature(make)
+            self._parameters = signature.parameters
+            if self.by_validation:
+                self._take_monitor()
+            if "last_epoch" in self._arguments:
+                raise TypeError("last_epoch is set by the Trainer")
+            signature.bind(None, **self._all_arguments([0.0], 1))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"lr_scheduler is {self._name} with the arguments {self._arguments}: {error}.") from error
+        if (warmup_steps or warmup_ratio) and "num_warmup_steps" not in self._parameters:
+            raise UsageError(
+                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}, but lr_scheduler is {self._name}, "
+                "which has no warm-up. Set both to 0, or take a schedule with one, such as constant_with_warmup."
+            )
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether it can be made only where the number of optimizer steps is known."""
+        return self._steps_parameter is not None or self._warmup_ratio > 0
+
+    @property
+    def sets_rates(self) -> bool:
+        """Whether its arguments have rates that replace those of the optimizer, as those of `OneCycleLR` may."""
+        return "max_lr" in self._arguments
+
+    def __call__(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
+        """Makes it for so many optimizer steps; None where training has no end."""
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            scheduler = self._make(optimizer, **self._all_arguments(rates, num_steps))
+        except Exception as error:  # a schedule may raise anything
+            raise UsageError(
+                f"lr_scheduler {self._name} cannot be made with the arguments {self._arguments}: "
+                f"{root_cause_message(error)} Correct them."
+            ) from error
+        if not isinstance(scheduler, LRScheduler):
+            raise UsageError(
+                f"lr_scheduler {self._name} makes a {type(scheduler).__name__}; give a torch.optim.lr_scheduler."
+            )
+        return scheduler
+
+    @property
+    def _steps_parameter(self) -> str | None:
+        """The parameter for the number of optimizer steps, where no argument says that."""
+        for name, others in _STEPS.items():
+            if name in self._parameters and not ({name} | others) & self._arguments.keys():
+                return name
+        return None
+
+    def _all_arguments(self, rates: list[float], num_steps: int | None) -> dict[str, Any]:
+        arguments = dict(self._arguments)
+        if self._steps_parameter is not None:
+            arguments[self._steps_parameter] = num_steps
+        if "num_warmup_steps" in self._parameters:
+            if "num_warmup_steps" in arguments:
+                raise TypeError("num_warmup_steps is set by warmup_steps or warmup_ratio")
+            share = math.ceil(self._warmup_ratio * (num_steps or 0))
+            arguments["num_warmup_steps"] = self._warmup_steps or share
+        if "max_lr" in self._parameters:
+            arguments.setdefault("max_lr", rates)
+        return arguments
+
+    def _take_monitor(self) -> None:
+        if "monitor" in self._arguments and "mode" not in self._arguments:
+            monitored = self._arguments["monitor"]
+            if not str(monitored).startswith("val_loss"):
+                raise TypeError(f"mode is missing: max where a higher {monitored} is better, else min")
+        if "monitor" not in self._parameters:
+            self.monitor = self._arguments.pop("monitor", self.monitor)
+
+
+def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
+    """How Lightning is to step a schedule: by optimizer step; a `ReduceLROnPlateau` not at all.
+
+    Args:
+        scheduler: The schedule.
+        monitor: Metric by which a `ReduceLROnPlateau` goes that does not say it itself, as
+            `lightning.pytorch.cli.ReduceLROnPlateau` does.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "step"}
+    for group in scheduler.optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # as other schedules do
+    monitor = getattr(scheduler, "monitor", monitor)
+    return {"scheduler": scheduler, "interval": "epoch", "frequency": _NEVER, "monitor": monitor}
+
+
+def check_validation(trainer: L.Trainer) -> None:
+    """Refuses a schedule that goes by validation where there is none; called when loaders are known.
+
+    Raises:
+        ValueError: There is none.
+    """
+    validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
+    if _by_validation(trainer) and not validated:
+        raise UsageError(
+            "lr_scheduler is ReduceLROnPlateau, which goes by validation, but there is none. Set "
+            "--data.validation_split, or take another schedule."
+        )
+
+
+def step_by_validation(trainer: L.Trainer) -> None:
+    """Lets a `ReduceLROnPlateau` step after a validation; after the sanity check it only looks whether it can.
+
+    Raises:
+        ValueError: Validation does not log its metric.
+    """
+    for config in _by_validation(trainer):
+        metrics = trainer.callback_metrics
+        if config.monitor not in metrics:
+            logged = sorted(name for name in metrics if name.startswith("val"))
+            raise UsageError(
+                f"lr_scheduler is ReduceLROnPlateau and goes by {config.monitor!r}, but validation logs "
+                f"{join_quoted(logged)}. Set its monitor to one of these, with mode max or min."
+            )
+        if not trainer.sanity_checking:
+            config.scheduler.step(metrics[config.monitor])
+
+
+def _by_validation(trainer: L.Trainer) -> list[Any]:
+    if trainer.state.fn != TrainerFn.FITTING:
+        return []
+    return [config for config in trainer.lr_scheduler_configs if config.frequency == _NEVER]
 
 
 def place_schedule(
     trainer: L.Trainer,
     configure_optimizer: Callable[[], Optimizer],
-    configure_scheduler: Callable[[Optimizer, int], LRScheduler],
+    configure_scheduler: Callable[[Optimizer, int | None], LRScheduler],
 ) -> None:
     """Makes the schedule again, for the steps that training has now, and lets it stand where so many remain.
 
@@ -26,13 +216,13 @@ def place_schedule(
     Args:
         trainer: In `fit`, with optimizer and counters restored.
         configure_optimizer: Makes a fresh optimizer.
-        configure_scheduler: Makes a schedule, of an optimizer and the number of steps.
+        configure_scheduler: Makes a schedule, of an optimizer and the number of steps, None where there is no end.
     """
     if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has taken them away, and will bring its own
         return
     [config] = trainer.lr_scheduler_configs
     position = trained_steps(trainer)
-    if not position or isinstance(config.scheduler, ReduceLROnPlateau):
+    if not position:
         return
     optimizer = config.scheduler.optimizer
     if adds_parameters(trainer):  # Lightning restores what was added, and leaves it frozen
@@ -40,12 +230,33 @@ def place_schedule(
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
     fresh = configure_optimizer()
+    before = [(group["lr"], group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = group.pop("initial_lr")  # set again by the schedule
+        group["lr"] = group.pop("initial_lr", group["lr"])  # set again by the schedule
     for group, wanted in zip(optimizer.param_groups, fresh.param_groups, strict=False):  # callbacks may have added some
         group.update({name: value for name, value in wanted.items() if name != "params"})
-    config.scheduler = configure_scheduler(optimizer, int(total_steps(trainer)))
-    advance_schedule(config.scheduler, position)
+    steps, restored = total_steps(trainer), config.scheduler
+    config.scheduler = configure_scheduler(optimizer, None if math.isinf(steps) else int(steps))
+    if isinstance(restored, ReduceLROnPlateau):
+        _continue_plateau(config.scheduler, restored, before)
+    else:
+        advance_schedule(config.scheduler, position)
+
+
+def _continue_plateau(scheduler: Any, restored: ReduceLROnPlateau, before: list[tuple[float, float]]) -> None:
+    """Lets a schedule that goes by validation stand where the one of a checkpoint stood, with the settings of now.
+
+    Args:
+        scheduler: Has just been made, as has what `initial_lr` of its optimizer's groups was taken from.
+        restored: That of the checkpoint.
+        before: Rate and initial rate of each group in the checkpoint.
+    """
+    counts = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+    scheduler.load_state_dict({name: getattr(restored, name) for name in counts})
+    for group, (rate, initial) in zip(scheduler.optimizer.param_groups, before, strict=False):
+        group["initial_lr"] = group["lr"]
+        if restored.last_epoch:  # else the checkpoint's schedule was another, or validation had not been
+            group["lr"] = rate if group["lr"] == initial else group["lr"] * rate / initial
 
 
 def adds_parameters(trainer: L.Trainer | None) -> bool:
@@ -71,6 +282,11 @@ def follow_rates(trainer: L.Trainer) -> None:
             raise UsageError(
                 f"a callback adds parameters to the optimizer, but {type(schedule).__name__} has no rate for them. Let "
                 "configure_scheduler return a LambdaLR, and unfreeze them in an epoch whose first rate is not 0."
+            )
+        if not isinstance(schedule, LambdaLR | ReduceLROnPlateau) and [group["lr"] for group in groups] != rates:
+            raise UsageError(
+                f"a callback has set learning rates, which {type(schedule).__name__} does not go on from. Take a "
+                "schedule by its name among transformers', or leave the callback out."
             )
         if isinstance(schedule, LambdaLR):
             schedule.lr_lambdas += [schedule.lr_lambdas[0]] * len(added)

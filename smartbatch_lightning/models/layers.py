@@ -1,0 +1,88 @@
+"""The layers of a `transformers` model: which parameters are theirs, which are frozen, which are computed twice."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from smartbatch_lightning.errors import UsageError
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model: the longest list of modules in its base model that is not inside another one.
+
+    Those of ALBERT have their weights in common and count as one.
+
+    Raises:
+        ValueError: It has none, or two stacks of them, an encoder's and a decoder's.
+    """
+    found = [] if model.config.is_encoder_decoder else list(_outermost_lists(model.base_model))
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no single stack of layers that could be frozen or given rates of their own. "
+            "Leave out layer_decay, freeze_layers and freeze_embeddings."
+        )
+    return max(found, key=len)
+
+
+def parameter_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
+    """How deep each parameter of the base model lies.
+
+    Returns:
+        0 for embeddings and what else comes before the layers, 1 for the first layer and so on, and one more than there
+        are layers for what follows them, such as a pooler.
+    """
+    layers = encoder_layers(model)
+    depths = {parameter: depth for depth, layer in enumerate(layers, 1) for parameter in layer.parameters()}
+    outside, after_layers = {}, False
+    for module in model.base_model.modules():
+        after_layers |= module is layers
+        for parameter in module.parameters(recurse=False):
+            # tables that all layers share, such as those of relative positions, may be defined after them
+            above = after_layers and not isinstance(module, nn.Embedding)
+            outside[parameter] = len(layers) + 1 if above else 0
+    return outside | depths
+
+
+def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
+    """Leaves the embeddings, or these and the first layers, as they are in training; dropout in them stays on.
+
+    Args:
+        model: To be frozen in place.
+        embeddings: Freeze the embeddings.
+        layers: How many layers are frozen, the embeddings with them.
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if not embeddings and not layers:
+        return
+    found = len(encoder_layers(model))
+    if layers > found:
+        raise UsageError(f"freeze_layers is {layers}, but the model has {found} layers with weights of their own.")
+    for parameter, depth in parameter_depths(model).items():
+        if depth <= layers:
+            parameter.requires_grad_(False)
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Lets a model compute its layers again in the backward pass instead of keeping what they computed.
+
+    Raises:
+        ValueError: It is of a family that cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(f"{type(model).__name__} knows no gradient checkpointing. Leave gradient_checkpointing out.")
+    # its name since transformers 5.20, which warns of the other
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    # which would run the backward pass of frozen layers; only reentrant checkpointing needs them
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)

@@ -1,0 +1,130 @@
+"""Optimizers over parameter groups: what is not decayed, and the learning rate of each part of a model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.models.layers import encoder_layers, parameter_depths
+
+# What LightningCLI makes of `class_path` and `init_args`; in Python a class, or a `functools.partial` of one.
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+
+
+def build_optimizer(
+    make: OptimizerCallable,
+    parameters: Iterable[nn.Parameter],
+    model: PreTrainedModel,
+    layer_decay: float = 1.0,
+    head_learning_rate: float | None = None,
+) -> Optimizer:
+    """Makes an optimizer in which parameters of one dimension are not decayed, and each part has its learning rate.
+
+    Args:
+        make: Makes it of parameter groups; its own learning rate is that of what lies above the layers.
+        parameters: What it trains; what is not of the base model is the head.
+        model: The `transformers` model.
+        layer_decay: Factor from the learning rate of a layer, or of what lies above the last, to that of the one below,
+            as in *ELECTRA* (Clark et al., 2020); the embeddings are the lowest.
+        head_learning_rate: Learning rate of the head; by default the optimizer's own.
+
+    Returns:
+        The optimizer, whose groups have a `name`.
+
+    Raises:
+        ValueError: It takes no parameter groups, or has no learning rate for `layer_decay` to start from.
+    """
+    names, depths = _parts_of(model, layer_decay != 1.0, head_learning_rate is not None)
+    parts: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    for parameter in parameters:
+        parts[names[depths.get(parameter, -1)]].append(parameter)
+    groups, learning_rates = [], []
+    for depth, (name, of_part) in enumerate(parts.items()):
+        share = layer_decay ** max(0, len(names) - 2 - depth)
+        for kind, decay in (("decay", {}), ("no_decay", {"weight_decay": 0.0})):
+            if params := [parameter for parameter in of_part if (parameter.ndim > 1) == (kind == "decay")]:
+                groups.append({"params": params, "name": f"{name}_{kind}".lstrip("_"), **decay})
+                learning_rates.append((share, head_learning_rate if name == "head" else None))
+    try:
+        optimizer = make(groups)
+    except Exception as error:  # an optimizer may raise anything
+        raise UsageError(
+            f"no optimizer could be made of the model's parameter groups: {root_cause_message(error)} Give another "
+            "--model.optimizer, or override configure_optimizer."
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer makes a {type(optimizer).__name__}; give a class of torch.optim.Optimizer.")
+    for group, (share, learning_rate) in zip(optimizer.param_groups, learning_rates, strict=False):
+        if learning_rate is not None:
+            group["lr"] = learning_rate
+        elif share != 1.0:
+            if group.get("lr") is None:
+                raise UsageError(f"{type(optimizer).__name__} has no lr for layer_decay to start from. Give it one.")
+            group["lr"] = group["lr"] * share
+    return optimizer
+
+
+def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, more_follow: bool) -> None:
+    """Refuses to go on with an optimizer that has no use for the state of the one in a checkpoint.
+
+    Args:
+        saved: The parameter groups of the checkpoint's optimizer.
+        optimizer: That of this run, as it has just been made.
+        more_follow: A callback adds groups while training.
+
+    Raises:
+        ValueError: It is of another kind, or has other groups.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups)]
+    fitting = sizes[0][: len(sizes[1])] == sizes[1] and (more_follow or len(sizes[0]) == len(sizes[1]))
+    fresh = optimizer.param_groups[0]
+    # schedules add settings to groups, and newer versions of torch do to optimizers
+    other_kind = saved[0].keys() - fresh.keys() and optimizer.defaults.keys() - saved[0].keys()
+    if not fitting or other_kind:
+        raise UsageError(
+            f"the checkpoint's optimizer is not the {type(optimizer).__name__} of this run, or has other parameter "
+            f"groups: of {sizes[0]} parameters, where this run has {sizes[1]}. Set optimizer, layer_decay and "
+            "head_learning_rate as they were; or start from the checkpoint's weights with "
+            "SequenceClassifier.load_from_checkpoint."
+        )
+
+
+def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
+    """Refuses callbacks that would undo what is frozen, or the learning rates that parts have of their own.
+
+    Args:
+        trainer: With its callbacks.
+        settings: Has the arguments of a `SequenceClassifier` as attributes.
+
+    Raises:
+        ValueError: There is one.
+    """
+    rates = {"layer_decay": settings.layer_decay != 1.0, "head_learning_rate": settings.head_learning_rate is not None}
+    frozen = {name: bool(getattr(settings, name)) for name in ("freeze_embeddings", "freeze_layers")}
+    undone = {BaseFinetuning: rates | frozen, LearningRateFinder: rates | {"optimizer": settings.optimizer is not None}}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, options in undone.items():
+            given = [name for name, is_given in options.items() if is_given]
+            if isinstance(callback, kind) and given:
+                raise UsageError(
+                    f"the callback {type(callback).__name__} would undo {join_quoted(given)}: it unfreezes parameters "
+                    "or sets learning rates. Use one of the two."
+                )
+
+
+def _parts_of(model: PreTrainedModel, by_layer: bool, head_apart: bool) -> tuple[list[str], dict[nn.Parameter, int]]:
+    """Names of the parts that have learning rates of their own, from below, and the number of each parameter's.
+
+    What has no number is of the last part.
+    """
+    if by_layer:
+        layers = [f"layer_{number}" for number in range(len(encoder_layers(model)))]
+        return ["embeddings", *layers, "top", "head"], parameter_depths(model)
+    if head_apart:
+        return ["backbone", "head"], dict.fromkeys(model.base_model.parameters(), 0)
+    return [""], {}
