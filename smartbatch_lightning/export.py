@@ -23,7 +23,10 @@ from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, S
 
 _SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
-_MODEL_SETTINGS = ("learning_rate", "adam_epsilon", "weight_decay", "warmup_steps", "warmup_ratio")
+_MODEL_SETTINGS = (
+    *("learning_rate", "adam_epsilon", "weight_decay", "optimizer", "lr_scheduler", "lr_scheduler_kwargs"),
+    *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
+)
 
 
 def export_model(
@@ -166,7 +169,7 @@ def _card(
         ],
     )
     settings: dict[str, Any] = {"max_length": data.max_length, **asdict(data.spec)}
-    settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if name in model.hparams}
+    settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
     trainer = data.trainer
     if trainer is not None and trainer.global_step:  # it has trained the model
         settings |= {

@@ -19,8 +19,8 @@ class MemoryCheck(Callback):
 
     These are the batch with the longest sample, the one with the most tokens and the one with the most samples, over
     all ranks of an epoch; often they are one. Weights, optimizer, metrics and random state stay as they are, and room
-    is kept for the two moments that AdamW adds to every weight at the first step. For a `SequenceClassifier` whose
-    `step` is not overridden, on one device or under DDP.
+    is kept for what the optimizer adds to every weight at the first step, two moments where it is AdamW. For a
+    `SequenceClassifier` whose `step` is not overridden, on one device or under DDP.
 
     Args:
         enabled: Do it at all.
@@ -102,7 +102,7 @@ def _optimizer_state_reserved(trainer: L.Trainer) -> Iterator[None]:
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad
-        for _ in range(2)
+        for _ in range(2 if "betas" in group else bool(group.get("momentum")))
     ]
     yield
     del held

@@ -4,6 +4,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -70,8 +71,10 @@ class Schedule:
                 )
             chosen, arguments = chosen["class_path"], chosen.get("init_args") or {}
         self._name = chosen if isinstance(chosen, str) else repr(chosen)
-        make = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
-        self._make: Callable[..., Any] = make
+        make: Any = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
+        if isinstance(make, partial) and not make.args:
+            make, arguments = make.func, {**make.keywords, **arguments}
+        self._make = make
         self._arguments = dict(arguments)
         self._warmup_steps, self._warmup_ratio = warmup_steps, warmup_ratio
         self.by_validation = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
