@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, cli, trainer
+from helpers import assert_same, begin, cli, finish, kill_after, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -561,6 +561,15 @@ def test_a_run_with_other_rates_resumed_after_a_step_ends_with_the_same_weights(
     rates = fit(tmp_path, resumed, ckpt_path=tmp_path / "a.ckpt", **settings)
     assert len(rates.rates) == STEPS - 3
     assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_run_with_a_cosine_and_layer_decay_that_was_killed_ends_with_the_same_weights(tmp_path: Path) -> None:
+    options = {"schedule": "cosine", "layer_decay": 0.8, "epochs": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(begin(whole, **options), whole)
+    kill_after(begin(killed, **options), killed, 9, 0.0)
+    finish(begin(killed, **options), killed)
+    assert_same(torch.load(killed / "weights.pt"), torch.load(whole / "weights.pt"))
 
 
 def test_a_run_resumed_with_a_schedule_of_another_kind_goes_on_with_that(tmp_path: Path) -> None:

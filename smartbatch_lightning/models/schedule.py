@@ -64,12 +64,14 @@ class Schedule:
     ) -> None:
         chosen: Any = lr_scheduler
         if isinstance(chosen, Mapping):
-            if arguments or "class_path" not in chosen or chosen.keys() - {"class_path", "init_args"}:
+            if arguments or "class_path" not in chosen:
                 raise UsageError(
                     f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, and no "
                     "lr_scheduler_kwargs beside them."
                 )
-            chosen, arguments = chosen["class_path"], chosen.get("init_args") or {}
+            # flags such as --model.lr_scheduler.init_args.step_size=3 come without init_args
+            others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
+            chosen, arguments = chosen["class_path"], {**(chosen.get("init_args") or {}), **others}
         self._name = chosen if isinstance(chosen, str) else repr(chosen)
         make: Any = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
         if isinstance(make, partial) and not make.args:
