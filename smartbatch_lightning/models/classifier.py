@@ -106,7 +106,7 @@ class SequenceClassifier(L.LightningModule):
         freeze_embeddings: Leave the embeddings as they are.
         freeze_layers: Leave so many of the first layers as they are, and the embeddings.
         gradient_checkpointing: Compute layers again in the backward pass instead of keeping what they computed: less
-            memory for a third more time.
+            memory for a third more time; not beside `compile`.
         compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
             `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
             and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
@@ -178,6 +178,10 @@ class SequenceClassifier(L.LightningModule):
             learning_rate = 5e-5
             self.hparams.update({"learning_rate": learning_rate} if "learning_rate" in self.hparams else {})
         check_mode(compile)
+        if compile and gradient_checkpointing:
+            raise UsageError(
+                f"compile is {compile!r}, but gradient_checkpointing takes uncompiled layers. Use one of them."
+            )
         self.pretrained = pretrained
         self.num_labels = num_labels
         self.learning_rate = learning_rate
