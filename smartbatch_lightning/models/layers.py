@@ -73,8 +73,9 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise UsageError(f"{type(model).__name__} knows no gradient checkpointing. Leave gradient_checkpointing out.")
-    # its name since transformers 5.20, which warns of the other
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    # newer versions of transformers have another name for it, and warn of the old one
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     # which would run the backward pass of frozen layers; only reentrant checkpointing needs them
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
