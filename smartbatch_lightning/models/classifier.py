@@ -653,11 +653,12 @@ class SequenceClassifier(L.LightningModule):
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
         """Refuses an optimizer that cannot take the checkpoint's state; a schedule of another kind does without it."""
-        cls = type(self)
-        if cls.configure_optimizers is not SequenceClassifier.configure_optimizers:
+        cls, states = type(self), checkpoint["optimizer_states"]
+        if cls.configure_optimizers is not SequenceClassifier.configure_optimizers or not states:
             return
-        groups = checkpoint["optimizer_states"][0]["param_groups"]
-        check_same_groups(groups, self.configure_optimizer(), more_follow=adds_parameters(self._trainer))
+        check_same_groups(
+            states[0]["param_groups"], self.configure_optimizer(), more_follow=adds_parameters(self._trainer)
+        )
         if self.trainer.lr_scheduler_configs or cls.configure_scheduler is not SequenceClassifier.configure_scheduler:
             return  # a tuner gives back what this run had
         if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
