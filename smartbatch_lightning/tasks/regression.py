@@ -65,7 +65,7 @@ class Regression:
     @property
     def description(self) -> str:
         """Names of the targets, in words."""
-        how = "" if self.standardization is None else ", learnt standardised and predicted in the data's unit"
+        how = "" if self.standardization is None else ", standardised in training, predicted in the data's unit"
         return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}{how}"
 
     @classmethod
