@@ -11,6 +11,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from smartbatch_lightning import demo
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 PAIRS = ("sentence1", "sentence2")
 ENTAILMENT = ["entailment", "not_entailment"]
 NLI = ["entailment", "neutral", "contradiction"]

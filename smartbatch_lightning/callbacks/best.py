@@ -2,7 +2,7 @@
 
 import os
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,9 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from smartbatch_lightning.contract import text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.models.metrics import Mode
 from smartbatch_lightning.progress import between_steps
-
-Mode = Literal["min", "max"]
 
 
 class BestCheckpoint(ModelCheckpoint):

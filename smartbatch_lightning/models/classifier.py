@@ -31,7 +31,14 @@ from smartbatch_lightning.models.compilation import check_compilation, check_mod
 from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
-from smartbatch_lightning.models.metrics import StageMetrics, summed_in_float32
+from smartbatch_lightning.models.metrics import (
+    EpochMetrics,
+    Mode,
+    Stage,
+    StageMetrics,
+    find_monitored,
+    summed_in_float32,
+)
 from smartbatch_lightning.models.optimizer import (
     OptimizerCallable,
     build_optimizer,
@@ -57,7 +64,6 @@ from smartbatch_lightning.tasks.losses import LossOptions
 from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 
 Batch = dict[str, Any]
-Stage = Literal["train", "val", "test"]
 
 _ARCHITECTURE = "architecture"  # among weights that are handed from process to process
 _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
@@ -211,7 +217,7 @@ class SequenceClassifier(L.LightningModule):
         self.architecture = architecture
         self.model = None
         self._task: Task | None = None
-        self.stage_metrics = nn.ModuleDict()  # by stage and number of its data set
+        self.epoch_metrics = EpochMetrics()
         self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
         self._seed = run_seed()
@@ -242,7 +248,7 @@ class SequenceClassifier(L.LightningModule):
         if labels.dtype == torch.bool:
             labels = labels.to(output.logits.dtype)  # as losses take several labels
         loss = self.compute_loss(output, labels)
-        self._metrics_of(stage, dataloader_idx).update(loss, output.logits, labels)
+        self.epoch_metrics.of(stage, dataloader_idx, self._make_metrics).update(loss, output.logits, labels)
         return loss
 
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
@@ -369,7 +375,7 @@ class SequenceClassifier(L.LightningModule):
         stay_stopped(self.trainer)
         check_validation(self.trainer)
         self._losses.clear()
-        self._start_metrics("train")  # also where an epoch goes on
+        self.epoch_metrics.start("train")  # also where an epoch goes on
         restore_loaders(self.trainer)
         if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
@@ -442,29 +448,29 @@ class SequenceClassifier(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Starts new metrics; callbacks have been here before, and may have changed rates and what is trained."""
-        self._start_metrics("train")
+        self.epoch_metrics.start("train")
         follow_rates(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Starts new metrics."""
-        self._start_metrics("val")
+        self.epoch_metrics.start("val")
 
     def on_test_epoch_start(self) -> None:
         """Starts new metrics."""
-        self._start_metrics("test")
+        self.epoch_metrics.start("test")
 
     def on_train_epoch_end(self) -> None:
         """Logs the metrics of the epoch, whose losses have to be finite."""
         self._check_losses()
-        self._log_metrics("train")
+        self.epoch_metrics.log(self, "train", self._splits_of("train"))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the validation."""
-        self._log_metrics("val")
+        self.epoch_metrics.log(self, "val", self._splits_of("val"))
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics of the test."""
-        self._log_metrics("test")
+        self.epoch_metrics.log(self, "test", self._splits_of("test"))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """What the task predicts, and `index` (batch,), each sample's row, if batches have it.
@@ -560,9 +566,7 @@ class SequenceClassifier(L.LightningModule):
         config = self._own_config()
         return [] if config is None else label_names_from_config(config)
 
-    def monitored(
-        self, name: str | None = None, mode: Literal["min", "max"] | None = None
-    ) -> tuple[str, Literal["min", "max"]]:
+    def monitored(self, name: str | None = None, mode: Mode | None = None) -> tuple[str, Mode]:
         """The validation metric that tells which weights are best.
 
         Args:
@@ -575,21 +579,9 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: There is no such metric, or it does not say where it is best.
         """
-        with summed_in_float32():
-            metrics = {"loss": None, **dict(self.configure_metrics(len(self.label_names)).items())}
-        data = text_data_of(self._trainer)
-        splits = [] if data is None else data.evaluation_splits.get("val", [])
-        suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
-        logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in metrics}
-        if name is None:
-            first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
-            name = f"val_{first if first in metrics else 'loss'}{suffixes[0]}"
-        if name not in logged and not self._logs_others():
-            raise UsageError(f"the metric {name!r} is to be monitored, but what is logged is {join_quoted(logged)}.")
-        found = metrics.get(logged.get(name, "loss"))
-        if mode is None and found is not None and found.higher_is_better is None:
-            raise UsageError(f"the metric {name!r} does not say whether more of it is better. Give mode, min or max.")
-        return name, mode or ("max" if found is not None and found.higher_is_better else "min")
+        metrics = self._make_metrics().metrics
+        first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
+        return find_monitored(metrics, self._splits_of("val"), first, name, mode, others=self._logs_others())
 
     def _logs_others(self) -> bool:
         """Whether metrics may be logged in validation that are not this class's: by a subclass, or by a callback."""
@@ -606,6 +598,15 @@ class SequenceClassifier(L.LightningModule):
         return replace(
             known, trained_on=self._trained_on, sample_weights=lambda labels: self.task.sample_weights(labels)
         )
+
+    def _make_metrics(self) -> StageMetrics:
+        with summed_in_float32():
+            return StageMetrics(self.configure_metrics(len(self.label_names)), self.task).to(self.device)
+
+    def _splits_of(self, stage: Stage) -> list[str]:
+        """Names of a stage's data sets, as far as the data module tells."""
+        data = text_data_of(self._trainer)
+        return [] if data is None else data.evaluation_splits.get(stage, [])
 
     @property
     def _source(self) -> ModelSource:
@@ -692,44 +693,6 @@ class SequenceClassifier(L.LightningModule):
         if self.compiled:
             compile_model(model, self.compiled)
         return model
-
-    # --- metrics ---
-
-    def _metrics_of(self, stage: Stage, dataloader_idx: int = 0) -> StageMetrics:
-        key = f"{stage}_{dataloader_idx}"
-        if key not in self.stage_metrics:
-            with summed_in_float32():
-                metrics = self.configure_metrics(len(self.label_names))
-                self.stage_metrics[key] = StageMetrics(metrics, self.task).to(self.device)
-        found = self.stage_metrics[key]
-        assert isinstance(found, StageMetrics)
-        return found
-
-    def _sets_of(self, stage: Stage) -> list[tuple[str, StageMetrics]]:
-        """Metrics of a stage's data sets that have been seen, by what distinguishes their names."""
-        keys = [key for key in self.stage_metrics if key.startswith(f"{stage}_")]
-        data = text_data_of(self._trainer)
-        splits = [] if data is None else data.evaluation_splits.get(stage, [])
-        found = []
-        for number in range(len(keys)):
-            name = splits[number] if number < len(splits) else f"dataloader_idx_{number}"
-            found.append(("" if len(keys) == 1 else f"/{name}", self._metrics_of(stage, number)))
-        return found
-
-    def _start_metrics(self, stage: Stage) -> None:
-        """Forgets the metrics of the last pass, whether it ended or not; they are made as batches come."""
-        for key in [key for key in self.stage_metrics if key.startswith(f"{stage}_")]:
-            del self.stage_metrics[key]
-
-    def _log_metrics(self, stage: Stage) -> None:
-        """Logs what has been counted; here and not in each step, where it would cost 1.4 ms."""
-        paths = {id(module): path for path, module in self.named_modules()}
-        for suffix, metrics in self._sets_of(stage):
-            for name, metric in metrics.computable().items():
-                # Lightning looks for metrics but once, and some have come since
-                self.log(
-                    f"{stage}_{name}{suffix}", metric, metric_attribute=paths[id(metric)], add_dataloader_idx=False
-                )
 
 
 def forward_kwargs(batch: Batch) -> Batch:
