@@ -27,7 +27,7 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
 
-_REMEDY = "Give another --predictions.path, or --predictions.overwrite=true to start again."
+_REMEDY = "Give another --predictions.path, or replace what is there by --predictions.overwrite=true."
 
 
 class PredictionWriter(BasePredictionWriter):
