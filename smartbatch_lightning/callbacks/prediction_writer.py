@@ -26,6 +26,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
+from smartbatch_lightning.tasks.thresholds import predict_labels, read_thresholds
 
 _REMEDY = "Give another --predictions.path, or replace what is there by --predictions.overwrite=true."
 
@@ -52,18 +53,26 @@ class PredictionWriter(BasePredictionWriter):
         path: File to write, as Parquet or CSV by its ending.
         columns: Columns of the input to carry through, as they stand in it.
         overwrite: Replace the file where it is there, and what a killed run of other data or another model has left.
+        thresholds: File of probabilities by label above which each is predicted, as `smartbatch evaluate
+            --thresholds=best` writes it, or the folder that holds it as `thresholds.json`.
 
     Raises:
         ValueError: The ending is another.
     """
 
     def __init__(
-        self, path: str = "predictions.parquet", columns: list[str] | None = None, overwrite: bool = False
+        self,
+        path: str = "predictions.parquet",
+        columns: list[str] | None = None,
+        overwrite: bool = False,
+        thresholds: str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
         self.columns = columns or []
         self.overwrite = overwrite
+        self.thresholds = thresholds
+        self._by_label: dict[str, float] = {}  # the thresholds, once they are read
         if self.path.suffix not in (".parquet", ".csv"):
             raise UsageError(
                 f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
@@ -111,10 +120,11 @@ class PredictionWriter(BasePredictionWriter):
         """Leaves out what a run with the same data and model has written before it was killed.
 
         Raises:
-            ValueError: Another run has left something, or there are several loaders.
+            ValueError: Another run has left something, there are several loaders, or thresholds do not fit the task.
         """
         if not isinstance(pl_module, SequenceClassifier):
             return
+        self._by_label = {} if self.thresholds is None else read_thresholds(self.thresholds, pl_module.task)
         loaders: Any = trainer.predict_dataloaders
         [loader, *others] = loaders if isinstance(loaders, list | tuple) else [loaders]
         if others:
@@ -126,6 +136,7 @@ class PredictionWriter(BasePredictionWriter):
                 "data": data_digest(loader.dataset) if known else uuid4().hex,
                 "weights": _weights_digest(pl_module),
                 "task": pl_module.task.config_fields(),
+                "thresholds": self._by_label,
                 "precision": str(trainer.precision),
                 "limit_predict_batches": trainer.limit_predict_batches,
                 "rows of a shard": loader.plan_sampler.window if known else None,
@@ -188,7 +199,11 @@ class PredictionWriter(BasePredictionWriter):
     def _write_shard(self, trainer: L.Trainer, module: SequenceClassifier) -> None:
         predicted = {name: torch.cat([batch[name] for batch in self._pending]).numpy() for name in self._pending[0]}
         self._pending = []
-        table = pa.table({"index": predicted.pop("index"), **module.task.prediction_columns(predicted)})
+        index, columns = predicted.pop("index"), module.task.prediction_columns(predicted)
+        if self._by_label:
+            labels = predict_labels(module.task, predicted["probabilities"], self._by_label)
+            columns["prediction"] = module.task.decode(labels)
+        table = pa.table({"index": index, **columns})
         self._shards.write(table, self._shard, trainer.global_rank, trainer.world_size)
         self._shard += 1
         trainer.strategy.barrier("predictions")  # of each shard, or at the end a rank may be behind by a timeout
