@@ -5,18 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smartbatch_lightning.batching import BatchPlan, BatchSpec, plan_epoch, register_strategy
+    from smartbatch_lightning.callbacks.evaluation_report import EvaluationReport
     from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
     from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor
     from smartbatch_lightning.cli import SmartBatchCLI
     from smartbatch_lightning.data.collators import PackCollator, PadCollator
     from smartbatch_lightning.data.datamodule import SmartBatchDataModule
     from smartbatch_lightning.data.sampler import SmartBatchSampler
+    from smartbatch_lightning.evaluation.evaluation import Evaluation
     from smartbatch_lightning.models.classifier import SequenceClassifier
     from smartbatch_lightning.report.padding_report import PaddingReport
 
 _LAZY_EXPORTS = {
     "BatchPlan": "batching",
     "BatchSpec": "batching",
+    "Evaluation": "evaluation.evaluation",
+    "EvaluationReport": "callbacks.evaluation_report",
     "PackCollator": "data.collators",
     "PadCollator": "data.collators",
     "PaddingReport": "report.padding_report",
@@ -33,6 +37,8 @@ _LAZY_EXPORTS = {
 __all__ = [
     "BatchPlan",
     "BatchSpec",
+    "Evaluation",
+    "EvaluationReport",
     "PackCollator",
     "PadCollator",
     "PaddingReport",

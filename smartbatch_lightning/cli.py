@@ -1,4 +1,4 @@
-"""The command line: prepare, report, fit, validate, test, predict and export, by flags and YAML."""
+"""The command line: prepare, report, fit, validate, test, predict, export and evaluate, by flags and YAML."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
+from smartbatch_lightning.callbacks.evaluation_report import EvaluationReport
 from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
@@ -33,6 +34,7 @@ from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_chec
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
+from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.progress import check_flags
@@ -232,6 +234,7 @@ class SmartBatchCLI(LightningCLI):
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
                 "description": "Fine-tune BERT and other encoders on text classification.",
+                "epilog": "Besides: smartbatch evaluate --help, which needs neither model nor data.",
                 # in place of sixty lines of options above every mistake
                 **{command: {"usage": "%(prog)s [options]"} for command in self.subcommands()},
             },
@@ -265,6 +268,7 @@ class SmartBatchCLI(LightningCLI):
         parser.add_lightning_class_args(EarlyStop, "early_stopping")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelExport, "export_model")
+        parser.add_lightning_class_args(EvaluationReport, "evaluation")
         for name, chosen in self._classes.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
@@ -375,4 +379,10 @@ def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
     # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
     sys.path.insert(0, os.getcwd())
-    SmartBatchCLI()
+    if sys.argv[1:2] == ["evaluate"]:
+        with _as_a_command():  # it has neither model nor data, which LightningCLI gives to all of its commands
+            auto_cli(
+                evaluate, sys.argv[2:], as_positional=False, prog="smartbatch evaluate", usage="%(prog)s [options]"
+            )
+    else:
+        SmartBatchCLI()

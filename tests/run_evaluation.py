@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning import EvaluationReport, PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
 
 
 def main(folder: Path, reviews: Path, ranks: int, padding: str) -> None:
@@ -19,7 +19,7 @@ def main(folder: Path, reviews: Path, ranks: int, padding: str) -> None:
         accelerator="cpu",
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
-        callbacks=[PredictionWriter(str(folder / "predictions.csv"))],
+        callbacks=[PredictionWriter(str(folder / "predictions.csv")), EvaluationReport(str(folder / "report"))],
         logger=False,
         enable_progress_bar=False,
     )

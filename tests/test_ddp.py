@@ -72,6 +72,13 @@ def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Pat
         assert table["index"].tolist() == list(range(501))
     assert tables[0]["prediction"].tolist() == tables[1]["prediction"].tolist()
     pd.testing.assert_frame_equal(tables[0], tables[1], atol=1e-6, rtol=0)
+    reports = [json.loads((folder / "report" / "test" / "evaluation.json").read_text()) for folder in runs]
+    assert [report["samples"] for report in reports] == [501, 501]
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    assert reports[0]["summary"] == pytest.approx(reports[1]["summary"], abs=1e-5)
+    for worst in zip(*(report["mistakes"][:20] for report in reports), strict=True):
+        assert worst[0]["row"] == worst[1]["row"]
+        assert worst[0]["text"] == worst[1]["text"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ FLOORS = [
     ["tasks"],
     ["contract"],
     ["data", "models"],
-    ["report", "export"],
+    ["evaluation", "report", "export"],
     ["callbacks"],
     ["cli"],
 ]

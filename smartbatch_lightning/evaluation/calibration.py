@@ -1,0 +1,126 @@
+"""Whether probabilities are as often right as they say, and the temperature that brings them closer to it.
+
+Expected calibration error as in Naeini et al. (2015), temperature scaling as in Guo et al. (2017).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_calibration_error
+
+_BINS = 15
+_LARGEST = 100.0  # of temperatures, at which nothing is left of what the model says
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Predictions of about the same probability.
+
+    Attributes:
+        probability: Their mean.
+        observed: Share of them that came true.
+        count: How many there are.
+    """
+
+    probability: float
+    observed: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far probabilities are from what came true.
+
+    Attributes:
+        expected_calibration_error: Mean distance between `probability` and `observed`, weighted by `count`.
+        log_loss: Mean negative logarithm of the probability of what came true, over samples and labels.
+        bins: By probability, without empty ones.
+    """
+
+    expected_calibration_error: float
+    log_loss: float
+    bins: list[CalibrationBin]
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits that give certain probabilities, which a temperature divides.
+
+    Attributes:
+        values: (num_samples, num_labels), float64.
+        labels: Number of each sample's class, (num_samples,); for several labels 0 and 1, (num_samples, num_labels).
+    """
+
+    values: Tensor
+    labels: Tensor
+
+    @classmethod
+    def from_probabilities(cls, probabilities: NDArray[Any], labels: NDArray[Any]) -> "Logits":
+        """Logarithms of classes' probabilities; of several labels' log odds."""
+        given = torch.from_numpy(np.asarray(probabilities, np.float64))
+        tiny = torch.finfo(torch.float32).tiny  # which float32 rounds to 0
+        if labels.ndim == 1:
+            return cls(given.clamp_min(tiny).log(), torch.from_numpy(np.asarray(labels, np.int64)))
+        return cls(torch.logit(given, torch.finfo(torch.float32).eps), torch.from_numpy(np.asarray(labels, np.float64)))
+
+    def loss(self, temperature: Tensor | float = 1.0, reduction: str = "mean") -> Tensor:
+        """Cross-entropy; of several labels the binary one."""
+        scaled = self.values / temperature
+        if self.labels.ndim == 1:
+            return F.cross_entropy(scaled, self.labels, reduction=reduction)
+        return F.binary_cross_entropy_with_logits(scaled, self.labels, reduction=reduction)
+
+    def all_right(self) -> bool:
+        """Whether the likelier answer is right everywhere, so that ever lower temperatures are ever better."""
+        if self.labels.ndim == 1:
+            others = self.values.scatter(1, self.labels[:, None], -torch.inf).amax(1)
+            return bool((self.values.gather(1, self.labels[:, None])[:, 0] > others).all())
+        return bool(((self.values > 0) == (self.labels > 0)).all())
+
+    def calibration(self, temperature: float = 1.0) -> Calibration:
+        """Of the probability of the likeliest class; of several labels of every label's."""
+        scaled = self.values / temperature
+        if self.labels.ndim == 1:
+            probabilities, likeliest = scaled.softmax(1).max(1)
+            came_true = likeliest == self.labels
+        else:
+            probabilities, came_true = scaled.sigmoid().flatten(), self.labels.flatten() > 0
+        # torchmetrics (1.9) has a bin of its own for probabilities of exactly 1
+        probabilities = probabilities.clamp(max=float(np.nextafter(1, 0)))
+        edges = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64).numpy()
+        values, truth = probabilities.numpy(), came_true.numpy()
+        counts, sums, trues = (
+            np.histogram(values, edges, weights=weights)[0] for weights in (None, values, truth.astype(np.float64))
+        )
+        bins = [
+            CalibrationBin(float(sums[one] / counts[one]), float(trues[one] / counts[one]), int(counts[one]))
+            for one in np.flatnonzero(counts)
+        ]
+        error = binary_calibration_error(probabilities, came_true.long(), _BINS, validate_args=False)
+        return Calibration(float(error), float(self.loss(temperature)), bins)
+
+
+def fit_temperature(loss: Callable[[Tensor], Tensor]) -> float | None:
+    """The temperature of the least loss; None where none up to 100 is.
+
+    Args:
+        loss: Of a temperature, a scalar.
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(log_temperature.exp())
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    temperature = float(log_temperature.detach().exp())
+    return temperature if 1 / _LARGEST < temperature < _LARGEST else None

@@ -1,0 +1,371 @@
+"""How well classes are told apart: by class, by confusion, by threshold, by calibration, by length, and the worst."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_precision_recall_curve,
+    binary_roc,
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+    multiclass_precision,
+    multiclass_recall,
+    multilabel_confusion_matrix,
+    multilabel_exact_match,
+    multilabel_f1_score,
+    multilabel_hamming_distance,
+    multilabel_precision,
+    multilabel_recall,
+)
+
+from smartbatch_lightning.evaluation.calibration import Calibration, Logits, fit_temperature
+from smartbatch_lightning.evaluation.samples import Group, Mistake, text_at
+from smartbatch_lightning.tasks.thresholds import names_with_threshold
+
+if TYPE_CHECKING:
+    from smartbatch_lightning.evaluation.evaluation import Evaluation
+
+_MOST_CURVES, _CURVE_POINTS = 8, 300
+_MOST_CONFUSIONS, _MOST_MISTAKES, _MOST_SCORES = 20, 50, 10
+_LARGEST_MATRIX = 100  # classes of which all confusions are written as JSON
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """How well one class, or one label of several, is told from all else.
+
+    What is undefined is None: the recall of a class without samples, the precision of one that is never predicted, and
+    what goes by ranks where all samples are of the class or none is.
+
+    Attributes:
+        name: Of the class.
+        support: Samples of it.
+        predicted: Samples that are predicted to be.
+        precision: Share of the predicted ones that are.
+        recall: Share of its samples that are predicted.
+        f1: Harmonic mean of both.
+        auroc: Area under the ROC curve, this class against all others.
+        average_precision: Area under the precision-recall curve.
+        best_threshold: Probability above which to predict it for the best F1 on these samples; of single labels only
+            where there are two classes, for the second.
+        best_f1: F1 at that threshold.
+    """
+
+    name: str
+    support: int
+    predicted: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    auroc: float | None
+    average_precision: float | None
+    best_threshold: float | None
+    best_f1: float | None
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Samples of one class that were predicted as another.
+
+    Attributes:
+        label: Their class.
+        prediction: What they were predicted as.
+        samples: How many there are.
+        share: Of the samples of the class.
+    """
+
+    label: str
+    prediction: str
+    samples: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """ROC and precision-recall curve of a class, thinned out to a few hundred points.
+
+    Attributes:
+        false_positive_rate: Shape (points,).
+        true_positive_rate: Shape (points,).
+        recall: Shape (other points,).
+        precision: Shape (other points,).
+    """
+
+    false_positive_rate: list[float]
+    true_positive_rate: list[float]
+    recall: list[float]
+    precision: list[float]
+
+
+@dataclass(frozen=True)
+class ClassificationResults:
+    """What is told of a classification.
+
+    Attributes:
+        summary: Metrics over all samples, by name.
+        classes: By class.
+        confusion_matrix: Samples by class (rows) and prediction (columns); of several labels, for each label those
+            without and with it (rows) by whether it was predicted (columns), (num_labels, 2, 2).
+        confusions: The most frequent ones of single labels.
+        curves: Of the classes with the least average precision; of two classes those of the second.
+        calibration: Of the probabilities as they are.
+        temperature: That divides the logits for the least loss; None where it was not asked for, or there is none.
+        scaled: Calibration at that temperature.
+        lengths: Share of samples that are right by length; of several labels the mean F1 of a sample.
+        mistakes: Those of the greatest loss.
+        notes: What is to be known besides.
+    """
+
+    summary: dict[str, float | None]
+    classes: list[ClassResult]
+    confusion_matrix: NDArray[np.int64]
+    confusions: list[Confusion]
+    curves: dict[str, Curves]
+    calibration: Calibration
+    temperature: float | None
+    scaled: Calibration | None
+    lengths: list[Group]
+    mistakes: list[Mistake]
+    notes: list[str]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The best threshold of each label that has one."""
+        return {one.name: one.best_threshold for one in self.classes if one.best_threshold is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; of very many classes only the most frequent confusions."""
+        written = {name: value for name, value in asdict(self).items() if name != "confusion_matrix"}
+        if len(self.classes) <= _LARGEST_MATRIX:
+            written["confusion_matrix"] = self.confusion_matrix.tolist()
+        return written
+
+
+def classify(evaluation: "Evaluation") -> ClassificationResults:
+    """Measures the predictions of single labels or of several."""
+    with _without_warnings():
+        return _Measured(evaluation).results()
+
+
+class _Measured:
+    """The arrays of an evaluation as tensors, with what differs between single labels and several."""
+
+    def __init__(self, evaluation: "Evaluation") -> None:
+        self.evaluation = evaluation
+        self.names = evaluation.task.label_names
+        self.probabilities = torch.from_numpy(np.ascontiguousarray(evaluation.scores))
+        self.labels = torch.from_numpy(np.asarray(evaluation.labels, np.int64))
+        self.predicted = torch.from_numpy(np.asarray(evaluation.predicted, np.int64))
+        self.several = self.labels.ndim == 2
+        self.logits = Logits.from_probabilities(evaluation.scores, np.asarray(evaluation.labels))
+
+    def results(self) -> ClassificationResults:
+        matrix = self._confusion_matrix()
+        classes = self._classes(matrix)
+        temperature, notes = self._temperature()
+        wrong = self.predicted != self.labels
+        right = ~(wrong.any(1) if self.several else wrong)
+        lengths = self.evaluation.lengths
+        calibration = self.logits.calibration()
+        return ClassificationResults(
+            summary=self._summary(classes, calibration),
+            classes=classes,
+            confusion_matrix=matrix,
+            confusions=[] if self.several else _confusions(matrix, self.names),
+            curves=self._curves(classes),
+            calibration=calibration,
+            temperature=temperature,
+            scaled=None if temperature is None else self.logits.calibration(temperature),
+            lengths=[] if lengths is None else lengths.groups(self._by_sample(right).numpy()),
+            mistakes=self._mistakes(~right),
+            notes=notes,
+        )
+
+    def _by_sample(self, right: Tensor) -> Tensor:
+        """How well each sample is predicted: whether it is, or of several labels its F1. Shape (num_samples,)."""
+        if not self.several:
+            return right
+        return multilabel_f1_score(
+            self.predicted[..., None],
+            self.labels[..., None],
+            len(self.names),
+            average="micro",
+            multidim_average="samplewise",
+            validate_args=False,
+            zero_division=1,
+        )
+
+    def _confusion_matrix(self) -> NDArray[np.int64]:
+        metric = multilabel_confusion_matrix if self.several else multiclass_confusion_matrix
+        return metric(self.predicted, self.labels, len(self.names), validate_args=False).numpy()
+
+    def _summary(self, classes: list[ClassResult], calibration: Calibration) -> dict[str, float | None]:
+        aurocs = [one.auroc for one in classes if one.auroc is not None]
+        precisions = [one.average_precision for one in classes if one.average_precision is not None]
+        given = (self.predicted, self.labels, len(self.names))
+        if self.several:
+            measured = {
+                "exact_match": multilabel_exact_match(*given, validate_args=False),
+                "f1": multilabel_f1_score(*given, average="macro", validate_args=False),
+                "f1_micro": multilabel_f1_score(*given, average="micro", validate_args=False),
+                "hamming_distance": multilabel_hamming_distance(*given, average="micro", validate_args=False),
+            }
+        else:
+            measured = {
+                "accuracy": multiclass_accuracy(*given, average="micro", validate_args=False),
+                "f1": multiclass_f1_score(*given, average="macro", validate_args=False),
+                "matthews": multiclass_matthews_corrcoef(*given, validate_args=False),
+            }
+        return {
+            **{name: float(value) for name, value in measured.items()},
+            "auroc": float(np.mean(aurocs)) if aurocs else None,
+            "average_precision": float(np.mean(precisions)) if precisions else None,
+            "log_loss": calibration.log_loss,
+            "expected_calibration_error": calibration.expected_calibration_error,
+        }
+
+    def _classes(self, matrix: NDArray[np.int64]) -> list[ClassResult]:
+        metrics: list[Callable[..., Tensor]]
+        if self.several:
+            support, predicted = matrix[:, 1].sum(1), matrix[:, :, 1].sum(1)
+            metrics = [multilabel_precision, multilabel_recall, multilabel_f1_score]
+        else:
+            support, predicted = matrix.sum(1), matrix.sum(0)
+            metrics = [multiclass_precision, multiclass_recall, multiclass_f1_score]
+        precision, recall, f1 = (
+            metric(self.predicted, self.labels, len(self.names), average="none", validate_args=False).tolist()
+            for metric in metrics
+        )
+        decided = names_with_threshold(self.evaluation.task)
+        results = []
+        for number, name in enumerate(self.names):
+            scores, truth = self._one_against_all(number)
+            ranked = 0 < support[number] < len(truth)
+            threshold, at_threshold = _best_threshold(scores, truth) if ranked and name in decided else (None, None)
+            results.append(
+                ClassResult(
+                    name=name,
+                    support=int(support[number]),
+                    predicted=int(predicted[number]),
+                    precision=precision[number] if predicted[number] else None,
+                    recall=recall[number] if support[number] else None,
+                    f1=f1[number] if predicted[number] or support[number] else None,
+                    auroc=float(binary_auroc(scores, truth, validate_args=False)) if ranked else None,
+                    average_precision=(
+                        float(binary_average_precision(scores, truth, validate_args=False)) if ranked else None
+                    ),
+                    best_threshold=threshold,
+                    best_f1=at_threshold,
+                )
+            )
+        return results
+
+    def _one_against_all(self, number: int) -> tuple[Tensor, Tensor]:
+        """Probabilities of a class, and whether each sample is of it. Shapes (num_samples,)."""
+        truth = self.labels[:, number] if self.several else (self.labels == number).long()
+        return self.probabilities[:, number].contiguous(), truth
+
+    def _curves(self, classes: list[ClassResult]) -> dict[str, Curves]:
+        ranked = [number for number, one in enumerate(classes) if one.average_precision is not None]
+        if not self.several and len(self.names) == 2:
+            ranked = ranked[1:]
+        shown = sorted(ranked, key=lambda number: classes[number].average_precision or 0.0)[:_MOST_CURVES]
+        return {self.names[number]: _curves_of(*self._one_against_all(number)) for number in sorted(shown)}
+
+    def _temperature(self) -> tuple[float | None, list[str]]:
+        asked = self.evaluation.temperature
+        if asked != "fit":
+            return asked, []
+        if self.logits.all_right():
+            return None, ["No temperature was fitted: all is predicted rightly, and ever lower ones lessen the loss."]
+        fitted = fit_temperature(self.logits.loss)
+        if fitted is None:
+            return None, ["No temperature was fitted: the loss falls on to where all labels are equally likely."]
+        return fitted, []
+
+    def _mistakes(self, wrong: Tensor) -> list[Mistake]:
+        losses = self.logits.loss(reduction="none")
+        if self.several:
+            losses = losses.mean(1)
+        rows = wrong.nonzero()[:, 0]
+        worst = rows[losses[rows].argsort(descending=True, stable=True)[:_MOST_MISTAKES]].numpy()
+        evaluation = self.evaluation
+        task, lengths = evaluation.task, evaluation.lengths
+        labels = task.decode(np.asarray(evaluation.labels)[worst]).to_pylist()
+        predictions = task.decode(evaluation.predicted[worst]).to_pylist()
+        mistakes = []
+        for sample, label, prediction in zip(worst.tolist(), labels, predictions, strict=True):
+            probabilities, likeliest = self.probabilities[sample].topk(min(_MOST_SCORES, len(self.names)))
+            scores = zip(likeliest.tolist(), probabilities.tolist(), strict=True)
+            mistakes.append(
+                Mistake(
+                    row=int(evaluation.rows[sample]),
+                    label=_written(label),
+                    prediction=_written(prediction),
+                    loss=float(losses[sample]),
+                    scores={self.names[number]: probability for number, probability in scores},
+                    length=None if lengths is None else int(lengths.values[sample]),
+                    text=text_at(evaluation.texts, sample),
+                )
+            )
+        return mistakes
+
+
+def _best_threshold(scores: Tensor, truth: Tensor) -> tuple[float | None, float | None]:
+    """The threshold of the best F1, halfway between the least probability above it and the next one, and that F1."""
+    precision, recall, taken = binary_precision_recall_curve(scores, truth, validate_args=False)
+    f1 = (2 * precision * recall / (precision + recall)).nan_to_num()[: len(taken)]
+    f1[taken <= 0] = -1  # no threshold is below
+    best = int(f1.argmax())
+    if f1[best] < 0:
+        return None, None
+    below = float(taken[best - 1]) if best else 0.0
+    return (float(taken[best]) + below) / 2, float(f1[best])
+
+
+def _curves_of(scores: Tensor, truth: Tensor) -> Curves:
+    false_positive_rate, true_positive_rate, _ = binary_roc(scores, truth, validate_args=False)
+    precision, recall, _ = binary_precision_recall_curve(scores, truth, validate_args=False)
+    return Curves(*map(_thinned, (false_positive_rate, true_positive_rate, recall, precision)))
+
+
+def _thinned(points: Tensor) -> list[float]:
+    kept = np.unique(np.linspace(0, len(points) - 1, _CURVE_POINTS).astype(np.int64))
+    return [round(value, 6) for value in points[kept].tolist()]
+
+
+def _confusions(matrix: NDArray[np.int64], names: list[str]) -> list[Confusion]:
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSIONS]
+    pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
+    support = matrix.sum(1)
+    return [
+        Confusion(names[label], names[prediction], int(count), float(count / support[label]))
+        for label, prediction in pairs
+        if (count := wrong[label, prediction])
+    ]
+
+
+def _written(label: Any) -> str:
+    if isinstance(label, list):
+        return ", ".join(map(str, label)) or "none"
+    return str(label)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without torchmetrics' warnings of classes without samples, which results show."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No (positive|negative) samples")
+        yield

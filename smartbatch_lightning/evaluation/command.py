@@ -1,0 +1,93 @@
+"""`smartbatch evaluate`."""
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoConfig
+
+from smartbatch_lightning.console import echo
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.storage import check_writable
+from smartbatch_lightning.tasks.config import label_names_from_config
+from smartbatch_lightning.tasks.thresholds import FILE_NAME, names_with_threshold, write_thresholds
+
+
+def evaluate(
+    predictions: str,
+    label_column: str | list[str] = "label",
+    text_column: str | list[str] | None = None,
+    folder: str = "evaluation",
+    label_delimiter: str | None = None,
+    label_names: list[str] | None = None,
+    thresholds: str | None = None,
+    model_folder: str | None = None,
+    temperature: float | Literal["fit"] | None = None,
+    title: str | None = None,
+) -> None:
+    """Tells what a table of predictions says of a model: tables here; JSON, figures and an HTML page in a folder.
+
+    Args:
+        predictions: The table, as predict writes it: a Parquet or CSV file, or a folder of Parquet files.
+        label_column: Column of labels, or several, of which each is a label or a target.
+        text_column: Column of the text, or several; for the worst mistakes, and accuracy by length.
+        folder: Where evaluation.html, evaluation.json and the figures are written.
+        label_delimiter: What stands between the labels of a text that has several.
+        label_names: Names of the classes in the order in which whole numbers in the label column count them.
+        thresholds: `best` writes for each label the threshold of the best F1 to thresholds.json in the folder; or a
+            file of such thresholds, by which to predict. Take other samples for the one than for the other.
+        model_folder: Folder of an exported model, beside whose config.json thresholds.json is written too.
+        temperature: By which to divide the logits, to see how well calibrated probabilities are then; `fit` for that
+            of the least loss on these samples.
+        title: Of the report; by default the name of the table.
+
+    Raises:
+        ValueError: The table has not what is needed, or the folder cannot be written.
+    """
+    from smartbatch_lightning.evaluation.classification import ClassificationResults
+    from smartbatch_lightning.evaluation.evaluation import Evaluation
+
+    check_writable(folder, "Give another one by --folder.")
+    if model_folder is not None and thresholds != "best":
+        raise UsageError(
+            "model_folder is given, but no thresholds to write there. Set --thresholds=best, or leave it out."
+        )
+    evaluation = Evaluation.from_table(
+        predictions,
+        label_column=label_column,
+        label_delimiter=label_delimiter,
+        label_names=label_names,
+        text_column=text_column,
+        thresholds=None if thresholds == "best" else thresholds,
+        temperature=temperature,
+        title=title,
+    )
+    if thresholds == "best" and not names_with_threshold(evaluation.task):
+        raise UsageError(
+            "thresholds=best is for several labels a sample or two classes, but here the outputs are "
+            f"{join_quoted(evaluation.task.label_names)}. Leave it out."
+        )
+    if model_folder is not None:
+        _check_model(model_folder, evaluation.task.label_names)
+    evaluation.show()
+    paths = evaluation.save(folder)
+    if thresholds == "best":
+        assert isinstance(evaluation.results, ClassificationResults)
+        for one in [folder] if model_folder is None else [folder, model_folder]:
+            paths.append(Path(one) / FILE_NAME)
+            write_thresholds(evaluation.results.thresholds, paths[-1])
+    echo("Wrote " + ", ".join(map(str, paths)))
+
+
+def _check_model(folder: str, names: list[str]) -> None:
+    """Refuses a folder that holds no model, or one of other labels."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"model_folder {folder} holds no model's config.json. Give that of an exported model."
+        ) from error
+    if sorted(label_names_from_config(config)) != sorted(names):
+        raise UsageError(
+            f"the model in {folder} has the labels {join_quoted(label_names_from_config(config))}, but the predictions "
+            f"have {join_quoted(names)}. Give the folder of the model that made them."
+        )

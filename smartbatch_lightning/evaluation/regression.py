@@ -1,0 +1,179 @@
+"""How far predicted numbers are from the targets: over all, by target, by length, and the worst."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.functional.regression import (
+    mean_absolute_error,
+    mean_squared_error,
+    pearson_corrcoef,
+    r2_score,
+    spearman_corrcoef,
+)
+
+from smartbatch_lightning.evaluation.samples import Group, Mistake, quantile_parts, text_at
+
+if TYPE_CHECKING:
+    from smartbatch_lightning.evaluation.evaluation import Evaluation
+
+_MOST_ERRORS = 50
+
+
+@dataclass(frozen=True)
+class TargetResult:
+    """How well one target is predicted.
+
+    What is undefined is None: correlations and R² where the target or the prediction is the same for all samples.
+
+    Attributes:
+        name: Of the target.
+        mae: Mean absolute error.
+        rmse: Root of the mean squared error.
+        bias: Mean of prediction less target.
+        pearson: Correlation.
+        spearman: Correlation of the ranks.
+        r2: Share of the variance that is explained.
+        quantiles: By the target, from low to high.
+    """
+
+    name: str
+    mae: float
+    rmse: float
+    bias: float
+    pearson: float | None
+    spearman: float | None
+    r2: float | None
+    quantiles: list["Quantile"]
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """Errors of the samples whose targets are close to each other.
+
+    Attributes:
+        low: Their least target.
+        high: Their largest.
+        samples: How many there are.
+        mae: Mean absolute error.
+        rmse: Root of the mean squared error.
+        bias: Mean of prediction less target.
+    """
+
+    low: float
+    high: float
+    samples: int
+    mae: float
+    rmse: float
+    bias: float
+
+
+@dataclass(frozen=True)
+class RegressionResults:
+    """What is told of a regression.
+
+    Attributes:
+        summary: Of a single target its metrics; of several the means of the errors.
+        targets: By target.
+        values: Targets and predictions of each, for figures. Shapes (num_samples,).
+        lengths: Mean absolute error by length, over all targets.
+        mistakes: The largest errors; of several targets by the squared error in units of each target's variance.
+        notes: What is to be known besides.
+    """
+
+    summary: dict[str, float | None]
+    targets: list[TargetResult]
+    values: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+    lengths: list[Group]
+    mistakes: list[Mistake]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the values, as JSON can hold it."""
+        return {
+            "summary": self.summary,
+            "targets": [asdict(target) for target in self.targets],
+            "lengths": [asdict(group) for group in self.lengths],
+            "mistakes": [asdict(mistake) for mistake in self.mistakes],
+            "notes": self.notes,
+        }
+
+
+def regress(evaluation: "Evaluation") -> RegressionResults:
+    """Measures the predictions of a regression."""
+    names = evaluation.task.label_names
+    predictions = np.asarray(evaluation.scores, np.float64).reshape(-1, len(names))
+    labels = np.asarray(evaluation.labels, np.float64).reshape(-1, len(names))
+    columns = {name: (labels[:, number], predictions[:, number]) for number, name in enumerate(names)}
+    targets = [_target(name, *values) for name, values in columns.items()]
+    errors = predictions - labels
+    lengths = evaluation.lengths
+    if len(targets) == 1:
+        [only] = targets
+        summary = {name: getattr(only, name) for name in ("rmse", "mae", "bias", "pearson", "spearman", "r2")}
+    else:
+        summary = {name: float(np.mean([getattr(one, name) for one in targets])) for name in ("rmse", "mae")}
+    undefined = [one.name for one in targets if one.pearson is None]
+    return RegressionResults(
+        summary=summary,
+        targets=targets,
+        values=columns,
+        lengths=[] if lengths is None else lengths.groups(np.abs(errors).mean(1)),
+        mistakes=_mistakes(evaluation, labels, predictions),
+        notes=[f"No correlation: all targets or all predictions of {name!r} are the same." for name in undefined],
+    )
+
+
+def _target(name: str, labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> TargetResult:
+    predicted, target = torch.from_numpy(predictions.copy()), torch.from_numpy(labels.copy())
+    varies = float(np.ptp(labels)) > 0
+    correlates = varies and float(np.ptp(predictions)) > 0
+    return TargetResult(
+        name,
+        *_errors(labels, predictions),
+        pearson=float(pearson_corrcoef(predicted, target)) if correlates else None,
+        spearman=float(spearman_corrcoef(predicted, target)) if correlates else None,
+        r2=float(r2_score(predicted, target)) if varies else None,
+        quantiles=[
+            Quantile(
+                float(labels[part].min()),
+                float(labels[part].max()),
+                int(part.sum()),
+                *_errors(labels[part], predictions[part]),
+            )
+            for part in quantile_parts(labels)
+        ],
+    )
+
+
+def _errors(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean absolute error, root mean squared error and bias."""
+    predicted, target = torch.from_numpy(predictions.copy()), torch.from_numpy(labels.copy())
+    absolute, squared = mean_absolute_error(predicted, target), mean_squared_error(predicted, target, squared=False)
+    return float(absolute), float(squared), float((predictions - labels).mean())
+
+
+def _mistakes(evaluation: "Evaluation", labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[Mistake]:
+    errors = predictions - labels
+    spread = labels.std(0) if errors.shape[1] > 1 else np.ones(1)
+    losses = np.square(errors / np.where(spread > 0, spread, 1)).mean(1)
+    names, lengths = evaluation.task.label_names, evaluation.lengths
+    return [
+        Mistake(
+            row=int(evaluation.rows[sample]),
+            label=_written(labels[sample]),
+            prediction=_written(predictions[sample]),
+            loss=float(losses[sample]),
+            scores=dict(zip(names, errors[sample].tolist(), strict=True)),
+            length=None if lengths is None else int(lengths.values[sample]),
+            text=text_at(evaluation.texts, sample),
+        )
+        for sample in np.argsort(-losses, kind="stable")[:_MOST_ERRORS].tolist()
+        if losses[sample] > 0
+    ]
+
+
+def _written(values: NDArray[np.float64]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
