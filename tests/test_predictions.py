@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import run_predictions
 import torch
+from datasets import Dataset
 from helpers import Fork, cli, finish, slow, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smartbatch_lightning import (
     BatchSpec,
+    Evaluation,
     PadCollator,
     PredictionWriter,
     SequenceClassifier,
@@ -395,3 +397,14 @@ def test_a_damaged_shard_is_told_with_its_remedy(rows, small_windows, tmp_path: 
     part.unlink()
     predict(rows, tmp_path)
     assert pd.read_parquet(tmp_path / "predictions.parquet")["index"].tolist() == list(range(ROWS))
+
+
+def test_ids_of_a_class_label_keep_their_names_so_that_a_table_can_be_evaluated_by_itself(tmp_path: Path) -> None:
+    data = demo.data_dir() / "test.parquet"
+    predict(data, tmp_path, columns=["label"])
+    table = Dataset.from_parquet(str(tmp_path / "predictions.parquet"), cache_dir=str(tmp_path / "cache"))
+    names = table.features["label"].names
+    assert names == ["negative", "positive"]
+    right = np.mean([names[label] == found for label, found in zip(table["label"], table["prediction"], strict=True)])
+    evaluation = Evaluation.from_table(str(tmp_path / "predictions.parquet"))
+    assert evaluation.results.summary["accuracy"] == pytest.approx(right)

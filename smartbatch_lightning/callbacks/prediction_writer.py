@@ -235,7 +235,7 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
 
 
 def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
-    """The table with columns of its rows in the input, behind `index`."""
+    """The table with columns of its rows in the input, behind `index`; ids of a `ClassLabel` keep their names."""
     if carried is None:
         return table
     rows = table["index"].to_numpy()
@@ -243,7 +243,7 @@ def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
     columns = carried[run if len(run) == len(rows) else rows.tolist()]
     for number, name in enumerate(columns.column_names, 1):
         table = table.add_column(number, columns.schema.field(name), columns[name])
-    return table
+    return table.replace_schema_metadata(carried.features.arrow_schema.metadata)
 
 
 def _weights_digest(module: L.LightningModule) -> str:
