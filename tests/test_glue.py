@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from helpers import FAST, ROOT, cli
+from helpers import FAST, ROOT, cli, slow
 from transformers import AutoModel, AutoTokenizer
 
 from smartbatch_lightning import demo
@@ -66,7 +66,7 @@ def options(task: str, folder: Path, model: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task if task in ("mrpc", "stsb", "mnli") else slow(task) for task in TASKS])
 def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(
     task: str, untrained: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +89,7 @@ def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(
         assert predicted.columns[-len(names) :].tolist() == [f"probability_{name}" for name in names]
 
 
+@pytest.mark.slow
 def test_the_diagnostic_set_is_predicted_by_a_model_of_mnli(untrained: Path, tmp_path: Path) -> None:
     published("mnli", tmp_path / "mnli")
     fitted = cli("fit", *options("mnli", tmp_path / "mnli", untrained), *FAST)
