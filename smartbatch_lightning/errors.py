@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
-_MOST_NAMES, _LONGEST_NAME = 10, 60
+_MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 10, 60, 500
 
 
 class UsageError(ValueError):
@@ -36,6 +36,12 @@ def join_quoted(names: Iterable[Any]) -> str:
     return ", ".join(shown)
 
 
+def _shortened(message: str) -> str:
+    """A message without what is in the middle of a very long one."""
+    half = _LONGEST_MESSAGE // 2
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:half]}...{message[-half:]}"
+
+
 def _shorten(name: Any) -> Any:
     if isinstance(name, str) and len(name) > _LONGEST_NAME:
         return f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
@@ -50,7 +56,7 @@ def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def root_cause_message(error: BaseException) -> str:
-    """What happened at the bottom of an exception, on one line."""
+    """What happened at the bottom of an exception, on one line of no more than 500 characters."""
     *_, first = exception_chain(error)
     lines = str(first).strip().splitlines()
-    return f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .") + "."
+    return _shortened(f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .")) + "."

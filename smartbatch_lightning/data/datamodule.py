@@ -42,8 +42,10 @@ class SmartBatchDataModule(TextDataModule):
     method of its own. What is set on it before a loader is made, such as `batch_size`, counts.
 
     Args:
-        dataset: `demo`; a name on the Hugging Face Hub; a CSV, JSON lines or Parquet file; a folder of such files or
-            one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, also compressed, or its
+            URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written by
+            `save_to_disk`; or files by split, as in `{train: a.csv, test: [b.csv, c.csv]}`. From Python also a
+            `Dataset`, a `DatasetDict`, a pandas or polars frame, an Arrow table, a list of dicts, or these by split.
         tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
         batch_size: Samples in a batch at most, on one rank; see `BatchSpec` for the default, and for all until `seed`.
         max_tokens_per_batch: Token budget of a batch on one rank, padding included; `smart` batches then hold few long
@@ -62,7 +64,8 @@ class SmartBatchDataModule(TextDataModule):
         loader_kwargs: What else `DataLoader` takes, such as `prefetch_factor`.
         ignore_fingerprint_mismatch: Resume a checkpoint of other data, seed or batching at the same step of the new
             plan, where some samples of the epoch may be trained twice or not at all.
-        text_options: What else `TextDataModule` takes: columns, labels, splits, `max_length`, `cache_dir`.
+        text_options: What else `TextDataModule` takes: `reader_kwargs`, columns, labels, splits, `max_length`,
+            `cache_dir`.
 
     Raises:
         ValueError: An argument or the data is not usable; the message says what was met and what to do.
@@ -70,7 +73,7 @@ class SmartBatchDataModule(TextDataModule):
 
     def __init__(
         self,
-        dataset: str | dict[str, str] = "demo",
+        dataset: str | list[str] | dict[str, str | list[str]] | Any = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         batch_size: int | None = None,

@@ -1,52 +1,123 @@
-"""A data set by its name: the demo, a Hub name, files or folders -> `DatasetDict`."""
+"""A data set by its name, or as an object from Python -> `DatasetDict`."""
 
-import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    get_dataset_config_names,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 from smartbatch_lightning import demo
+from smartbatch_lightning.data import csv_files
+from smartbatch_lightning.data.files import FORMATS, ending_of, is_file_name, read_files
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
-_FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# As a CSV file writes numbers with a fraction, and what is none.
-_NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
-_NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
+_MOST_FILES_NAMED = 5
+
+
+def plain_source(dataset: Any) -> Any:
+    """A name, files by split or an object, with paths as text.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if isinstance(dataset, str | os.PathLike):
+        return os.fspath(dataset)
+    if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
+        plain = {str(split): plain_source(value) for split, value in dataset.items()}
+        if not plain or any(isinstance(value, Mapping) for value in plain.values()):
+            raise UsageError(f"dataset is {dataset!r}; give files by split, as in {{train: a.csv, test: b.csv}}.")
+        return plain
+    if isinstance(dataset, list | tuple) and dataset and all(isinstance(one, str | os.PathLike) for one in dataset):
+        return [os.fspath(one) for one in dataset]
+    if not _is_table(dataset):
+        raise UsageError(
+            f"dataset is {_describe(dataset)}; give a name, files, a Dataset, a DatasetDict, a pandas or polars frame, "
+            "an Arrow table, a list of dicts, or these by split."
+        )
+    return dataset
+
+
+def is_named(dataset: Any) -> bool:
+    """Whether it is a name, files, or files by split, rather than objects."""
+    return all(isinstance(one, str) for one in _flat(dataset))
+
+
+def describe_source(dataset: Any) -> str:
+    """The data set, as messages name it."""
+    names = [one if isinstance(one, str) else f"the given {type(one).__name__}" for one in _flat(dataset)]
+    more = len(names) - _MOST_FILES_NAMED
+    return ", ".join(names[:_MOST_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _flat(dataset: Any) -> list[Any]:
+    """Names and objects of all splits."""
+    by_split = isinstance(dataset, dict) and not isinstance(dataset, DatasetDict)
+    values = list(dataset.values()) if by_split else [dataset]
+    return [one for value in values for one in (value if _are_names(value) else [value])]
 
 
 def read_dataset(
-    dataset: str | dict[str, str], config: str | None = None, labels: LabelSource = ONE_COLUMN
+    dataset: Any,
+    config: str | None = None,
+    labels: LabelSource = ONE_COLUMN,
+    text_columns: Sequence[str] = ("text",),
+    reader_kwargs: Mapping[str, Any] | None = None,
 ) -> DatasetDict:
     """Reads a data set.
 
     Args:
         dataset: As `SmartBatchDataModule` takes it.
-        config: Configuration of a data set on the Hub.
-        labels: Where labels stand. In a CSV file an empty field there is a missing label, unless a delimiter stands
-            between labels; in other columns it is an empty text, and words such as "None" are words.
+        config: Configuration of a data set that has several.
+        labels: Where labels stand.
+        text_columns: Columns of text.
+        reader_kwargs: Options of the reader of the files' format.
 
     Raises:
         ValueError: There is no such data set, or it cannot be read.
     """
+    options = dict(reader_kwargs or {})
+    if not is_named(dataset):
+        if options:
+            raise UsageError(
+                f"reader_kwargs has {join_quoted(options)}, but dataset is {describe_source(dataset)}, which is not "
+                "read from files. Leave reader_kwargs out."
+            )
+        return splits_of(dataset)
     if dataset == "demo":
         dataset = str(demo.data_dir())
     if isinstance(dataset, dict):
-        return _read_files(dataset, labels)
+        return read_files(dataset, labels, text_columns, options)
+    if isinstance(dataset, list) or is_file_name(dataset):
+        return read_files({"train": dataset}, labels, text_columns, options)
     path = Path(dataset).expanduser()
-    if path.is_file() or path.suffix in _FILE_FORMATS:
-        return _read_files({"train": dataset}, labels)
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
     try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = load_from_disk(str(path))
-        else:
-            loaded = load_dataset(str(path) if path.is_dir() else dataset, config)
+        if path.is_dir():
+            return _read_folder(path, config, labels, text_columns, options)
+        return splits_of(load_dataset(dataset, config, **options))
+    except UsageError:
+        raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
+        if config is None and "Config name is missing" in str(error):
+            names = get_dataset_config_names(str(path) if path.is_dir() else dataset)
+            raise UsageError(
+                f"the data set {dataset} has several configurations: {join_quoted(names)}. Choose one by "
+                "--data.dataset_config."
+            ) from error
         if path.is_dir():
             raise UsageError(
                 f"the folder {dataset} cannot be read as a data set: {root_cause_message(error)} Check that its "
@@ -57,58 +128,89 @@ def read_dataset(
             "Check the name and the network, or set --data.dataset to a local CSV, JSON lines or Parquet file, or to "
             "a folder written by save_to_disk."
         ) from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
 
 
-def _read_files(files: dict[str, str], labels: LabelSource) -> DatasetDict:
-    suffixes = sorted({Path(file).suffix for file in files.values()})
-    if len(suffixes) != 1 or suffixes[0] not in _FILE_FORMATS:
+def _read_folder(
+    path: Path, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
+) -> DatasetDict:
+    """Reads a folder; `datasets` tells by names or a README which files are of which split."""
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return splits_of(load_from_disk(str(path)))
+    builder = load_dataset_builder(str(path), config)
+    files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
+    if builder.info.features is not None or {ending_of(name) for of in files.values() for name in of} - set(FORMATS):
+        return splits_of(load_dataset(str(path), config, **options))  # typed by its README, or of another format
+    defaults = {field.name: field.default for field in fields(builder.config)}
+    declared = {
+        name: value
+        for name in csv_files.OPTIONS
+        if name in defaults and (value := getattr(builder.config, name)) != defaults[name]
+    }
+    return read_files(files, labels, text_columns, {**declared, **options})
+
+
+def splits_of(data: Any) -> DatasetDict:
+    """Data as Python has them: by split, or else as the training split.
+
+    Args:
+        data: A `DatasetDict`; a `Dataset`, a pandas or polars frame, an Arrow table or a list of dicts; or these by
+            split.
+
+    Raises:
+        ValueError: It is none of these, or a column has values of several types.
+    """
+    if isinstance(data, DatasetDict):
+        return data
+    if isinstance(data, Mapping) and not isinstance(data, IterableDatasetDict):
+        return DatasetDict({str(split): _as_dataset(table) for split, table in data.items()})
+    return DatasetDict({"train": _as_dataset(data)})
+
+
+def _as_dataset(data: Any) -> Dataset:
+    if isinstance(data, IterableDataset | IterableDatasetDict):
         raise UsageError(
-            f"{join_quoted(files.values())} end in {join_quoted(suffixes)}; give files of one format, ending in one of "
-            f"{join_quoted(_FILE_FORMATS)}."
+            f"the data set is an {type(data).__name__}, whose rows come one after another, while batches are chosen "
+            "among all. Load it without streaming."
         )
-    paths = {split: Path(file).expanduser() for split, file in files.items()}
-    for path in paths.values():
-        if not path.is_file():
-            raise UsageError(f"the file {path} is not there. Set --data.dataset to files that are.")
-    file_format = _FILE_FORMATS[suffixes[0]]
-    options: dict[str, Any] = {}
-    if file_format == "csv":
-        # labels as text, or chunks of a file would be numbers or words by what stands in each
-        options = {"keep_default_na": False, "converters": dict.fromkeys(labels.columns, str)}
-        options["sep"] = "\t" if suffixes[0] == ".tsv" else ","
     try:
-        loaded = load_dataset(file_format, data_files={split: str(path) for split, path in paths.items()}, **options)
-    except Exception as error:  # datasets raises dozens of kinds, all of them about these files
+        if isinstance(data, Dataset):
+            return data
+        if isinstance(data, pa.Table | pa.RecordBatch):
+            return Dataset(pa.Table.from_batches([data]) if isinstance(data, pa.RecordBatch) else data)
+        if isinstance(data, list):
+            return Dataset.from_list(data)
+        if _is_frame(data, "pandas"):
+            return Dataset.from_pandas(data, preserve_index=False)
+        if _is_frame(data, "polars"):
+            return Dataset.from_polars(data)
+    except Exception as error:  # pyarrow, pandas and polars raise many kinds, all of them about this object
         raise UsageError(
-            f"{join_quoted(files.values())} cannot be read as {file_format}: {root_cause_message(error)} Check that "
-            "the file is whole, not empty, and of the format that its ending tells."
+            f"{describe_source(data)} cannot be read: {root_cause_message(error)} Give every column values of one type."
         ) from error
-    assert isinstance(loaded, DatasetDict)
-    if file_format == "csv" and labels.delimiter is None:
-        for column in labels.columns:
-            loaded = DatasetDict({split: _with_typed_labels(read, column) for split, read in loaded.items()})
-    return loaded
+    raise UsageError(
+        f"the data set is {_describe(data)}; give a Dataset, a DatasetDict, a pandas or polars frame, an Arrow table "
+        "or a list of dicts, or these by split."
+    )
 
 
-def _with_typed_labels(dataset: Dataset, column: str) -> Dataset:
-    """Labels of a CSV file: numbers or truth values where all are written so, else words; an empty field is none."""
-    if column not in dataset.column_names or not len(dataset):
-        return dataset
-    text = dataset.select_columns(column).with_format("arrow")[:].column(column)
-    labels = pc.if_else(pc.equal(text, ""), None, text)
-    if _all_match(labels, r"^(0|-?[1-9][0-9]{0,17})$"):
-        labels = labels.cast(pa.int64())
-    elif _all_match(labels, "^(True|False)$"):
-        labels = pc.equal(labels, "True")
-    elif _all_match(labels, f"^({_NUMBER}|{_NOT_FINITE})$") and not _all_match(labels, f"^([^.eE]+|{_NOT_FINITE})$"):
-        labels = labels.cast(pa.float64())  # of which what is not finite is refused
-    typed = dataset.remove_columns(column)
-    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
-    return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)
+def _is_table(data: Any) -> bool:
+    tables = Dataset | DatasetDict | IterableDataset | IterableDatasetDict | pa.Table | pa.RecordBatch
+    rows = isinstance(data, list) and bool(data) and all(isinstance(row, Mapping) for row in data)
+    return isinstance(data, tables) or rows or _is_frame(data, "pandas") or _is_frame(data, "polars")
 
 
-def _all_match(labels: pa.ChunkedArray, pattern: str) -> bool:
-    """Whether there are labels, and all that are there match."""
-    matching = pc.match_substring_regex(labels, pattern)
-    return labels.null_count < len(labels) and bool(pc.all(matching, skip_nulls=True).as_py())
+def _is_frame(data: Any, library: str) -> bool:
+    """Whether it is a frame of a library, which need not be installed."""
+    return any(kind.__name__ == "DataFrame" and kind.__module__.split(".")[0] == library for kind in type(data).__mro__)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str)
+
+
+def _describe(data: Any) -> str:
+    return (
+        f"{data!r}"
+        if data is None or isinstance(data, int | float | str) or data == []
+        else f"of the type {type(data).__name__}"
+    )

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import ArrayLike, NDArray
 
 from smartbatch_lightning.batching.arrays import Int64s, argsort
+from smartbatch_lightning.data.tokens import check_texts
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks import Task
 
@@ -82,7 +83,7 @@ class SplitNames:
 def find_split(
     splits: Mapping[str, Dataset], split: str, text_columns: list[str], source: str, argument: str
 ) -> Dataset:
-    """A split that has samples and the text columns.
+    """A split that has samples and a text in each of the text columns.
 
     Args:
         splits: All there are.
@@ -92,7 +93,7 @@ def find_split(
         argument: That names it, for messages.
 
     Raises:
-        ValueError: There is no such split, it is empty, or a column is missing.
+        ValueError: There is no such split, it is empty, or a column or a text is missing.
     """
     if split not in splits:
         raise UsageError(
@@ -104,10 +105,17 @@ def find_split(
         raise UsageError(f"the split {split!r} of {source} has no samples. Give data with at least one.")
     for column in text_columns:
         if column not in dataset.column_names:
+            hint = ""
+            if dataset.info.builder_name == "csv":
+                hint = (
+                    f" Where the first line is a row, name all {len(dataset.column_names)} columns by "
+                    "--data.reader_kwargs='{names: [label, text]}'."
+                )
             raise UsageError(
                 f"the text column {column!r} is not in the split {split!r} of {source}, which has "
-                f"{join_quoted(dataset.column_names)}. Set --data.text_columns."
+                f"{join_quoted(dataset.column_names)}. Set --data.text_columns.{hint}"
             )
+    check_texts(dataset, text_columns)
     return dataset
 
 

@@ -1,6 +1,5 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ import lightning as L
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import text_model_of
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
-from smartbatch_lightning.data.sources import read_dataset
+from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.tokenizers import find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
@@ -42,14 +42,19 @@ class TextDataModule(L.LightningDataModule):
     """Texts and labels of a data set, tokenized: a `TokenDataset` for each split. `SmartBatchDataModule` batches them.
 
     Args:
-        dataset: `demo`; a name on the Hugging Face Hub; a CSV, JSON lines or Parquet file; a folder of such files or
-            one written by `save_to_disk`; or files by split, as in `{train: a.csv, test: b.csv}`.
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, also compressed, or its
+            URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written by
+            `save_to_disk`; or files by split, as in `{train: a.csv, test: [b.csv, c.csv]}`. From Python also a
+            `Dataset`, a `DatasetDict`, a pandas or polars frame, an Arrow table, a list of dicts, or these by split.
         tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
-        dataset_config: Configuration of a data set on the Hub that has several, such as `sst2` of `nyu-mll/glue`.
+        dataset_config: Configuration of a data set that has several, such as `sst2` of `nyu-mll/glue`.
+        reader_kwargs: Options of the reader of files, as `datasets` takes them: for CSV those of pandas such as `sep`,
+            `names`, `header`, `encoding`, `quoting` and `escapechar`; for JSON `encoding` and `field`.
         problem_type: What is learnt: `single_label_classification`, `multi_label_classification`, `regression`, or the
             import path of a class like those in `smartbatch_lightning.tasks`. By default lists of labels are several
             labels a sample, numbers with a fraction are a regression, and everything else is one label a sample.
-        text_columns: Column of text, or two columns for pairs of sentences.
+        text_columns: Column of text, or two columns for pairs of sentences; or two or more that `text_separator` joins.
+        text_separator: What stands between the texts of several columns, which it joins to one text, such as a space.
         label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans, which are matched by name;
             lists of these; or numbers. Or several columns: one of 0 and 1 for each label, or one for each target.
         label_delimiter: What stands between the labels of a text that has several, such as `,` in `joy,anger`.
@@ -80,12 +85,14 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | dict[str, str] = "demo",
+        dataset: str | list[str] | dict[str, str | list[str]] | Any = "demo",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         *,
         dataset_config: str | None = None,
+        reader_kwargs: dict[str, Any] | None = None,
         problem_type: str | None = None,
         text_columns: str | list[str] = "text",
+        text_separator: str | None = None,
         label_column: str | list[str] = "label",
         label_delimiter: str | None = None,
         label_names: list[str] | None = None,
@@ -99,26 +106,26 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=[] if isinstance(tokenizer, str | None) else ["tokenizer"])
+        dataset = plain_source(dataset)
+        objects = {"tokenizer": not isinstance(tokenizer, str | None), "dataset": not is_named(dataset)}
+        self.save_hyperparameters(ignore=[name for name, is_object in objects.items() if is_object])
+        if objects["dataset"]:
+            self.hparams["dataset"] = None  # which load_from_checkpoint refuses, rather than take the demo
         check_at_least(1, max_length=max_length)
         if max_length < 3:
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
             )
-        columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
-        if len(columns) not in (1, 2) or len(set(columns)) < len(columns):
-            raise UsageError(f"text_columns is {text_columns}; give one column, or two for pairs of sentences.")
+        columns = _checked_columns(text_columns, text_separator)
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         source = LabelSource.of(label_column, label_delimiter)
         names = None if label_names is None else tuple(label_names)
         self._task_options = TaskOptions(problem_type, names, source, standardize_targets)
-        self.dataset: str | dict[str, str] = (
-            {split: os.fspath(file) for split, file in dataset.items()}
-            if isinstance(dataset, dict)
-            else os.fspath(dataset)
-        )
+        self.dataset = dataset
         self.dataset_config = dataset_config
+        self.reader_kwargs = reader_kwargs
         self.text_columns = columns
+        self.text_separator = text_separator
         self.train_split = train_split
         self.validation_split = validation_split
         self.test_split = test_split
@@ -131,9 +138,14 @@ class TextDataModule(L.LightningDataModule):
 
     # --- what a subclass may want to do differently ---
 
-    def load_dataset(self) -> DatasetDict:
-        """The splits, as `datasets` knows them. Override for data of other kinds."""
-        return read_dataset(self.dataset, self.dataset_config, self.label_source)
+    def load_dataset(self) -> Any:
+        """The splits, as a `DatasetDict`. Override for data of other kinds.
+
+        Returns:
+            In a subclass also a `Dataset`, a pandas or polars frame, an Arrow table or a list of dicts, to train on, or
+            these by split.
+        """
+        return read_dataset(self.dataset, self.dataset_config, self.label_source, self.text_columns, self.reader_kwargs)
 
     def tokenize(self, dataset: Dataset) -> Any:
         """Token ids of one split.
@@ -146,6 +158,7 @@ class TextDataModule(L.LightningDataModule):
             dataset,
             self.tokenizer,
             text_columns=self.text_columns,
+            text_separator=self.text_separator,
             max_length=self.max_length,
             cache_dir=Path(self.cache_dir) if self.cache_dir else cache_dir(),
         )
@@ -155,7 +168,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def is_demo(self) -> bool:
         """The data are the embedded demo's."""
-        return self.dataset == "demo" and not self._loads_by_itself
+        return isinstance(self.dataset, str) and self.dataset == "demo" and not self._loads_by_itself
 
     @property
     def splits(self) -> DatasetDict:
@@ -216,7 +229,7 @@ class TextDataModule(L.LightningDataModule):
         """The data set, as messages name it."""
         if self._loads_by_itself:
             return f"{type(self).__name__}.load_dataset()"
-        return self.dataset if isinstance(self.dataset, str) else ", ".join(self.dataset.values())
+        return describe_source(self.dataset)
 
     def token_table(self, dataset: Dataset) -> TokenTable:
         """Token ids of one split, as `tokenize` gives them.
@@ -242,10 +255,16 @@ class TextDataModule(L.LightningDataModule):
     # --- Lightning's hooks ---
 
     def prepare_data(self) -> None:
-        """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it."""
+        """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it.
+
+        What can be refused, such as a missing column, text or label, is refused before anything is tokenized.
+        """
         self._loaded = None
-        for split in self.used_splits:
-            self.token_table(self._split(split))
+        datasets = [self._split(split) for split in self.used_splits]
+        for split in self._labelled_splits():
+            self._labels(split)
+        for dataset in datasets:
+            self.token_table(dataset)
 
     def setup(self, stage: str) -> None:
         """Makes the data sets of a stage out of what `prepare_data` left, with rank 0's seed where none is given."""
@@ -281,7 +300,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
-            splits, model = self.load_dataset(), text_model_of(self.trainer)
+            splits, model = splits_of(self.load_dataset()), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
             train = splits.get(self.train_split)
             labelled = train is not None and self.label_source.is_in(train)
@@ -328,7 +347,21 @@ class TextDataModule(L.LightningDataModule):
         train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
         return train, [validation]
 
+    def _labelled_splits(self) -> list[str]:
+        """Splits whose labels the stage needs that the Trainer runs."""
+        stage = None if self.trainer is None else self.trainer.state.fn
+        if stage == TrainerFn.TESTING:
+            return self._names.tested
+        validated = self._names.validated(self.splits)
+        if stage == TrainerFn.FITTING:
+            return [self.train_split, *validated]
+        return validated if stage == TrainerFn.VALIDATING else []
+
     def _labelled(self, split: str) -> TokenDataset:
+        return TokenDataset(self.token_table(self._split(split)), self._labels(split))
+
+    def _labels(self, split: str) -> NDArray[Any]:
+        """The labels of a split, encoded."""
         dataset = self._split(split)
         if self.task is None and self.train_split in self.splits:
             self.label_source.read(self._split(self.train_split), self.train_split)
@@ -339,8 +372,27 @@ class TextDataModule(L.LightningDataModule):
                 "numbers."
             )
         train_labels = self._load().train_labels if split == self.train_split else None
-        labels = self.task.encode(train_labels or self.label_source.read(dataset, split))
-        return TokenDataset(self.token_table(dataset), labels)
+        return self.task.encode(train_labels or self.label_source.read(dataset, split))
 
     def _split(self, split: str) -> Dataset:
         return find_split(self.splits, split, self.text_columns, self.source, self._names.argument(split))
+
+
+def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]:
+    columns = [text_columns] if isinstance(text_columns, str) else text_columns
+    named = isinstance(columns, list | tuple) and all(isinstance(column, str) and column for column in columns)
+    if not named or not columns or len(set(columns)) < len(columns) or columns[0].startswith("["):
+        raise UsageError(
+            f"text_columns is {text_columns!r}; give one column, or a list of several, each once, as in '[title, "
+            "text]'."
+        )
+    if len(columns) > 2 and text_separator is None:
+        raise UsageError(
+            f"text_columns is {text_columns!r}; give one column, or two for pairs of sentences, or set "
+            "--data.text_separator to what joins the texts of all to one, such as ' '."
+        )
+    if len(columns) == 1 and text_separator is not None:
+        raise UsageError(
+            f"text_separator is {text_separator!r}, but text_columns is {text_columns!r}; give two or more."
+        )
+    return list(columns)

@@ -19,6 +19,7 @@ from xxhash import xxh3_128
 
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.storage import write_if_missing
+from smartbatch_lightning.tasks.source import first_true, is_text
 
 _FORMAT = 2
 _ROWS_PER_WRITE = 4096
@@ -184,6 +185,7 @@ def tokenize_to_cache(
     tokenizer: PreTrainedTokenizerBase,
     *,
     text_columns: Sequence[str],
+    text_separator: str | None = None,
     max_length: int,
     cache_dir: Path,
 ) -> TokenFile:
@@ -196,7 +198,8 @@ def tokenize_to_cache(
     Args:
         dataset: One split.
         tokenizer: A fast tokenizer. It is copied, never changed.
-        text_columns: One column of text, or two for sentence pairs.
+        text_columns: One column of text, or two for sentence pairs; or several that `text_separator` joins.
+        text_separator: What stands between the texts of several columns in the one text that is tokenized.
         max_length: Longest sample, in tokens with special tokens; longer text is cut.
         cache_dir: Where the file is kept.
 
@@ -204,8 +207,9 @@ def tokenize_to_cache(
         ValueError: The tokenizer is not a fast one, or a text is missing or no text.
     """
     backend = _backend(tokenizer, max_length)
-    with_types = len(text_columns) == 2 and "token_type_ids" in tokenizer.model_input_names
-    key_fields = [_FORMAT, dataset._fingerprint, backend.to_str(), list(text_columns), with_types]
+    pairs = len(text_columns) == 2 and text_separator is None
+    with_types = pairs and "token_type_ids" in tokenizer.model_input_names
+    key_fields = [_FORMAT, dataset._fingerprint, backend.to_str(), list(text_columns), with_types, text_separator]
     key = hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()[:32]
     names = [name for name in _COLUMN_TYPES if with_types or name != "token_type_ids"]
     schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(_COLUMN_TYPES[name]))) for name in names])
@@ -214,7 +218,7 @@ def tokenize_to_cache(
     def write(path: Path) -> None:
         with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
             first = 0
-            for texts in _texts(dataset, text_columns):
+            for texts in _texts(dataset, text_columns, text_separator):
                 encodings = backend.encode_batch_fast(texts)
                 _check_encodings(encodings, first, max_length)
                 first += len(encodings)
@@ -275,30 +279,48 @@ def _backend(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokenizer:
     return backend
 
 
-def _texts(dataset: Dataset, text_columns: Sequence[str]) -> Iterator[list[str] | list[tuple[str, str]]]:
+def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
+    """Refuses columns that are not text, and rows without one.
+
+    Raises:
+        ValueError: There is such a column or row.
+    """
+    columns = dataset.select_columns(list(text_columns)).with_format("arrow")
+    for name in text_columns:
+        kind = columns.data.schema.field(name).type
+        if not is_text(kind):
+            raise UsageError(
+                f"the text column {name!r} holds {kind}, not text. Set --data.text_columns to a column of text, or "
+                "turn it into text."
+            )
+        if not columns.data.column(name).null_count:
+            continue
+        for start in range(0, len(columns), _ROWS_PER_WRITE):
+            texts = columns[start : start + _ROWS_PER_WRITE].column(name)
+            if texts.null_count:
+                raise UsageError(
+                    f"the text column {name!r} has no text in row {start + first_true(texts.is_null())} (counted from "
+                    "0). Drop such rows, or fill them with an empty text."
+                )
+
+
+def _texts(
+    dataset: Dataset, text_columns: Sequence[str], text_separator: str | None
+) -> Iterator[list[str] | list[tuple[str, str]]]:
     """Blocks of texts or pairs of texts, with a progress bar over samples."""
     if dataset.format["type"] == "custom":
         raise UsageError(
             "the data set has a transform, which datasets runs whenever rows are read, while texts are tokenized once. "
             "Use Dataset.map instead of set_transform."
         )
+    check_texts(dataset, text_columns)
     columns = dataset.select_columns(list(text_columns)).with_format("arrow")
     with tqdm(total=len(dataset), desc="Tokenizing", unit=" samples") as bar:
         for start in range(0, len(dataset), _ROWS_PER_WRITE):
             block = columns[start : start + _ROWS_PER_WRITE]
-            for name in text_columns:
-                column = block.column(name)
-                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                    raise UsageError(
-                        f"the text column {name!r} holds {column.type}, not text. Set --data.text_columns to a column "
-                        "of text, or turn it into text."
-                    )
-                if column.null_count:
-                    row = start + column.is_null().to_pylist().index(True)
-                    raise UsageError(
-                        f"the text column {name!r} has no text in row {row} (counted from 0). Drop such rows, or "
-                        "fill them with an empty text."
-                    )
             lists = [block.column(name).to_pylist() for name in text_columns]
-            yield lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
+            if text_separator is not None:
+                yield [text_separator.join(texts) for texts in zip(*lists, strict=True)]
+            else:
+                yield lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
             bar.update(len(block))

@@ -1,0 +1,301 @@
+"""CSV and TSV files: their layout, with every row checked; and labels, which are numbers or words by what all are."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+
+from smartbatch_lightning.errors import UsageError, join_quoted
+
+OPTIONS = (
+    "sep", "delimiter", "names", "column_names", "header", "encoding", "encoding_errors", "quoting", "quotechar",
+    "doublequote", "escapechar", "skipinitialspace", "skiprows", "nrows", "na_values", "keep_default_na",
+)  # fmt: skip
+# As a CSV file writes numbers with a fraction, and what is none.
+_NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
+_NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
+# As a writer that quotes fields writes one that holds a quote.
+_QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+_LONGEST_FIELD = 2**31 - 1
+_SEPARATORS = ",;\t|"
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a file is read; as pandas' arguments of these names, with `header` either 0 or None."""
+
+    sep: str
+    names: tuple[str, ...] | None
+    header: int | None
+    encoding: str | None
+    encoding_errors: str
+    quoting: int
+    quotechar: str
+    doublequote: bool
+    escapechar: str | None
+    skipinitialspace: bool
+    skiprows: int
+    nrows: int | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, tabs: bool) -> "_Format":
+        """The format that a user's options name.
+
+        Args:
+            options: Of `OPTIONS`.
+            tabs: The file's ending tells that tabs separate fields, which are then not quoted.
+
+        Raises:
+            ValueError: An option is of a kind that cannot be checked.
+        """
+        sep = options.get("sep") or options.get("delimiter") or ("\t" if tabs else ",")
+        names = options.get("names") or options.get("column_names")
+        header = options.get("header", "infer")
+        if not isinstance(sep, str) or len(sep) != 1:
+            raise UsageError(f"sep is {sep!r} in reader_kwargs; give one character.")
+        if names is not None and (isinstance(names, str) or len(set(map(str, names))) < len(names)):
+            raise UsageError(
+                f"names is {names!r} in reader_kwargs; give a list with a name for each column, each once."
+            )
+        if header not in ("infer", 0, None) or (header is None and names is None):
+            raise UsageError(
+                f"header is {header!r} in reader_kwargs; give 0 where the first line names the columns, else names, a "
+                "list with a name for each column."
+            )
+        skiprows = options.get("skiprows") or 0
+        if not isinstance(skiprows, int):
+            raise UsageError(f"skiprows is {skiprows!r} in reader_kwargs; give the number of lines to leave out.")
+        return cls(
+            sep=sep,
+            names=None if names is None else tuple(map(str, names)),
+            header=(0 if names is None else None) if header == "infer" else header,
+            encoding=options.get("encoding"),
+            encoding_errors=options.get("encoding_errors") or "strict",
+            quoting=int(options.get("quoting", csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)),
+            quotechar=options.get("quotechar", '"'),
+            doublequote=bool(options.get("doublequote", True)),
+            escapechar=options.get("escapechar"),
+            skipinitialspace=bool(options.get("skipinitialspace", False)),
+            skiprows=skiprows,
+            nrows=options.get("nrows"),
+        )
+
+    def rows(self, lines: Iterator[str]) -> Any:
+        """Rows of a file, lists of fields; errors rather than guesses where quotes are not in pairs."""
+        return csv.reader(
+            lines,
+            delimiter=self.sep,
+            quotechar=self.quotechar,
+            quoting=csv.QUOTE_NONE if self.quoting == csv.QUOTE_NONE else csv.QUOTE_MINIMAL,
+            doublequote=self.doublequote,
+            escapechar=self.escapechar,
+            skipinitialspace=self.skipinitialspace,
+            strict=True,
+        )
+
+
+def csv_reader_kwargs(
+    path: str, name: str, digest: str, options: Mapping[str, Any], *, tabs: bool
+) -> tuple[dict[str, Any], int]:
+    """Checks that every row of a file has all of its fields, and no more.
+
+    pandas, which `datasets` reads by, takes the first of too many fields for an index, fills up too few, and goes on
+    reading where a quote is not closed.
+
+    Args:
+        path: Of the file.
+        name: Of the file, for messages.
+        digest: Of its content; what has been checked is remembered by it.
+        options: What a user gives, of `OPTIONS`.
+        tabs: The file's ending tells that tabs separate fields, which are then not quoted.
+
+    Returns:
+        Arguments of `datasets.load_dataset` by which all columns are text as it stands in the file, and the number of
+        rows.
+
+    Raises:
+        ValueError: A row or an option is not usable.
+    """
+    form = _Format.of(options, tabs=tabs)
+    columns, num_rows = _checked(path, name, digest, form)
+    given = {option: options[option] for option in ("na_values", "keep_default_na") if option in options}
+    return {
+        "keep_default_na": False,
+        **given,
+        "sep": form.sep,
+        "names": list(columns),
+        "header": form.header,
+        "features": Features({column: Value("string") for column in columns}),
+        "encoding": form.encoding or "utf-8-sig",
+        "encoding_errors": form.encoding_errors,
+        "quoting": form.quoting,
+        "quotechar": form.quotechar,
+        "doublequote": form.doublequote,
+        "escapechar": form.escapechar,
+        "skipinitialspace": form.skipinitialspace,
+        "skiprows": form.skiprows or None,
+        "nrows": form.nrows,
+    }, num_rows
+
+
+@lru_cache(maxsize=1024)
+def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[str, ...], int]:
+    """Names of the columns, and the number of rows."""
+    encoding = form.encoding or "utf-8-sig"
+    try:
+        lines = open(path, encoding=encoding, errors=form.encoding_errors, newline="")  # noqa: SIM115
+    except LookupError:
+        raise UsageError(
+            f"encoding is {encoding!r} in reader_kwargs, which is not known. Give one such as latin-1."
+        ) from None
+    with lines, _long_fields():
+        for _ in range(form.skiprows):
+            next(lines, None)
+        rows, line = form.rows(_without_nul(lines)), 0
+        try:
+            columns = form.names
+            if form.header == 0:
+                header = next((row for row in rows if row), None)
+                if header is None:
+                    raise UsageError(f"{name} is empty. Check that the file is whole, with names of columns and rows.")
+                _check_header(header, name, form)
+                columns, line = columns or _column_names(header), rows.line_num
+            assert columns is not None
+            return columns, _count(rows, columns, line, name, form)
+        except csv.Error as error:
+            first = form.skiprows + line + 1
+            raise UsageError(
+                f"{name} cannot be read as csv: {error}, in the row of line {first} or after it. Check that the file "
+                "is whole. Where a backslash stands before quotes in a field, set --data.reader_kwargs='{escapechar: "
+                "\"\\\\\"}'; where quotes are part of the text, '{quoting: 3}'."
+            ) from error
+        except UnicodeError as error:
+            raise encoding_error(name, "csv", form.encoding or "utf-8", error) from error
+
+
+def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeError) -> UsageError:
+    """What to say of a file that is not in an encoding."""
+    found = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        found = f"the byte 0x{error.object[error.start]:02x}"
+    return UsageError(
+        f"{name} cannot be read as {file_format}: {found} is not {encoding}. Check that the file is whole, and name "
+        "its encoding, such as latin-1 or utf-16, by --data.reader_kwargs='{encoding: latin-1}'."
+    )
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    """Refuses characters at which pandas ends a field, and of which UTF-16 is full."""
+    for line in lines:
+        if "\0" in line:
+            raise UnicodeError("a character 0x00")
+        yield line
+
+
+def _count(rows: Any, columns: tuple[str, ...], line: int, name: str, form: _Format) -> int:
+    """Number of rows, each of which has a field for each column."""
+    width, count, unquoted = len(columns), 0, form.quoting == csv.QUOTE_NONE
+    for row in rows:
+        if len(row) != width and row:
+            raise UsageError(
+                f"line {form.skiprows + line + 1} of {name} has {len(row)} field{'s' * (len(row) > 1)}, but there are "
+                f"{width} columns: {join_quoted(columns)}. Put quotes around a text that holds {form.sep!r}, and remove "
+                "what stands at the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
+            )
+        if unquoted and any(field[:1] == '"' and _QUOTED.fullmatch(field) for field in row):
+            raise UsageError(
+                f"line {form.skiprows + line + 1} of {name} has a field in quotes, with quotes in it doubled, but "
+                "fields are read as they stand. Set --data.reader_kwargs='{quoting: 0}' to read them as quoted, or "
+                "write the file without."
+            )
+        if row:
+            if count == 0 and form.header is None and tuple(row) == form.names:
+                raise UsageError(
+                    f"the first line of {name} is the names that reader_kwargs gives. Add header: 0, or leave names "
+                    "out."
+                )
+            count += 1
+        line = rows.line_num
+        if count == form.nrows:
+            break
+    return count
+
+
+def _check_header(header: list[str], name: str, form: _Format) -> None:
+    others = [separator for separator in _SEPARATORS if len(header) == 1 and separator in header[0]]
+    if others:
+        raise UsageError(
+            f"the first line of {name} is one column, {join_quoted(header)}, if {form.sep!r} separates columns. Set "
+            f"--data.reader_kwargs='{{sep: {_written(others[0])}}}'."
+        )
+    if form.quoting == csv.QUOTE_NONE and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):
+        raise UsageError(
+            f"the first line of {name} has its fields in quotes, but fields are read as they stand. Set "
+            "--data.reader_kwargs='{quoting: 0}' to read them as quoted."
+        )
+
+
+def _written(separator: str) -> str:
+    return '"\\t"' if separator == "\t" else f'"{separator}"'
+
+
+def _column_names(header: list[str]) -> tuple[str, ...]:
+    """As pandas names columns: those without a name and those that are named twice get a number."""
+    names: list[str] = []
+    for number, cell in enumerate(header):
+        name, copies = cell or f"Unnamed: {number}", 0
+        while name in names:
+            copies += 1
+            name = f"{cell}.{copies}"
+        names.append(name)
+    return tuple(names)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Lets the csv module read fields of more than 128 KB."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def with_typed_labels(dataset: Dataset, column: str) -> Dataset:
+    """Labels of a CSV file: numbers or truth values where all are written so, else words; an empty field is none."""
+    if column not in dataset.column_names or not len(dataset):
+        return dataset
+    text = dataset.select_columns(column).with_format("arrow")[:].column(column)
+    labels = pc.if_else(pc.equal(text, ""), None, text)
+    if _all_match(labels, r"^(0|-?[1-9][0-9]{0,17})$"):
+        labels = labels.cast(pa.int64())
+    elif _all_match(labels, "^(True|False)$"):
+        labels = pc.equal(labels, "True")
+    elif _are_decimals(labels):
+        labels = labels.cast(pa.float64())  # of which what is not finite is refused
+    typed = dataset.remove_columns(column)
+    fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
+    return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)
+
+
+def _are_decimals(labels: pa.ChunkedArray) -> bool:
+    """Whether all are numbers, some with a fraction; words such as `1e5` and `10e4` are of two classes."""
+    if not _all_match(labels, f"^({_NUMBER}|{_NOT_FINITE})$") or _all_match(labels, f"^([^.eE]+|{_NOT_FINITE})$"):
+        return False
+    numbers = labels.cast(pa.float64())
+    whole = pc.all(pc.equal(numbers, pc.floor(numbers)), skip_nulls=True).as_py()
+    return not (whole and pc.any(pc.match_substring(labels, "e", ignore_case=True), skip_nulls=True).as_py())
+
+
+def _all_match(labels: pa.ChunkedArray, pattern: str) -> bool:
+    """Whether there are labels, and all that are there match."""
+    matching = pc.match_substring_regex(labels, pattern)
+    return labels.null_count < len(labels) and bool(pc.all(matching, skip_nulls=True).as_py())

@@ -1,0 +1,367 @@
+"""Files by split, local or remote, compressed or not -> `DatasetDict`."""
+
+import codecs
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, DownloadConfig, DownloadManager, Features, Value, concatenate_datasets
+from datasets.data_files import DataFilesList
+from xxhash import xxh3_128
+
+from smartbatch_lightning.data import csv_files
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.tasks.source import LabelSource
+
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+_READER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "csv": csv_files.OPTIONS,
+    "json": ("encoding", "field"),
+    "parquet": ("filters",),
+    "arrow": (),
+}
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_BYTES_READ = 1 << 20
+_JSON_BYTES_READ = 10 << 20  # by datasets, at once
+
+
+@dataclass(frozen=True)
+class _File:
+    """A local file that is not compressed.
+
+    Attributes:
+        path: Where it is.
+        name: As messages name it.
+        ending: In small letters, such as `.csv`.
+        digest: Of its content.
+    """
+
+    path: str
+    name: str
+    ending: str
+    digest: str
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is a URL, a pattern, or that of a file, by its ending or since it is there."""
+    if glob.has_magic(name) or _URL.match(name):
+        return True
+    path = Path(name).expanduser()
+    return path.is_file() or (not path.is_dir() and (ending_of(name) in FORMATS or _is_compressed(name)))
+
+
+def read_files(
+    files: Mapping[str, str | Sequence[str]],
+    labels: LabelSource,
+    text_columns: Sequence[str],
+    reader_kwargs: Mapping[str, Any],
+) -> DatasetDict:
+    """Reads files of one format.
+
+    Columns that are neither texts nor labels are kept where all files of a split have them with the same type.
+
+    Args:
+        files: By split a file, a URL or a pattern of files, or several.
+        labels: Where labels stand. In CSV files an empty field there is a missing label, unless a delimiter stands
+            between labels; in other columns it is an empty text, and words such as "None" are words.
+        text_columns: Columns of text.
+        reader_kwargs: Options of the format's reader.
+
+    Raises:
+        ValueError: A file is not there, or cannot be read whole.
+    """
+    wanted = (*text_columns, *labels.columns)
+    by_split = {split: _expanded([names] if isinstance(names, str) else names) for split, names in files.items()}
+    names = [name for of_split in by_split.values() for name in of_split]
+    endings = {ending_of(name) for name in names} - {".zip"}
+    formats = {FORMATS.get(ending) for ending in endings}
+    if len(formats) > 1 or None in formats:
+        raise UsageError(
+            f"{join_quoted(names)} end in {join_quoted(sorted(endings))}; give files of one format, ending in one of "
+            f"{join_quoted(FORMATS)}."
+        )
+    for file_format in formats:
+        _check_reader_kwargs(reader_kwargs, str(file_format))
+    loaded = {}
+    for split, of_split in by_split.items():
+        parts = [(file, _read(file, reader_kwargs, wanted)) for name in of_split for file in _local_files(name)]
+        loaded[split] = _concatenated(parts, wanted)
+        if labels.delimiter is None and all(FORMATS[file.ending] == "csv" for file, _ in parts):
+            for column in labels.columns:
+                loaded[split] = csv_files.with_typed_labels(loaded[split], column)
+    return DatasetDict(loaded)
+
+
+def _expanded(names: Sequence[str]) -> list[str]:
+    """The files that names and patterns stand for; URLs and files that are there as they are."""
+    found: list[str] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if _URL.match(name):
+            matching = _expanded_url(name) if glob.has_magic(urlsplit(name).path) else [name]
+        elif path.is_file():
+            matching = [str(path)]
+        elif glob.has_magic(name):
+            matching = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            if not matching:
+                raise UsageError(f"no file matches {name}. Set --data.dataset to files that are there.")
+        else:
+            kind = "is a folder; give the files in it, as by a pattern" if path.is_dir() else "is not there"
+            raise UsageError(f"the file {name} {kind}. Set --data.dataset to files that are.")
+        found += matching
+    if not found:
+        raise UsageError("dataset has a split without files. Set --data.dataset to a file or more for each split.")
+    return found
+
+
+def _expanded_url(name: str) -> list[str]:
+    try:
+        return list(DataFilesList.from_patterns([name]))
+    except Exception as error:  # of whatever file system the scheme names
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"{name} cannot be fetched: {root_cause_message(error)} Check the address and the network, or set "
+        "--data.dataset to local files."
+    )
+
+
+def _suffixes(name: str) -> list[str]:
+    """Endings of a file or URL, in small letters."""
+    path = urlsplit(name).path if _URL.match(name) else name
+    return [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+
+
+def _is_compressed(name: str) -> bool:
+    return _suffixes(name)[-1:] != [] and _suffixes(name)[-1] in _COMPRESSED
+
+
+def ending_of(name: str) -> str:
+    """The ending that tells the format, before that of compression; `.zip` for archives."""
+    suffixes = _suffixes(name)
+    if suffixes[-1:] == [".zip"]:
+        return ".zip"
+    if _is_compressed(name):
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> None:
+    known = _READER_OPTIONS[file_format]
+    if unknown := [option for option in reader_kwargs if option not in known]:
+        takes = f"give some of {join_quoted(known)}" if known else "leave reader_kwargs out"
+        raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which is none for {file_format} files; {takes}.")
+
+
+def _local_files(name: str) -> Iterator[_File]:
+    """Fetches and extracts a file; what is extracted is found again by the content of the archive."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads"
+    path = name
+    if _URL.match(name):
+        try:
+            path = DownloadManager(download_config=DownloadConfig(cache_dir=str(cache))).download(name)
+        except Exception as error:  # of whatever file system the scheme names
+            raise _unreachable(name, error) from error
+    digest = _digest(path, name)
+    if not _is_compressed(name):
+        yield _File(str(path), name, ending_of(name), digest)
+        return
+    manager = DownloadManager(download_config=DownloadConfig(cache_dir=str(cache / digest)))
+    try:
+        extracted = str(manager.extract(str(path)))
+        inner = list(map(str, manager.iter_files(extracted)))
+    except Exception as error:  # of whatever compression it is
+        raise UsageError(
+            f"{name} cannot be extracted: {root_cause_message(error)} Check that the file is whole."
+        ) from error
+    if extracted == str(path):
+        raise UsageError(f"{name} is not compressed as its ending says. Check that the file is whole, or rename it.")
+    archive = ending_of(name) == ".zip"
+    for file in inner:
+        ending = ending_of(file) if archive else ending_of(name)
+        if ending not in FORMATS:
+            raise UsageError(
+                f"{Path(file).name} in {name} is of no format that is read; pack files ending in "
+                f"{join_quoted(FORMATS)}."
+            )
+        yield _File(file, f"{Path(file).name} in {name}" if archive else name, ending, _digest(file, name))
+
+
+def _digest(path: str, name: str) -> str:
+    digest = xxh3_128()
+    try:
+        with open(path, "rb") as file:
+            for content in iter(partial(file.read, _BYTES_READ), b""):
+                digest.update(content)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {root_cause_message(error)}") from error
+    return digest.hexdigest()
+
+
+def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
+    file_format = FORMATS[file.ending]
+    _check_reader_kwargs(reader_kwargs, file_format)
+    options, num_rows = dict(reader_kwargs), None
+    if file_format == "csv":
+        options, num_rows = csv_files.csv_reader_kwargs(
+            file.path, file.name, file.digest, options, tabs=file.ending == ".tsv"
+        )
+    elif file_format == "json" and "encoding" not in options:
+        _check_is_utf8(file)
+    if file_format == "json" and "field" not in options:
+        _check_holds_rows(file, options.get("encoding", "utf-8"))
+    if num_rows == 0:  # which datasets refuses
+        return Dataset.from_dict(dict.fromkeys(options["names"], []), features=options["features"])
+    if file_format == "parquet" and _has_no_rows(file):
+        return Dataset(pq.read_table(file.path))
+    dataset = _loaded(file, file_format, options)
+    if num_rows is not None and len(dataset) != num_rows:
+        raise UsageError(
+            f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove lines of spaces alone, and "
+            "characters that are not printed."
+        )
+    mixed = [name for name in wanted if name in dataset.features and "Json(" in repr(dataset.features[name])]
+    if mixed:
+        raise UsageError(
+            f"the column {mixed[0]!r} of {file.name} holds values of several types, such as texts and numbers. Write "
+            "them as one type."
+        )
+    return dataset
+
+
+def _has_no_rows(file: _File) -> bool:
+    try:
+        return bool(pq.read_metadata(file.path).num_rows == 0)
+    except pa.ArrowInvalid:  # which the reader tells better
+        return False
+
+
+def _loaded(file: _File, file_format: str, options: dict[str, Any]) -> Dataset:
+    def load(**more: Any) -> Dataset:
+        # datasets finds what it has read by path and time, to which this name adds the content
+        return datasets.load_dataset(
+            file_format, file.digest, data_files=glob.escape(file.path), split="train", **options, **more
+        )
+
+    try:
+        try:
+            return load()
+        except Exception:
+            size = Path(file.path).stat().st_size
+            if file_format != "json" or size <= _JSON_BYTES_READ:
+                raise
+            return load(chunksize=size)  # further down are other columns or types, which one block tells
+    except Exception as error:  # datasets raises dozens of kinds, all of them about this file
+        cause = (_bad_line(file) if file_format == "json" else None) or root_cause_message(error)
+        raise UsageError(
+            f"{file.name} cannot be read as {file_format}: {cause} Check that the file is whole, not empty, "
+            "and of the format that its ending tells."
+        ) from error
+
+
+def _check_is_utf8(file: _File) -> None:
+    """Refuses other bytes, which pyarrow reads in JSON as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(file.path, "rb") as content:
+        try:
+            for block in iter(partial(content.read, _BYTES_READ), b""):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise csv_files.encoding_error(file.name, FORMATS[file.ending], "utf-8", error) from error
+
+
+def _check_holds_rows(file: _File, encoding: str) -> None:
+    """Refuses a single object of columns or of tables, which `datasets` would take for one row."""
+    with open(file.path, encoding=encoding, errors="replace") as lines:
+        first = lines.readline()
+        if first.strip() == "{":
+            first += lines.read()
+        if not first.lstrip("\ufeff").startswith("{") or lines.read(_BYTES_READ).strip():
+            return
+    try:
+        values = list(json.loads(first).values())
+    except json.JSONDecodeError:
+        return
+    if values and all(isinstance(value, dict | list) for value in values):
+        raise UsageError(
+            f"{file.name} is one JSON object of columns, not rows. Write rows, as pandas does by "
+            'to_json(path, orient="records", lines=True); or, where it has a list of rows, name its key by '
+            "--data.reader_kwargs='{field: KEY}'."
+        )
+
+
+def _bad_line(file: _File) -> str | None:
+    """What is wrong with the first line that is no JSON; None where it is not lines that are."""
+    with open(file.path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1 and line.strip() in ("{", "[", "[{"):
+                return None
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"line {number}: {error.msg}."
+            if not isinstance(row, dict):
+                return None if number == 1 else f"line {number} is no JSON object."
+    return None
+
+
+def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> Dataset:
+    """One data set of several: what is wanted, and what else all have with the same type."""
+    parts = [part for part in parts if len(part[1])] or parts[:1]
+    (first_file, first), *others = parts
+    if all(dataset.features == first.features for _, dataset in others):
+        return concatenate_datasets([dataset for _, dataset in parts]) if others else first
+    features = {}
+    for name in dict.fromkeys([*first.features, *wanted]):
+        kinds = [dataset.features.get(name) for _, dataset in parts]
+        feature = _common_feature(kinds)
+        if feature is not None:
+            features[name] = feature
+        elif name in wanted and any(kinds):
+            odd = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
+            raise UsageError(
+                f"the column {name!r} is {_type_name(kinds[0])} in {first_file.name} and {_type_name(kinds[odd])} in "
+                f"{parts[odd][0].name}. Write it alike in all files of a split, or leave one out."
+            )
+    common = Features(features)
+    return concatenate_datasets([dataset.select_columns(list(common)).cast(common) for _, dataset in parts])
+
+
+def _common_feature(features: list[Any]) -> Any:
+    """A type that is of all; None where there is none."""
+    if all(feature == features[0] for feature in features):
+        return features[0]
+    if not all(isinstance(feature, Value) for feature in features):
+        return None
+    try:
+        schemas = [pa.schema([("", feature.pa_type)]) for feature in features]
+        return Value(str(pa.unify_schemas(schemas, promote_options="permissive").field(0).type))
+    except (pa.ArrowException, ValueError):
+        return None
+
+
+def _type_name(feature: Any) -> str:
+    if feature is None:
+        return "not there"
+    return str(feature.dtype) if isinstance(feature, Value) else type(feature).__name__
