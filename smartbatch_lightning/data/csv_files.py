@@ -24,13 +24,18 @@ _NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
 # As a writer that quotes fields writes one that holds a quote.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+_MOST_LINES_QUOTED = 10  # of a field; quotes that are farther apart are of two texts
 _LONGEST_FIELD = 2**31 - 1
 _SEPARATORS = ",;\t|"
 
 
 @dataclass(frozen=True)
 class _Format:
-    """How a file is read; as pandas' arguments of these names, with `header` either 0 or None."""
+    """How a file is read, by pandas' arguments of these names; `header` is either 0 or None.
+
+    Attributes:
+        unquoted_by_ending: Fields are not quoted since the file's ending says so, not the user.
+    """
 
     sep: str
     names: tuple[str, ...] | None
@@ -38,6 +43,7 @@ class _Format:
     encoding: str | None
     encoding_errors: str
     quoting: int
+    unquoted_by_ending: bool
     quotechar: str
     doublequote: bool
     escapechar: str | None
@@ -80,6 +86,7 @@ class _Format:
             encoding=options.get("encoding"),
             encoding_errors=options.get("encoding_errors") or "strict",
             quoting=int(options.get("quoting", csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)),
+            unquoted_by_ending=tabs and "quoting" not in options,
             quotechar=options.get("quotechar", '"'),
             doublequote=bool(options.get("doublequote", True)),
             escapechar=options.get("escapechar"),
@@ -159,24 +166,19 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
     with lines, _long_fields():
         for _ in range(form.skiprows):
             next(lines, None)
-        rows, line = form.rows(_without_nul(lines)), 0
+        rows = _numbered(form.rows(_without_nul(lines)), form.skiprows, name)
         try:
             columns = form.names
             if form.header == 0:
-                header = next((row for row in rows if row), None)
+                header = next((row for _, row in rows if row), None)
                 if header is None:
                     raise UsageError(f"{name} is empty. Check that the file is whole, with names of columns and rows.")
                 _check_header(header, name, form)
-                columns, line = columns or _column_names(header), rows.line_num
+                columns = columns or _column_names(header)
             assert columns is not None
-            return columns, _count(rows, columns, line, name, form)
-        except csv.Error as error:
-            first = form.skiprows + line + 1
-            raise UsageError(
-                f"{name} cannot be read as csv: {error}, in the row of line {first} or after it. Check that the file "
-                "is whole. Where a backslash stands before quotes in a field, set --data.reader_kwargs='{escapechar: "
-                "\"\\\\\"}'; where quotes are part of the text, '{quoting: 3}'."
-            ) from error
+            if form.unquoted_by_ending:
+                rows = _without_quoted(rows, name)
+            return columns, _count(rows, columns, name, form)
         except UnicodeError as error:
             raise encoding_error(name, "csv", form.encoding or "utf-8", error) from error
 
@@ -200,33 +202,61 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def _count(rows: Any, columns: tuple[str, ...], line: int, name: str, form: _Format) -> int:
+def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows, each with the number of its first line."""
+    line = skipped + 1
+    try:
+        for row in rows:
+            yield line, row
+            line = skipped + rows.line_num + 1
+    except csv.Error as error:
+        raise UsageError(
+            f"{name} cannot be read as csv: {error}, in the row that begins in line {line}. Check that the file is "
+            "whole. Where a backslash stands before quotes in a field, set --data.reader_kwargs='{escapechar: "
+            "\"\\\\\"}'; where quotes are part of the text, '{quoting: 3}'."
+        ) from error
+
+
+def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name: str, form: _Format) -> int:
     """Number of rows, each of which has a field for each column."""
-    width, count, unquoted = len(columns), 0, form.quoting == csv.QUOTE_NONE
-    for row in rows:
-        if len(row) != width and row:
-            raise UsageError(
-                f"line {form.skiprows + line + 1} of {name} has {len(row)} field{'s' * (len(row) > 1)}, but there are "
-                f"{width} columns: {join_quoted(columns)}. Put quotes around a text that holds {form.sep!r}, and remove "
-                "what stands at the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
-            )
-        if unquoted and any(field[:1] == '"' and _QUOTED.fullmatch(field) for field in row):
-            raise UsageError(
-                f"line {form.skiprows + line + 1} of {name} has a field in quotes, with quotes in it doubled, but "
-                "fields are read as they stand. Set --data.reader_kwargs='{quoting: 0}' to read them as quoted, or "
-                "write the file without."
-            )
-        if row:
-            if count == 0 and form.header is None and tuple(row) == form.names:
-                raise UsageError(
-                    f"the first line of {name} is the names that reader_kwargs gives. Add header: 0, or leave names "
-                    "out."
-                )
-            count += 1
-        line = rows.line_num
+    width, count = len(columns), 0
+    for line, row in rows:
         if count == form.nrows:
             break
+        if not row:  # which pandas leaves out
+            continue
+        if len(row) != width:
+            raise UsageError(
+                f"line {line} of {name} has {len(row)} field{'s' * (len(row) > 1)}, but there are {width} columns: "
+                f"{join_quoted(columns)}. Put quotes around a text that holds {form.sep!r}, and remove what stands at "
+                "the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
+            )
+        if count == 0 and form.header is None and tuple(row) == form.names:
+            raise UsageError(
+                f"the first line of {name} is the names in reader_kwargs. Add header: 0, or leave names out."
+            )
+        count += 1
     return count
+
+
+def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterator[tuple[int, list[str]]]:
+    """Refuses fields that were written in quotes: with quotes in them doubled, or over several lines."""
+    opened = -_MOST_LINES_QUOTED
+    for line, row in rows:
+        for field in row:
+            if field[:1] != '"' and field[-1:] != '"':
+                continue
+            unpaired = field.count('"') % 2 == 1
+            closes = unpaired and field[-1] == '"' and line - opened < _MOST_LINES_QUOTED
+            if closes or _QUOTED.fullmatch(field):
+                raise UsageError(
+                    f"line {line} of {name} ends a field that looks as if it were written in quotes, but fields of "
+                    "this format are read as they stand. Set --data.reader_kwargs='{quoting: 0}' to read them as "
+                    "quoted, or '{quoting: 3}' as they stand."
+                )
+            if unpaired and field[0] == '"':
+                opened = line
+        yield line, row
 
 
 def _check_header(header: list[str], name: str, form: _Format) -> None:
@@ -236,10 +266,10 @@ def _check_header(header: list[str], name: str, form: _Format) -> None:
             f"the first line of {name} is one column, {join_quoted(header)}, if {form.sep!r} separates columns. Set "
             f"--data.reader_kwargs='{{sep: {_written(others[0])}}}'."
         )
-    if form.quoting == csv.QUOTE_NONE and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):
+    if form.unquoted_by_ending and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):
         raise UsageError(
             f"the first line of {name} has its fields in quotes, but fields are read as they stand. Set "
-            "--data.reader_kwargs='{quoting: 0}' to read them as quoted."
+            "--data.reader_kwargs='{quoting: 0}' to read them as quoted, or '{quoting: 3}' for names with quotes."
         )
 
 

@@ -231,7 +231,7 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
     if file_format == "json" and "field" not in options:
         _check_holds_rows(file, options.get("encoding", "utf-8"))
     if num_rows == 0:  # which datasets refuses
-        return Dataset.from_dict(dict.fromkeys(options["names"], []), features=options["features"])
+        return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
     if file_format == "parquet" and _has_no_rows(file):
         return Dataset(pq.read_table(file.path))
     dataset = _loaded(file, file_format, options)

@@ -1,0 +1,601 @@
+"""Tests of sources: files of every kind and objects are read as they stand, or refused in one line before anything long."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import Dataset, DatasetDict, IterableDataset
+from helpers import trainer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning.data.sources import read_dataset
+from smartbatch_lightning.tasks.source import LabelSource
+
+ROWS = [("a fine film", "pos"), ("a dull film", "neg"), ('fine, "really" fine', "pos")]
+FRAME = pd.DataFrame(ROWS, columns=["text", "label"])
+HTTP = pytest.mark.filterwarnings("ignore:unclosed")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
+    def write(name: str, content: str | bytes) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return str(path)
+
+    return write
+
+
+def module(dataset: Any, **options) -> SmartBatchDataModule:
+    return SmartBatchDataModule(
+        dataset, str(demo.model_dir()), **{"max_length": 16, "validation_split": None, **options}
+    )
+
+
+def read(dataset: Any, split: str = "train", **options) -> list[tuple]:
+    """Texts and labels of a split, as they are read."""
+    found = read_dataset(dataset, **options)[split]
+    return list(zip(found["text"], found["label"], strict=True))
+
+
+def refusal(dataset: Any, **options) -> str:
+    """The line with which a run is refused, before it has tokenized anything."""
+    data = module(dataset, **options)
+    data.tokenize = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ValueError, match=".") as refused:
+        data.prepare_data()
+    message = str(refused.value)
+    assert "\n" not in message
+    assert len(message) < 700
+    return message
+
+
+def as_csv(rows: list[tuple], **dialect: Any) -> str:
+    written = io.StringIO()
+    csv.writer(written, **dialect).writerows([("text", "label"), *rows])
+    return written.getvalue()
+
+
+def as_json_lines(rows: list[tuple]) -> str:
+    return "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+
+
+# --- names of files ---
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        ("a.csv", bytes), ("a.CSV", bytes), ("a.csv.gz", gzip.compress), ("a.csv.bz2", bz2.compress),
+        ("a.csv.xz", lzma.compress), ("a.csv.zst", zstandard.compress),
+    ],
+)  # fmt: skip
+def test_csv_files_are_read_whatever_compresses_them(name: str, packed, write) -> None:
+    assert read(write(name, packed(as_csv(ROWS).encode()))) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("a.jsonl", bytes), ("a.ndjson", bytes), ("a.JSONL", bytes), ("a.jsonl.zst", zstandard.compress)],
+)
+def test_json_lines_are_read_whatever_they_are_called(name: str, packed, write) -> None:
+    assert read(write(name, packed(as_json_lines(ROWS).encode()))) == ROWS
+
+
+def test_an_archive_is_read_as_the_files_in_it(tmp_path: Path) -> None:
+    for name in ("a.csv.zip", "b.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("in/a.csv", as_csv(ROWS[:2]))
+            archive.writestr("in/b.csv", as_csv(ROWS[2:]))
+        assert read(str(tmp_path / name)) == ROWS
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("notes.txt", "fine")
+    assert "notes.txt in" in refusal(str(tmp_path / "c.zip"))
+
+
+def test_patterns_lists_and_lists_by_split_are_read_in_order(tmp_path: Path) -> None:
+    for number in range(3):
+        FRAME.iloc[[number]].to_parquet(tmp_path / f"train-{number}.parquet")
+    files = [str(tmp_path / f"train-{number}.parquet") for number in range(3)]
+    assert read(str(tmp_path / "train-*.parquet")) == read(files) == ROWS
+    assert read({"train": files[0], "test": files[1:]}, "test") == ROWS[1:]
+    assert read({"test": str(tmp_path / "train-[12].parquet")}, "test") == ROWS[1:]
+    assert refusal(str(tmp_path / "test-*.parquet")).startswith("no file matches")
+    assert "is not there" in refusal([files[0], str(tmp_path / "none.parquet")])
+
+
+def test_a_file_whose_name_is_a_pattern_is_that_file(write) -> None:
+    write("part1.csv", as_csv(ROWS[:1]))
+    assert read(write("part[1].csv", as_csv(ROWS))) == ROWS
+
+
+@HTTP
+def test_a_url_is_fetched(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    write("a.csv.gz", gzip.compress(as_csv(ROWS).encode()))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert read(f"http://127.0.0.1:{server.server_port}/a.csv.gz?download=1") == ROWS
+        message = refusal(f"http://127.0.0.1:{server.server_port}/none.csv")
+        server.shutdown()
+    assert "/none.csv cannot be fetched: ClientResponseError: 404" in message
+
+
+@pytest.mark.parametrize("name", ["hf://datasets/a/b/*.parquet", "s3://bucket/a.csv", "https://example.org/a.csv"])
+def test_a_url_that_cannot_be_reached_is_named(name: str) -> None:
+    assert refusal(name).startswith(f"{name} cannot be fetched: ")
+
+
+def test_a_file_exchanged_under_the_same_name_size_and_time_gives_the_new_rows(write) -> None:
+    for ending, packed in (("csv", bytes), ("csv.gz", lambda content: gzip.compress(content, mtime=0))):
+        path = write(f"a.{ending}", packed(as_csv([("aaaa", "pos"), ("cccc", "neg")]).encode()))
+        before = os.stat(path)
+        first = read_dataset(path)["train"]
+        write(f"a.{ending}", packed(as_csv([("bbbb", "pos"), ("cccc", "neg")]).encode()))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        second = read_dataset(path)["train"]
+        assert second["text"][0] == "bbbb"
+        assert first._fingerprint != second._fingerprint
+
+
+def test_a_folder_of_csv_files_reads_as_the_files_alone(write, tmp_path: Path) -> None:
+    rows = [("None", "NA"), ("NA", "null"), ("", "NA"), ("null", "null")]
+    path = write("folder/train.csv", as_csv(rows))
+    write("folder/test.csv", "text,label,more\n" + "".join(f"{text},{label},1\n" for text, label in rows))
+    assert read(path) == read(str(tmp_path / "folder")) == read(str(tmp_path / "folder"), "test") == rows
+
+
+def test_configurations_of_a_folder_are_named_and_read_with_what_their_readme_says(write, tmp_path: Path) -> None:
+    write("folder/a.csv", as_csv(ROWS, delimiter=";"))
+    write("folder/b.csv", as_csv(ROWS[:2]))
+    write(
+        "folder/README.md",
+        "---\nconfigs:\n- config_name: one\n  data_files: a.csv\n  sep: ';'\n- config_name: two\n  data_files: b.csv\n---\n",
+    )
+    folder = str(tmp_path / "folder")
+    assert "'one', 'two'. Choose one by --data.dataset_config" in refusal(folder)
+    assert "Available: ['one', 'two']" in refusal(folder, dataset_config="three")
+    assert read(folder, config="one") == ROWS
+    assert read(folder, config="two") == ROWS[:2]
+
+
+# --- CSV rows ---
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "text,label\nfine,pos\nNot bad at all, I loved it,pos\n",
+            "line 3 of .* has 3 fields, but there are 2 columns",
+        ),
+        ("text,label\nNot bad at all, I loved it,pos\n", "line 2 of .* has 3 fields"),
+        ("text,label\nfine,pos,\ndull,neg,\n", "line 2 of .* has 3 fields.*remove what stands at the ends"),
+        ('text,label\n"two\nlines",pos\nfine\n', "line 4 of .* has 1 field,"),
+        ('text,label\n"say \\"hi\\", then",pos\nfine,neg\n', "in line 2[.].*escapechar"),
+        ('text,label\n"say \\"hi\\"",pos\n"fine",neg\n', "in line 2[.].*escapechar"),
+        (
+            'text,label\nfine,pos\n"never closed,neg\nfine,pos\n',
+            "unexpected end of data, in the row that begins in line 3",
+        ),
+        ("text,label\nfi\0ne,pos\n", "character 0x00"),
+    ],
+)
+def test_a_csv_row_that_is_not_whole_is_refused_by_its_line(content: str, line: str, write) -> None:
+    message = refusal(write("a.csv", content))
+    assert "a.csv" in message
+    assert re.search(line, message), message
+
+
+def test_an_unnamed_column_at_the_end_of_all_lines_plays_no_part(write) -> None:
+    assert read(write("a.csv", "text,label,\nfine,pos,\ndull,neg,\n")) == [("fine", "pos"), ("dull", "neg")]
+
+
+def test_fields_in_quotes_hold_newlines_separators_and_quotes(write) -> None:
+    rows = [("two\nlines", "pos"), ("three\r\nlines, in\rall", "neg"), ('a "b" \\c\\', "pos"), ("x" * 200_000, "neg")]
+    assert read(write("a.csv", as_csv(rows))) == rows
+    assert read(write("b.csv", 'text,label\nsay "hi" there,pos\n')) == [('say "hi" there', "pos")]
+    escaped = 'text,label\n"say \\"hi\\", then",pos\n'
+    assert read(write("c.csv", escaped), reader_kwargs={"escapechar": "\\"}) == [('say "hi", then', "pos")]
+
+
+def test_quotes_in_a_tsv_are_part_of_the_text(write) -> None:
+    rows = [(f'"film {row}' if row in (300, 590) else f"film {row}", f"l{row % 2}") for row in range(1000)]
+    path = write("a.tsv", "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    assert read(path) == rows
+
+
+def test_a_tsv_that_was_written_in_quotes_is_refused_by_its_line_and_read_on_demand(write) -> None:
+    path = write("a.tsv", as_csv(ROWS, delimiter="\t"))
+    assert "line 4 of" in refusal(path)
+    assert "quoting: 0" in refusal(path)
+    assert read(path, reader_kwargs={"quoting": 0}) == ROWS
+    assert read(path, reader_kwargs={"quoting": 3})[2] == ('"fine, ""really"" fine"', "pos")
+    assert "line 3 of" in refusal(write("c.tsv", as_csv([("film", "a\r\tb")], delimiter="\t")))
+    assert "fields in quotes" in refusal(write("b.tsv", as_csv(ROWS[:2], delimiter="\t", quoting=csv.QUOTE_ALL)))
+
+
+FIELDS = st.text(alphabet="ab\"',;\t\n\r\\ é0", max_size=6) | st.sampled_from(
+    ["007", "1e5", "NA", "None", "nan", "1_000"]
+)
+
+
+def check_round_trip(ending: str, rows: list[tuple[str, str]], content: bytes, folder: Path) -> bool:
+    """Whether a file is read; it is then read exactly, and else it is refused with the line."""
+    path = folder / f"a.{ending}"
+    path.write_bytes(content)
+    try:
+        found = read_dataset(str(path), labels=LabelSource(("label",), "|"))["train"]
+    except ValueError as error:
+        if "line " not in str(error):
+            raise
+        return False
+    assert list(zip(found["text"], found["label"], strict=True)) == rows
+    return True
+
+
+def random_files(examples: int) -> Callable:
+    checks = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=examples, deadline=None, suppress_health_check=checks, database=None, derandomize=True)
+
+
+def try_random_file(data: Any, folder: Path) -> None:
+    kind = data.draw(st.sampled_from(["csv", "quoted tsv", "plain tsv", "jsonl", "parquet", "ragged"]))
+    rows = data.draw(st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=5))
+    written = io.BytesIO()
+    if kind == "csv":
+        assert check_round_trip("csv", rows, as_csv(rows).encode(), folder)
+    elif kind == "quoted tsv":
+        content = as_csv(rows, delimiter="\t")
+        assert check_round_trip("tsv", rows, content.encode(), folder) == ('"' not in content)
+    elif kind == "plain tsv":
+        rows = [tuple(field.translate(str.maketrans("\t\n\r", "___")) for field in row) for row in rows]
+        content = "text\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows)
+        check_round_trip("tsv", rows, content.encode(), folder)
+    elif kind == "jsonl":
+        assert check_round_trip("jsonl", rows, as_json_lines(rows).encode(), folder)
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": [a for a, _ in rows], "label": [b for _, b in rows]}), written)
+        assert check_round_trip("parquet", rows, written.getvalue(), folder)
+    else:
+        lines = data.draw(st.lists(FIELDS, min_size=1, max_size=6))
+        content = "text,label\n" + ",".join(lines) + "\n"
+        try:
+            whole = [tuple(row) for row in csv.reader(io.StringIO(content, newline=""), strict=True) if row]
+            is_whole = {len(row) for row in whole} == {2}
+        except csv.Error:
+            whole, is_whole = [], False
+        assert check_round_trip("csv", whole[1:], content.encode(), folder) == is_whole
+
+
+@random_files(25)
+@given(data=st.data())
+def test_random_files_are_read_exactly_or_refused_with_the_line(data, tmp_path: Path) -> None:
+    try_random_file(data, tmp_path)
+
+
+@pytest.mark.slow
+@random_files(400)
+@given(data=st.data())
+def test_hundreds_of_random_files_are_read_exactly_or_refused_with_the_line(data, tmp_path: Path) -> None:
+    try_random_file(data, tmp_path)
+
+
+# --- a reader's options, and what a message names ---
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("text,label\ncafé,pos\nthé,neg\n".encode("latin-1"), {"encoding": "latin-1"}),
+        ("text,label\ncafé,pos\nthé,neg\n".encode("utf-16"), {"encoding": "utf-16"}),
+        ("text,label\ncafé,pos\nthé,neg\n".encode("utf-16-le"), {"encoding": "utf-16-le"}),
+        (b"text;label\na, b;pos\nc;neg\n", {"sep": ";"}),
+        (b"text\tlabel\na, b\tpos\nc\tneg\n", {"sep": "\t"}),
+        (b"1,a title,caf\xc3\xa9\n2,another,th\xc3\xa9\n", {"names": ["label", "title", "text"]}),
+    ],
+)
+def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, remedy: dict, write) -> None:
+    path = write("a.csv", content)
+    message = refusal(path)
+    assert f"{next(iter(remedy))}:" in message
+    data = module(path, reader_kwargs=remedy)
+    data.prepare_data()
+    assert data.splits["train"]["text"][:] in (["café", "thé"], ["a, b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seperator": ";"}, "reader_kwargs has 'seperator', which is none for csv files; give some of 'sep', "),
+        ({"sep": "||"}, r"sep is '\|\|' in reader_kwargs; give one character"),
+        ({"header": 3}, "header is 3 in reader_kwargs; give 0"),
+        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is not known"),
+        ({"names": ["text", "label"]}, "the first line of .* is the names in reader_kwargs. Add header: 0"),
+        ({"names": ["text"], "header": 0}, "line 2 of .* has 2 fields, but there are 1 columns"),
+        ({"names": "text"}, "give a list with a name for each column"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict, message: str, write) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(write("a.csv", as_csv(ROWS)), reader_kwargs=options)
+
+
+def test_options_of_other_formats_and_of_objects_are_refused(write) -> None:
+    with pytest.raises(
+        ValueError, match="reader_kwargs has 'sep', which is none for json files; give some of 'encoding'"
+    ):
+        read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
+    assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(write) -> None:
+    assert read(write("a.csv", "\ufeff" + as_csv(ROWS))) == ROWS
+
+
+# --- JSON and Parquet ---
+
+
+@pytest.mark.parametrize("options", [{}, {"indent": 2}, {"orient": "split"}, {"orient": "index"}])
+def test_one_json_object_of_columns_is_refused_with_the_way_to_write_rows(options: dict, tmp_path: Path) -> None:
+    pd.concat([FRAME] * 1000, ignore_index=True).to_json(tmp_path / "a.json", **options)
+    assert 'orient="records", lines=True' in refusal(str(tmp_path / "a.json"))
+
+
+def test_json_arrays_and_rows_under_a_key_are_read_as_they_stand(write) -> None:
+    rows = [{"text": "007", "label": "1e5"}, {"text": "null", "label": "NaN"}]
+    expected = [("007", "1e5"), ("null", "NaN")]
+    assert read(write("a.json", json.dumps(rows, indent=1))) == expected
+    path = write("b.json", json.dumps({"data": rows}))
+    assert "{field: KEY}" in refusal(path)
+    assert read(path, reader_kwargs={"field": "data"}) == expected
+
+
+def test_a_json_line_that_is_not_whole_is_named(write) -> None:
+    content = as_json_lines(ROWS) + '{"text": "fi\n'
+    assert "line 4: " in refusal(write("a.jsonl", content))
+    assert "0xe9 is not utf-8" in refusal(write("b.jsonl", '{"text": "é", "label": 1}\n'.encode("latin-1")))
+
+
+def test_a_column_of_texts_and_numbers_is_refused_since_json_would_merge_them(write) -> None:
+    rows = as_json_lines([("fine", "007"), ("dull", 7)])
+    assert "the column 'label' of" in refusal(write("a.jsonl", rows))
+
+
+def test_texts_of_every_arrow_type_are_texts(tmp_path: Path) -> None:
+    kinds = [pa.string(), pa.large_string(), pa.string_view()]
+    for kind in [*kinds, pa.dictionary(pa.int32(), pa.string())]:
+        columns = {name: pa.array([row[at] for row in ROWS], kind) for at, name in enumerate(("text", "label"))}
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        data = module(str(tmp_path / "a.parquet"))
+        data.prepare_data()
+        data.setup("fit")
+        assert data.label_names == ["neg", "pos"]
+        assert len(data.train_data) == 3
+
+
+# --- columns ---
+
+
+def test_columns_that_nobody_asked_for_play_no_part(write) -> None:
+    train = write("a.jsonl", '{"text": "fine", "label": "pos", "id": 1, "x": "s"}\n{"text": "dull", "label": "neg"}\n')
+    test = write("b.jsonl", '{"text": "fine", "label": "pos", "id": 1.5, "x": [1], "more": {"a": 1}}\n')
+    assert read({"train": train, "test": test}, "test") == [("fine", "pos")]
+    both = read_dataset([train, test])["train"]
+    assert both["text"][:] == ["fine", "dull", "fine"]
+    assert sorted(both.column_names) == ["id", "label", "text"]
+    assert both["id"][:] == [1, None, 1.5]
+
+
+def test_a_column_that_begins_far_down_plays_no_part(write) -> None:
+    row = '{"text": "' + "a fine film " * 20 + '", "label": 1}\n'
+    path = write("a.jsonl", row * (11 * 2**20 // len(row)) + '{"text": "dull", "label": 0, "more": 1}\n')
+    assert read(path)[-1] == ("dull", 0)
+
+
+def test_a_wanted_column_of_other_types_in_another_file_is_named_with_both(write) -> None:
+    files = [write("a.jsonl", as_json_lines([("fine", 1)])), write("b.jsonl", as_json_lines([("dull", "x")]))]
+    assert "the column 'label' is int64 in" in refusal(files)
+    files = [write("a.csv", as_csv([("fine", 1)])), write("b.csv", as_csv([("dull", "x")]))]
+    assert read(files) == [("fine", "1"), ("dull", "x")]
+
+
+def test_labels_of_one_file_may_be_numbers_and_of_another_words(write) -> None:
+    train = write("a.csv", as_csv([("film", label) for label in (1, 2, 3)]))
+    data = module({"train": train, "test": write("b.csv", as_csv([("film", label) for label in (1, 2, "three")]))})
+    data.prepare_data()
+    with pytest.raises(ValueError, match="row 2 .* of the split 'test' has the label 'three'"):
+        data.setup("test")
+    path = write("c.csv", as_csv([("film", row % 2) for row in range(10_001)] + [("film", "word")]))
+    assert {label for _, label in read(path)} == {"0", "1", "word"}
+
+
+WORDS = ["007", "1e5", "10e4", "1_000", "NaN", "null", "True", "1.50", "+7", " x"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_words_that_look_like_something_else_stay_as_texts_and_as_labels(ending: str, tmp_path: Path) -> None:
+    rows, path = [(word, word) for word in WORDS], tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pd.DataFrame(rows, columns=["text", "label"]).to_parquet(path)
+    else:
+        separated = as_csv(rows, delimiter="\t" if ending == "tsv" else ",")
+        path.write_text(as_json_lines(rows) if ending == "jsonl" else separated)
+    assert read(str(path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["1e5", "10e4"], ["1e5", "10e4"]),
+        (["1e-3", "0.5"], [0.001, 0.5]),
+        (["1", "-2"], [1, -2]),
+        (["01", "1"], ["01", "1"]),
+        (["True", "False"], [True, False]),
+        (["TRUE", "true"], ["TRUE", "true"]),
+    ],
+)
+def test_csv_labels_are_numbers_only_where_none_is_merged_with_another(labels, expected, write) -> None:
+    assert [label for _, label in read(write("a.csv", as_csv([("film", label) for label in labels])))] == expected
+
+
+# --- several text columns ---
+
+
+def test_several_text_columns_are_joined_and_two_without_a_separator_are_pairs(write) -> None:
+    path = write("a.csv", "title,body,tag,label\na,fine film,x,1\nthe,dull one,y,0\n")
+
+    def tokens(**options) -> list[str]:
+        data = module(path, **options)
+        data.setup("fit")
+        return [data.tokenizer.decode(data.train_data[0]["input_ids"]), "token_type_ids" in data.train_data[0]]
+
+    tokenizer = module(path).tokenizer
+    whole = tokenizer.decode(tokenizer("a fine film x")["input_ids"])
+    assert tokens(text_columns=["title", "body", "tag"], text_separator=" ") == [whole, False]
+    assert tokens(text_columns=["title", "body"])[1]
+    assert not tokens(text_columns=["title", "body"], text_separator=" ")[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"text_columns": ["text", "text"]},
+            r"text_columns is \['text', 'text'\]; give one column, or a list of several",
+        ),
+        ({"text_columns": "[text, claim"}, r"text_columns is '\[text, claim'; give one column, or a list"),
+        ({"text_columns": 5}, "text_columns is 5; give one column"),
+        ({"text_columns": []}, r"text_columns is \[\]; give one column"),
+        ({"text_columns": ["a", "b", "c"]}, "two for pairs of sentences, or set --data.text_separator"),
+        ({"text_separator": " "}, "text_separator is ' ', but text_columns is 'text'; give two or more"),
+    ],
+)
+def test_text_columns_that_cannot_be_are_refused_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module("a.csv", **options)
+
+
+# --- objects ---
+
+OBJECTS: dict[str, Callable[[pd.DataFrame], Any]] = {
+    "Dataset": lambda frame: Dataset.from_pandas(frame, preserve_index=False),
+    "pandas": lambda frame: frame,
+    "polars": pl.from_pandas,
+    "Arrow": lambda frame: pa.Table.from_pandas(frame, preserve_index=False),
+    "dicts": lambda frame: frame.to_dict("records"),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_are_taken_where_a_name_is_and_by_split(kind: str, tmp_path: Path) -> None:
+    make = OBJECTS[kind]
+    assert read(make(FRAME)) == ROWS
+    data = module({"train": make(FRAME), "test": make(FRAME.iloc[::-1])})
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    assert data.train_data.labels.tolist() == [1, 0, 1]
+    assert np.array_equal(data.test_data[0].labels, data.train_data.labels[::-1])
+    again = module({"train": make(FRAME.copy())}).splits["train"]
+    assert again._fingerprint == data.splits["train"]._fingerprint  # so that the token cache is found
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_a_subclass_may_load_any_object(kind: str) -> None:
+    class Own(SmartBatchDataModule):
+        def load_dataset(self) -> Any:
+            return OBJECTS[kind](FRAME)
+
+    data = Own("mine", str(demo.model_dir()), validation_split=None)
+    data.setup("fit")
+    assert len(data.train_data) == 3
+
+
+def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
+    data = module(DatasetDict(train=Dataset.from_pandas(FRAME)), max_length=8)
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.fit(SequenceClassifier(str(demo.model_dir())), data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="dataset is None; give a name, files, a Dataset"):
+        SmartBatchDataModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert SmartBatchDataModule.load_from_checkpoint(tmp_path / "a.ckpt", dataset=FRAME).max_length == 8
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (None, "dataset is None; give a name"),
+        (5, "dataset is 5; give a name"),
+        ([], r"dataset is \[\]; give a name"),
+        ({}, r"dataset is \{\}; give files by split"),
+        (print, "dataset is of the type builtin_function_or_method; give a name"),
+        ([{"text": "fine", "label": 1}, {"text": "dull", "label": "x"}], "the given list cannot be read: ArrowInvalid"),
+        (
+            IterableDataset.from_generator(lambda: iter([{"text": "fine"}])),
+            "IterableDataset.*Load it without streaming",
+        ),
+    ],
+)
+def test_objects_that_are_no_data_are_refused(dataset: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(dataset).prepare_data()
+
+
+# --- before anything long ---
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ("sentence,label\nfine,pos\n", "the text column 'text' is not in the split 'test'"),
+        ("text,label\nfine,pos\ndull\n", "line 3 of"),
+    ],
+)
+def test_a_test_split_that_cannot_be_read_is_refused_before_the_training_split_is_tokenized(
+    test, message, write
+) -> None:
+    assert message in refusal({"train": write("a.csv", as_csv(ROWS)), "test": write("b.csv", test)})
+
+
+def test_labels_to_train_and_validate_on_are_checked_before_anything_is_tokenized(write, tmp_path: Path) -> None:
+    files = {"train": write("a.csv", as_csv(ROWS)), "dev": write("b.csv", as_csv([("fine", "good")]))}
+    data = module(files, validation_split="auto")
+    data.tokenize = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ValueError, match="row 0 .* of the split 'dev' has the label 'good'"):
+        trainer(tmp_path).fit(SequenceClassifier(str(demo.model_dir())), data)
+
+
+def test_a_hundred_thousand_rows_are_checked_and_read_in_a_second_or_two(write) -> None:
+    path = write("a.csv", "text,label\n" + "".join(f'"a film, {row}",{row % 7}\n' for row in range(100_000)))
+    before = time.process_time()
+    assert len(read_dataset(path)["train"]) == 100_000
+    assert time.process_time() - before < 3
