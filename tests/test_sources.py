@@ -164,6 +164,8 @@ def test_a_file_exchanged_under_the_same_name_size_and_time_gives_the_new_rows(w
         second = read_dataset(path)["train"]
         assert second["text"][0] == "bbbb"
         assert first._fingerprint != second._fingerprint
+        os.utime(path)
+        assert read_dataset(path)["train"]._fingerprint == second._fingerprint
 
 
 def test_a_folder_of_csv_files_reads_as_the_files_alone(write, tmp_path: Path) -> None:

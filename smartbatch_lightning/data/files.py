@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DownloadConfig, DownloadManager, Features, Value, concatenate_datasets
 from datasets.data_files import DataFilesList
-from xxhash import xxh3_128
+from xxhash import xxh3_64, xxh3_128
 
 from smartbatch_lightning.data import csv_files
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
@@ -104,6 +104,7 @@ def read_files(
     for split, of_split in by_split.items():
         parts = [(file, _read(file, reader_kwargs, wanted)) for name in of_split for file in _local_files(name)]
         loaded[split] = _concatenated(parts, wanted)
+        loaded[split]._fingerprint = _content_fingerprint([file for file, _ in parts], reader_kwargs, loaded[split])
         if labels.delimiter is None and all(FORMATS[file.ending] == "csv" for file, _ in parts):
             for column in labels.columns:
                 loaded[split] = csv_files.with_typed_labels(loaded[split], column)
@@ -346,6 +347,12 @@ def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> 
             )
     common = Features(features)
     return concatenate_datasets([dataset.select_columns(list(common)).cast(common) for _, dataset in parts])
+
+
+def _content_fingerprint(files: list[_File], reader_kwargs: Mapping[str, Any], dataset: Dataset) -> str:
+    """By which tokens are found again: of content, where `datasets` goes by paths and times."""
+    read_as = [(file.digest, file.ending) for file in files], sorted(reader_kwargs.items()), dataset.features
+    return str(xxh3_64(repr(read_as).encode()).hexdigest())
 
 
 def _common_feature(features: list[Any]) -> Any:

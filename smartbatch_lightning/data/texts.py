@@ -91,7 +91,7 @@ class TextDataModule(L.LightningDataModule):
         dataset_config: str | None = None,
         reader_kwargs: dict[str, Any] | None = None,
         problem_type: str | None = None,
-        text_columns: str | list[str] = "text",
+        text_columns: str | list[str] | Any = "text",
         text_separator: str | None = None,
         label_column: str | list[str] = "label",
         label_delimiter: str | None = None,
@@ -303,7 +303,7 @@ class TextDataModule(L.LightningDataModule):
             splits, model = splits_of(self.load_dataset()), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
             train = splits.get(self.train_split)
-            labelled = train is not None and self.label_source.is_in(train)
+            labelled = train is not None and len(train) > 0 and self.label_source.is_in(train)
             train_labels = self.label_source.read(train, self.train_split) if labelled else None
             trained = None if model is None else model.trained_config
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
