@@ -417,6 +417,7 @@ def test_columns_that_nobody_asked_for_play_no_part(write) -> None:
     assert both["id"][:] == [1, None, 1.5]
 
 
+@pytest.mark.slow
 def test_a_column_that_begins_far_down_plays_no_part(write) -> None:
     row = '{"text": "' + "a fine film " * 20 + '", "label": 1}\n'
     path = write("a.jsonl", row * (11 * 2**20 // len(row)) + '{"text": "dull", "label": 0, "more": 1}\n')
