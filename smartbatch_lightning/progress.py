@@ -196,9 +196,8 @@ def begin_epoch(trainer: L.Trainer) -> None:
 
 def stay_stopped(trainer: L.Trainer) -> None:
     """Ends a run that goes on from a checkpoint of after its early stopping; Lightning would train another epoch."""
-    stopped = [
-        one for one in trainer.early_stopping_callbacks if one.wait_count >= max(one.patience, 1) or one.stopped_epoch
-    ]
+    stops = [one for one in trainer.early_stopping_callbacks if one.patience is not None]
+    stopped = [one for one in stops if one.wait_count >= max(one.patience, 1) or one.stopped_epoch]
     if trainer.ckpt_path and stopped:
         trainer.should_stop = True
         rank_zero_info("Early stopping has ended this training. Without that callback it goes on.")

@@ -78,6 +78,43 @@ def test_early_stopping_waits_as_many_validations_as_it_is_told(tmp_path: Path) 
     Planned.PLAN = (0.2, 0.9, 0.5)
 
 
+def test_a_callback_that_a_second_trainer_takes_knows_nothing_of_the_first_ones_run(tmp_path: Path) -> None:
+    saver = BestCheckpoint("val_planned", "max")
+    Planned.PLAN = (0.2, 0.9, 0.5)
+    planned(tmp_path, saver)
+    first = saver.best_model_path
+    Planned.PLAN = (0.4, 0.3, 0.1)
+    planned(tmp_path, saver)
+    Planned.PLAN = (0.2, 0.9, 0.5)
+    assert (epoch_of(first), epoch_of(saver.best_model_path)) == (1, 0)
+    assert float(saver.best_model_score) == pytest.approx(0.4)
+
+
+def test_a_run_that_had_stopped_goes_on_with_more_patience(tmp_path: Path) -> None:
+    Planned.PLAN = (0.9, 0.5, 0.4, 0.3, 0.2, 0.1)
+    last = tmp_path / "kept" / "last.ckpt"
+    for patience, path, epochs in ((1, None, 2), (1, last, 2), (3, last, 4)):
+        callbacks = [EarlyStop(patience, "val_planned", "max"), BestCheckpoint(dirpath=str(last.parent))]
+        options = {"max_epochs": 6, "limit_train_batches": 2, "limit_val_batches": 1, "enable_checkpointing": True}
+        run = trainer(tmp_path, callbacks=callbacks, **options)
+        run.fit(
+            Planned(), SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1), ckpt_path=path
+        )
+        assert run.current_epoch == epochs
+    Planned.PLAN = (0.2, 0.9, 0.5)
+
+
+def test_a_run_that_goes_on_by_another_metric_is_stopped_by_that_one_alone() -> None:
+    stopping = EarlyStop(1, "val_loss", "min")
+    stopping.load_state_dict({**EarlyStop(1, "val_f1", "max").state_dict(), "wait_count": 1, "best_score": 0.9})
+    assert (stopping.wait_count, float(stopping.best_score)) == (0, float("inf"))
+
+
+def test_without_patience_nothing_is_stopped(tmp_path: Path) -> None:
+    _, run = planned(tmp_path, EarlyStop(), enable_checkpointing=False)
+    assert run.current_epoch == 3
+
+
 def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[EarlyStop(2)])
     with pytest.raises(ValueError, match="nothing is validated. Set --data.validation_split"):

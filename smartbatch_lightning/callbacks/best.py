@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from smartbatch_lightning.contract import text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least
@@ -61,6 +62,9 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if trainer.global_step == 0:  # else this fit goes on where the Trainer's last one ended
+            self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
+            self.best_model_score, self.last_model_path = None, ""
         found = _monitored(trainer, pl_module, *self._given)
         self.monitor, self.mode = found or (None, "min")
         self.save_top_k = 1 if found else 0
@@ -159,6 +163,21 @@ class EarlyStop(EarlyStopping):
             monitor, mode = found
             super().__init__(monitor, self._given_delta, self.patience, mode=mode)
         super().setup(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Lightning's, with the metric that it is about."""
+        return {**super().state_dict(), "monitor": self.monitor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there with this run's patience, unless another metric told whether training got better."""
+        if state_dict.get("monitor") != self.monitor:
+            return
+        super().load_state_dict({**state_dict, "patience": self.patience})
+        if self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
+            self.stopped_epoch = 0  # it has more patience than the run that stopped
+
+    def _should_skip_check(self, trainer: L.Trainer) -> bool:
+        return self.patience is None or super()._should_skip_check(trainer)
 
 
 def _monitored(
