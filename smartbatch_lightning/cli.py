@@ -159,6 +159,7 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
+        model.on_load_checkpoint(checkpoint)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")

@@ -87,6 +87,7 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
 
 def test_a_runs_own_config_serves_report_export_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data.max_length=24", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    options.append("--model.class_weights=balanced")  # which only the checkpoint knows the numbers of
     limits = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
     run = SmartBatchCLI(args=["fit", *options, *limits, f"--trainer.default_root_dir={tmp_path}"])
     config, checkpoint = Path(run.trainer.log_dir) / "config.yaml", run.trainer.checkpoint_callback.best_model_path
