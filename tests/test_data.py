@@ -413,6 +413,12 @@ def test_a_folder_without_data_is_refused(module, tmp_path: Path) -> None:
         module(str(tmp_path / "folder")).setup("fit")
 
 
+def test_a_configuration_that_a_folder_has_not_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\ngood,1\nbad,0\n")
+    with pytest.raises(ValueError, match="leave out its configuration 'mrpc', --data.dataset_config=null"):
+        SmartBatchDataModule(str(tmp_path), dataset_config="mrpc").load_dataset()
+
+
 def test_a_hub_name_without_a_network_says_how_to_use_local_files(module) -> None:
     with pytest.raises(
         ValueError, match="'stanfordnlp/imdb' was not found locally or on the Hub.*set --data.dataset to a local"

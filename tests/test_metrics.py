@@ -43,6 +43,11 @@ def test_names_are_scikit_learns_and_classes_torchmetrics_with_or_without_their_
     ]  # fmt: skip
 
 
+def test_one_name_may_stand_alone() -> None:
+    scores, labels = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0])
+    assert computed("accuracy", TWO, scores, labels) == {"accuracy": 0.5}
+
+
 def test_a_binary_metric_of_two_classes_is_of_the_second() -> None:
     """As in GLUE, where F1 is that of `equivalent` and of `duplicate`."""
     scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3], [0.1, 0.9]])
@@ -68,6 +73,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
     ("metrics", "message"),
     [
         (["f2"], "metrics has 'f2', which is none of 'accuracy'"),
+        ("f1,accuracy", r"metrics is 'f1,accuracy'; give several as a list, \[f1,accuracy\]"),
         (["torchmetrics.Nothing"], "metrics is 'torchmetrics.Nothing', which cannot be imported"),
         ([{"class_path": "F1Score", "args": {}}], "give a name, or class_path and init_args"),
         (["f1", "f1"], "the name 'f1', which stands twice"),

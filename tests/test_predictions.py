@@ -99,6 +99,11 @@ def test_when_a_window_is_done_on_all_ranks_every_row_up_to_its_end_was_predicte
 # --- columns ---
 
 
+def test_one_column_may_be_given_by_its_name_alone(rows, small_windows, tmp_path) -> None:
+    predict(rows, tmp_path, path=str(tmp_path / "out.parquet"), columns="text")
+    assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == list(reviews()["text"])
+
+
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_columns_of_the_input_stand_beside_the_predictions_as_in_the_data(
     ending, rows, small_windows, tmp_path

@@ -51,7 +51,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         path: File to write, as Parquet or CSV by its ending.
-        columns: Columns of the input to carry through, as they stand in it.
+        columns: Column of the input to carry through, or several, as they stand in it.
         overwrite: Replace the file where it is there, and what a killed run of other data or another model has left.
         thresholds: File of probabilities by label above which each is predicted, as `smartbatch evaluate
             --thresholds=best` writes it, or the folder that holds it as `thresholds.json`.
@@ -63,13 +63,13 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(
         self,
         path: str = "predictions.parquet",
-        columns: list[str] | None = None,
+        columns: str | list[str] | None = None,
         overwrite: bool = False,
         thresholds: str | None = None,
     ) -> None:
         super().__init__(write_interval="batch")
         self.path = Path(path)
-        self.columns = columns or []
+        self.columns = [columns] if isinstance(columns, str) else columns or []
         self.overwrite = overwrite
         self.thresholds = thresholds
         self._by_label: dict[str, float] = {}  # the thresholds, once they are read

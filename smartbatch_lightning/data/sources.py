@@ -119,9 +119,11 @@ def read_dataset(
                 "--data.dataset_config."
             ) from error
         if path.is_dir():
+            remedy = "Check that its files are whole and not empty."
+            if config is not None:
+                remedy = f"{remedy[:-1]}, or leave out its configuration {config!r}, --data.dataset_config=null."
             raise UsageError(
-                f"the folder {dataset} cannot be read as a data set: {root_cause_message(error)} Check that its "
-                "files are whole and not empty."
+                f"the folder {dataset} cannot be read as a data set: {root_cause_message(error)} {remedy}"
             ) from error
         raise UsageError(
             f"the data set {dataset!r} was not found locally or on the Hub: {root_cause_message(error)} "

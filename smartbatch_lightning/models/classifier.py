@@ -144,7 +144,7 @@ class SequenceClassifier(L.LightningModule):
         pos_weight: Literal["balanced"] | float | dict[str, float] | None = None,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
-        metrics: list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None = None,
+        metrics: str | list[str | dict[str, Any]] | dict[str, str | dict[str, Any]] | None = None,
         layer_decay: float = 1.0,
         head_learning_rate: float | None = None,
         freeze_embeddings: bool = False,

@@ -48,6 +48,8 @@ class LossOptions:
         for argument, weights in (("class_weights", self.class_weights), ("pos_weight", self.pos_weight)):
             if isinstance(weights, str) and weights != "balanced":
                 raise UsageError(f"{argument} is {weights!r}; give 'balanced', or numbers by name.")
+            if isinstance(weights, Sequence) and not isinstance(weights, str):
+                raise UsageError(f"{argument} is the list {weights!r}; give numbers by name, such as {{rare: 5.0}}.")
             numbers: dict[Any, Any] = {"all labels": weights}
             if isinstance(weights, Mapping):
                 numbers = dict(weights)

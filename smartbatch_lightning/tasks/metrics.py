@@ -14,7 +14,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.tasks.task import Task
 
-MetricSpecs = Sequence[str | Mapping[str, Any]] | Mapping[str, str | Mapping[str, Any]]
+MetricSpecs = str | Sequence[str | Mapping[str, Any]] | Mapping[str, str | Mapping[str, Any]]
 
 _PREFIXES = {"single_label_classification": "Multiclass", "multi_label_classification": "Multilabel"}
 _MACRO, _MICRO, _WEIGHTED = {"average": "macro"}, {"average": "micro"}, {"average": "weighted"}
@@ -46,11 +46,15 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
     """Class and options of each metric by the name under which it is logged.
 
     Args:
-        metrics: Names or classes, or `class_path` with `init_args`; or these by name.
+        metrics: Names or classes, or `class_path` with `init_args`; or these by name. One name may stand alone.
 
     Raises:
         ValueError: One is neither, or two have one name.
     """
+    if isinstance(metrics, str):
+        if "," in metrics:
+            raise UsageError(f"metrics is {metrics!r}; give several as a list, [{metrics}].")
+        metrics = [metrics]
     items = list(metrics.items()) if isinstance(metrics, Mapping) else [(None, metric) for metric in metrics]
     specs: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, metric in items:
