@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks import Task
 
@@ -32,6 +33,7 @@ class TextData:
         evaluation_splits: Names of the sets of each evaluation stage, `val` and `test`, in the order of their loaders.
         train_labels: Labels of the training samples as the task encodes them, (num_samples, ...); None where they are
             not read.
+        spec: What a batch may hold.
     """
 
     task: Task | None
@@ -40,6 +42,7 @@ class TextData:
     packed: bool
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
     train_labels: NDArray[Any] | None = None
+    spec: BatchSpec = field(default_factory=BatchSpec)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class TextModel:
     Attributes:
         tokenizer_name: Name on the Hub or folder of its tokenizer.
         tokenizer_kwargs: What of the model's options is for its tokenizer, such as `revision`.
-        trained_config: Configuration of what it was trained to classify; None where it has not been.
+        config: Its configuration.
+        trained_config: The same where it was trained to classify; None where it has not been.
         is_demo: It is the embedded demo's, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None where none tells.
         sample_weights: Gives what each sample counts for in the mean loss, (num_samples,), of encoded labels; or None
@@ -58,6 +62,7 @@ class TextModel:
 
     tokenizer_name: str
     tokenizer_kwargs: dict[str, Any]
+    config: PretrainedConfig
     trained_config: PretrainedConfig | None
     is_demo: bool
     trained_on: dict[str, Any] | None = None

@@ -14,6 +14,23 @@ class UsageError(ValueError):
     """
 
 
+def check_trusted(name: str, error: Exception) -> None:
+    """Refuses a model or a tokenizer that brings code of its own, where transformers did so because of that.
+
+    Args:
+        name: On the Hub, or a folder.
+        error: What loading it without `trust_remote_code` has raised.
+
+    Raises:
+        ValueError: It did.
+    """
+    if "trust_remote_code" in str(error):
+        raise UsageError(
+            f"{name!r} brings Python code of its own, which is not run unless you trust it. Read it, then set "
+            "--model.model_kwargs.trust_remote_code=true."
+        ) from error
+
+
 def check_at_least(least: int, **arguments: Any) -> None:
     """Refuses arguments that are less than so much, or no whole numbers.
 

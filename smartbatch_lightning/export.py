@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.families import depends_on_width
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
 from smartbatch_lightning.models.head import find_output_layer, rescale_logits
@@ -148,6 +149,7 @@ def check_export_folder(folder: str | Path) -> None:
 def _card(
     model: SequenceClassifier, data: SmartBatchDataModule, name: str, metrics: dict[str, float], command: str | None
 ) -> ModelCard:
+    assert model.model is not None
     pretrained = Path(model.pretrained).name if Path(model.pretrained).is_dir() else model.pretrained
     splits = data.text_data().evaluation_splits
     evaluated = {name: value for name, value in metrics.items() if name.startswith(("val_", "test_"))}
@@ -180,6 +182,7 @@ def _card(
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "world_size": trainer.world_size,
         }
+    width = ", padding='max_length'" if depends_on_width(model.model.config, data.max_length) else ""
     all_scores = "" if isinstance(model.task, SingleLabelClassification) else ", top_k=None"
     sections = [
         f"---\n{header.to_yaml()}\n---",
@@ -189,7 +192,7 @@ def _card(
         _code(
             "python",
             "from transformers import pipeline\n\n"
-            f"classify = pipeline('text-classification', {name!r}, truncation=True{all_scores})"
+            f"classify = pipeline('text-classification', {name!r}, truncation=True{width}{all_scores})"
             f"  # at {data.max_length} tokens",
         ),
         "## Metrics",

@@ -112,6 +112,16 @@ def test_types_of_tokens_are_padded_as_the_tokenizer_pads_them() -> None:
     assert batch["token_type_ids"].tolist() == [[0, 1, 1, 3, 3], [0, 0, 1, 1, 1]]
 
 
+def test_a_batch_may_be_padded_on_the_left() -> None:
+    batch = PadCollator(99, BatchSpec(pad_to_multiple_of=6, max_length=6), pad_token_type_id=3, padding_side="left")(
+        ROWS
+    )
+    assert batch["input_ids"].tolist() == [[99, 99, 99, 5, 6, 7], [99, 8, 9, 10, 11, 12]]
+    assert batch["token_type_ids"].tolist() == [[3, 3, 3, 0, 1, 1], [3, 0, 0, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
+    assert batch_lengths(batch).tolist() == [3, 5]
+
+
 def test_labels_may_have_a_shape_of_their_own() -> None:
     rows = [{"input_ids": [1], "labels": np.array([0.0, 1.0], np.float32)} for _ in range(3)]
     assert PadCollator()(rows)["labels"].shape == (3, 2)

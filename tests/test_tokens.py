@@ -47,10 +47,10 @@ def test_the_ids_are_those_of_the_tokenizer(tokenize, tokenizer) -> None:
 def test_pairs_have_token_types_and_are_cut_together(tokenize, tokenizer) -> None:
     pairs = {"a": TEXTS, "b": TEXTS[::-1]}
     table = tokenize(Dataset.from_dict(pairs), ("a", "b"))
-    expected = tokenizer(pairs["a"], pairs["b"], truncation=True, max_length=64)
-    for row in range(len(table)):
-        assert table[row]["input_ids"].tolist() == expected["input_ids"][row]
-        assert table[row]["token_type_ids"].tolist() == expected["token_type_ids"][row]
+    for row, (a, b) in enumerate(zip(pairs["a"], pairs["b"], strict=True)):
+        expected = tokenizer(a, b, truncation=True, max_length=64)
+        assert table[row]["input_ids"].tolist() == expected["input_ids"]
+        assert table[row]["token_type_ids"].tolist() == expected["token_type_ids"]
 
 
 def test_many_blocks_are_one_table(tokenize) -> None:
@@ -197,17 +197,36 @@ def test_what_an_attention_mask_leaves_out_is_left_out() -> None:
     assert [table[row]["input_ids"].tolist() for row in range(2)] == [[2, 5, 3], [2, 3]]
 
 
-def test_a_row_without_tokens_is_told_by_its_number(tokenize, tokenizer) -> None:
+def test_a_text_without_tokens_is_one_of_padding_or_told_by_its_number(tokenize, tokenizer) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     dataset = Dataset.from_dict({"text": ["a dull film", "", "fine"]})
+    table = tokenize(dataset, tokenizer=bare)
+    assert table[1]["input_ids"].tolist() == [tokenizer.pad_token_id]
+    assert table[2]["input_ids"].tolist() == [tokenizer.vocab["fine"]]
+    bare.pad_token = None
     with pytest.raises(ValueError, match="row 1 .counted from 0. has no tokens. Drop it"):
         tokenize(dataset, tokenizer=bare)
 
 
-def test_a_slow_tokenizer_is_refused(tokenize) -> None:
-    with pytest.raises(ValueError, match="has only a slow tokenizer .CanineTokenizer.*tokenizer.json"):
-        tokenize(Dataset.from_dict({"text": TEXTS}), tokenizer=CanineTokenizer())
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_slow_tokenizer_is_called_as_transformers_calls_it_and_its_ids_are_kept(
+    pairs: bool, tokenize, tmp_path: Path
+) -> None:
+    tokenizer, columns = CanineTokenizer(), {"a": TEXTS, "b": TEXTS[::-1]}
+    assert not tokenizer.is_fast
+    names = ("a", "b") if pairs else ("a",)
+    for _ in range(2):
+        table = tokenize(Dataset.from_dict(columns), names, tokenizer=CanineTokenizer())
+        assert len(files(tmp_path)) == 1
+    rows = [*zip(*(columns[name] for name in names), strict=True)]
+    expected = [tokenizer(*row, truncation=True, max_length=64) for row in rows]
+    assert [table[row]["input_ids"].tolist() for row in range(len(table))] == [one["input_ids"] for one in expected]
+    if pairs:
+        types = [table[row]["token_type_ids"].tolist() for row in range(len(table))]
+        assert types == [one["token_type_ids"] for one in expected]
+    whole = [len(tokenizer(*row)["input_ids"]) for row in rows]
+    assert table.num_truncated == sum(length > 64 for length in whole) > 0
 
 
 def test_samples_know_their_row_and_label_and_survive_pickling(tokenize) -> None:

@@ -72,6 +72,11 @@ class BatchSpec:
         """Samples are put one after another instead of being padded."""
         return PADDING_WIDTHS[self.padding] is None
 
+    @property
+    def fixed_width(self) -> bool:
+        """Whether all batches are `max_length` wide."""
+        return self.padding == "max_length"
+
     def width(self, longest: ArrayLike) -> Int64s:
         """Tokens to which batches are padded whose longest samples have so many; of any shape."""
         longest = np.asarray(longest, np.int64)

@@ -21,7 +21,7 @@ _LEAST_SLOTS = 32  # for samples in a row that is filled up
 
 
 class PadCollator:
-    """Pads a batch on the right and makes its attention mask.
+    """Pads a batch and makes its attention mask.
 
     Works on this package's samples and on any tokenized rows without padding, such as those of a `datasets.Dataset` in
     any format; a `label` becomes `labels`, as transformers' models expect.
@@ -30,16 +30,30 @@ class PadCollator:
         pad_token_id: What `input_ids` are padded with.
         spec: How wide batches are: `width` of their longest sample.
         pad_token_type_id: What `token_type_ids` are padded with.
+        padding_side: `right`, or `left` of the tokens.
     """
 
-    def __init__(self, pad_token_id: int = 0, spec: BatchSpec = _DEFAULT, *, pad_token_type_id: int = 0) -> None:
+    def __init__(
+        self,
+        pad_token_id: int = 0,
+        spec: BatchSpec = _DEFAULT,
+        *,
+        pad_token_type_id: int = 0,
+        padding_side: str = "right",
+    ) -> None:
         self.spec = spec
+        self.padding_side = padding_side
         self.padding_values = {"input_ids": pad_token_id, "token_type_ids": pad_token_type_id}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PadCollator":
         """Pads with what a tokenizer pads with."""
-        return cls(tokenizer.pad_token_id or 0, spec, pad_token_type_id=tokenizer.pad_token_type_id)
+        return cls(
+            tokenizer.pad_token_id or 0,
+            spec,
+            pad_token_type_id=tokenizer.pad_token_type_id,
+            padding_side=tokenizer.padding_side,
+        )
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         """Tensors of a batch.
@@ -53,13 +67,16 @@ class PadCollator:
         """
         lengths = _lengths(rows)
         width = int(self.spec.width(lengths.max()))
+        on_right = self.padding_side == "right"
         batch: dict[str, Tensor] = {}
         for name in _token_columns(rows):
             padded = np.full((len(rows), width), self.padding_values[name], np.int64)
             for line, row in zip(padded, rows, strict=True):
-                line[: len(row[name])] = row[name]
+                start = 0 if on_right else width - len(row[name])
+                line[start : start + len(row[name])] = row[name]
             batch[name] = torch.from_numpy(padded)
-        batch["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+        mask = np.arange(width) < lengths[:, None]
+        batch["attention_mask"] = torch.from_numpy((mask if on_right else mask[:, ::-1]).astype(np.int64))
         return {**batch, **_numbers(rows)}
 
 

@@ -151,6 +151,7 @@ class SmartBatchDataModule(TextDataModule):
             packed=self.spec.packed,
             evaluation_splits={"val": validation, "test": self._names.tested},
             train_labels=None if train_data is None else train_data.sample_labels,
+            spec=self.spec,
         )
 
     def setup(self, stage: str) -> None:

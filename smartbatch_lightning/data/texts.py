@@ -16,9 +16,10 @@ from smartbatch_lightning.contract import text_model_of
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
-from smartbatch_lightning.data.tokenizers import find_tokenizer
+from smartbatch_lightning.data.tokenizers import check_end_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
 from smartbatch_lightning.errors import UsageError, check_at_least
+from smartbatch_lightning.families import reads_last_eos
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -250,6 +251,9 @@ class TextDataModule(L.LightningDataModule):
                 f"{self.max_length}. Cut them, or set --data.max_length."
             )
         table.check_ids(len(self.tokenizer))
+        model = text_model_of(self.trainer)
+        if model is not None and reads_last_eos(model.config):
+            check_end_tokens(table, self.tokenizer)
         return table
 
     # --- Lightning's hooks ---

@@ -1,18 +1,22 @@
 """The tokenizer of a run: given, named, or the model's."""
 
+import copy
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import numpy as np
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
-from smartbatch_lightning.errors import UsageError, root_cause_message
+from smartbatch_lightning.data.tokens import TokenTable
+from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
+from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
 
 
 def find_tokenizer(
     given: str | PreTrainedTokenizerBase | None, model: TextModel | None, source: str, is_demo: bool, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, by itself or by name, else the model's.
+    """The tokenizer that is given, by itself or by name, else the model's, which pads as the model wants it.
 
     Args:
         given: By the user.
@@ -25,7 +29,7 @@ def find_tokenizer(
         ValueError: There is none, it takes fewer tokens, or it is the demo's and the texts are not.
     """
     if isinstance(given, PreTrainedTokenizerBase):
-        return given
+        return given if model is None else fit_tokenizer(given, model.config)
     if given is None and model is None and not is_demo:
         raise UsageError(
             f"no tokenizer is given for {source}, and there is no model that tells its own. Set --data.tokenizer, or "
@@ -37,7 +41,8 @@ def find_tokenizer(
             f"the demo's model and tokenizer know few words but the demo's. For {source} set --model.pretrained, or "
             "tokenizer= in Python, for example to bert-base-uncased."
         )
-    return load_tokenizer(name, max_length, model.tokenizer_kwargs if model and given is None else {})
+    tokenizer = load_tokenizer(name, max_length, model.tokenizer_kwargs if model and given is None else {})
+    return tokenizer if model is None else fit_tokenizer(tokenizer, model.config)
 
 
 def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -53,15 +58,90 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
     """
     folder = str(demo.model_dir()) if name == "demo" else name
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, **{"trust_remote_code": False, **kwargs}
+        )
+    except (OSError, ValueError, ImportError) as error:
+        check_trusted(name, error)
+        if (missing := _missing_package(error)) is not None:
+            raise UsageError(
+                f"the tokenizer {name!r} needs {missing}, which is not installed. Install it, then start again."
+            ) from error
         raise UsageError(
             f"the tokenizer {name!r} was not found locally or on the Hub: {root_cause_message(error)} "
             "Give the path of a folder written by save_pretrained, or a name on the Hub and a network."
         ) from error
-    if max_length > tokenizer.model_max_length:
+    if 0 < tokenizer.model_max_length < max_length:  # XLNet's says -1
         raise UsageError(
             f"max_length is {max_length}, but {name} takes {tokenizer.model_max_length} tokens at most. "
             f"Set --data.max_length to {tokenizer.model_max_length} or less."
         )
     return tokenizer
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """The package without which transformers could not load a tokenizer; None where it was something else."""
+    while error is not None and not (isinstance(error, ImportError) and error.name):
+        error = error.__context__
+    if error is None:
+        return None
+    # transformers takes a lone model of sentencepiece for one of tiktoken where sentencepiece is missing
+    return "sentencepiece with protobuf, or tiktoken" if error.name == "tiktoken" else error.name
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer that pads as a model wants it, and gives the inputs that it takes.
+
+    Args:
+        tokenizer: Not changed.
+        config: The model's.
+
+    Returns:
+        The same, or a copy where something differs.
+
+    Raises:
+        ValueError: There is no token to pad with.
+    """
+    pad = pad_token_id(tokenizer, config)
+    if pad is None:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name_or_path} has no token to pad with, nor one for the end of a text. Give "
+            "the data module a tokenizer with a pad_token that is in its vocabulary."
+        )
+    names = list(tokenizer.model_input_names)
+    if "token_type_ids" in names and not takes_token_types(config):
+        names.remove("token_type_ids")
+    wanted = {
+        "pad_token": tokenizer.convert_ids_to_tokens(pad),
+        "padding_side": padding_side(config),
+        "model_input_names": names,
+    }
+    changed = {name: value for name, value in wanted.items() if getattr(tokenizer, name) != value}
+    if not changed:
+        return tokenizer
+    fitted = copy.deepcopy(tokenizer)
+    for name, value in changed.items():
+        setattr(fitted, name, value)
+        fitted.init_kwargs[name] = value  # else save_pretrained leaves out what was not given at first
+    return fitted
+
+
+def check_end_tokens(table: TokenTable, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses samples without an end token, or with more of these than the others have, as where a text spells one.
+
+    For models whose head wants as many in all samples of a batch.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if tokenizer.eos_token_id is None or not len(table):
+        return
+    counts = table.counts(tokenizer.eos_token_id)
+    usual = int(np.bincount(counts).argmax())
+    odd = np.flatnonzero((counts != usual) | (counts == 0))
+    if len(odd):
+        raise UsageError(
+            f"row {odd[0]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, which the model "
+            f"reads the last one of, and other rows {usual}; {len(odd):,} rows are so. A text that spells it has one "
+            "more: drop it, or spell it in another way."
+        )

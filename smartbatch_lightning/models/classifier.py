@@ -26,7 +26,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import TextModel, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
-from smartbatch_lightning.models.compatibility import check_inputs, check_labels
+from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import check_losses, check_weights
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze
@@ -326,8 +326,8 @@ class SequenceClassifier(L.LightningModule):
         if self.model is None:
             data = text_data_of(self._trainer)
             self.model = self._build(None if data is None else data.task)
-            self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
         self.match_data()
+        self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
 
     def match_data(self) -> None:
         """Checks that the model, once it is built, fits the data, and lets it take packed batches."""
@@ -338,6 +338,7 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
+        adopt_padding(self.model.config, data.tokenizer)  # also where the model was built for other data
         check_inputs(self.model, data)
         if data.packed:
             self._enable_packing()
@@ -593,10 +594,10 @@ class SequenceClassifier(L.LightningModule):
 
     def text_model(self) -> TextModel:
         """What a data module needs to know."""
-        config = self._own_config()
-        known = self._source.text_model(self._source.trained_config() if config is None else config)
         return replace(
-            known, trained_on=self._trained_on, sample_weights=lambda labels: self.task.sample_weights(labels)
+            self._source.text_model(self._own_config()),
+            trained_on=self._trained_on,
+            sample_weights=lambda labels: self.task.sample_weights(labels),
         )
 
     def _make_metrics(self) -> StageMetrics:
@@ -616,7 +617,7 @@ class SequenceClassifier(L.LightningModule):
         """Configuration of the built model, or of a checkpoint's."""
         if self.model is not None:
             return self.model.config
-        return None if self.architecture is None else self._source.trained_config()
+        return None if self.architecture is None else self._source.config()
 
     def _find_task(self) -> Task:
         data, options = text_data_of(self._trainer), self.loss_options
@@ -636,7 +637,9 @@ class SequenceClassifier(L.LightningModule):
         return task.with_loss(options)
 
     def _load_model(self, task: Task | None) -> PreTrainedModel:
-        return self._source.load(self.num_labels, task, untrained_needs_labels=self._trainer is not None)
+        data = text_data_of(self._trainer)
+        tokenizer = None if data is None else data.tokenizer
+        return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
 
     def _check_losses(self) -> None:
         losses, self._losses = self._losses, []

@@ -1,13 +1,15 @@
 """Whether a model fits the data: its labels, its longest input, its vocabulary and how its batches are made."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.families import depends_on_width, pad_token_of, setting
 from smartbatch_lightning.models.packing import check_packing
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
@@ -65,10 +67,28 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str]) ->
         )
 
 
+def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Lets a model take for padding what the batches are padded with, since heads look for the last other token.
+
+    Args:
+        config: Of the model; changed.
+        tokenizer: Whose padding the batches have; None where that is not known.
+    """
+    before = pad_token_of(config)
+    if tokenizer is None or tokenizer.pad_token_id in (None, before):
+        return
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    rank_zero_info(
+        f"Padding is {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, for the model too, whose configuration "
+        f"had {'none' if before is None else f'token {before}'}."
+    )
+
+
 def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     """Refuses packed batches of a model that cannot take them, and data that the embedding tables have no rows for.
 
-    The latter would be an assertion in a kernel on a GPU.
+    The latter would be an assertion in a kernel on a GPU. Warns of a model that does not compute the same of a text
+    in every batch.
     """
     if data.packed:
         check_packing(model)
@@ -78,17 +98,46 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
             f"max_length is {data.max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
             f"{longest} or less."
         )
-    if len(data.tokenizer) > model.config.vocab_size:
+    vocabulary_size = setting(model.config.get_text_config(), "vocab_size")  # CANINE hashes characters
+    if vocabulary_size is not None and len(data.tokenizer) > vocabulary_size:
         raise UsageError(
             f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, but the model knows "
-            f"{model.config.vocab_size}. Give the data module the model's own tokenizer."
+            f"{vocabulary_size}. Give the data module the model's own tokenizer."
+        )
+    if model.config.model_type == "xmod" and model.config.default_language is None:
+        raise UsageError(
+            f"the model has adapters for the languages {join_quoted(model.config.languages)}. Set "
+            "--model.model_kwargs.default_language to the one of the texts."
+        )
+    if model.config.model_type == "reformer":
+        _check_reformer_width(model.config, data)
+    reason = depends_on_width(model.config, data.max_length)
+    if reason is not None and not data.spec.fixed_width:
+        rank_zero_warn(
+            f"{model.config.model_type} models have {reason}, so that what they say of a text depends on the others of "
+            "its batch. To have the same in every batch set --data.padding=max_length, and call the pipeline of the "
+            "exported model with padding='max_length'."
+        )
+
+
+def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
+    """Refuses batches of widths at which Reformer does not train: all of its positions, or a multiple of its chunks."""
+    lengths = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
+    multiple = math.lcm(*(lengths[kind] for kind in set(config.attn_layers)))
+    width = math.prod(config.axial_pos_shape) if config.axial_pos_embds else multiple
+    if data.max_length % width or not data.spec.fixed_width:
+        raise UsageError(
+            f"reformer models train on batches that are {'' if config.axial_pos_embds else 'a multiple of '}{width} "
+            f"tokens wide. Set --data.padding=max_length and --data.max_length to {width}."
         )
 
 
 def _longest_input(model: PreTrainedModel) -> int | None:
+    """Tokens for which a model has positions; None where it has them for any number."""
+    config = model.config.get_text_config()
+    limits = [setting(config, "max_position_embeddings")]
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith("position_embeddings") and vars(module).get("padding_idx") is not None:
             # RoBERTa and models like it count positions from the padding index on
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    longest: int | None = model.config.to_dict().get("max_position_embeddings")
-    return longest
+            limits.append(module.weight.shape[0] - module.padding_idx - 1)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)

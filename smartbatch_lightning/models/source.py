@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
-from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.models.compatibility import check_head, is_fine_tuned
+from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
+from smartbatch_lightning.families import check_has_head, drop_caches
+from smartbatch_lightning.models.compatibility import adopt_padding, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
 from smartbatch_lightning.tasks import Task
 from smartbatch_lightning.tasks.config import label_names_from_config
@@ -36,12 +43,20 @@ class ModelSource:
     model_kwargs: dict[str, Any]
     architecture: dict[str, Any] | None
 
-    def load(self, num_labels: int | None, task: Task | None, *, untrained_needs_labels: bool) -> PreTrainedModel:
+    def load(
+        self,
+        num_labels: int | None,
+        task: Task | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        untrained_needs_labels: bool,
+    ) -> PreTrainedModel:
         """The model, with its weights where it is pretrained, in `eval` mode.
 
         Args:
             num_labels: Number of classes where no task says it.
             task: What the data is to be learnt for.
+            tokenizer: Whose padding the batches have.
             untrained_needs_labels: Refuse a model without a trained head where nobody says how many classes there are.
 
         Raises:
@@ -49,11 +64,16 @@ class ModelSource:
         """
         if self.architecture is not None:
             options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
+            config = self._architecture_config()
+            adopt_padding(config, tokenizer)
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
-                self._architecture_config(), **options
+                config, **options
             )
             return model
         config = self._pretrained_config()
+        check_has_head(config)
+        adopt_padding(config, tokenizer)  # before the model is built, where embeddings know the padding too
+        drop_caches(config)
         if task is not None:
             if num_labels not in (None, len(task.label_names)):
                 raise UsageError(
@@ -76,19 +96,20 @@ class ModelSource:
             )
         return self._pretrained_model(config)
 
-    def trained_config(self) -> PretrainedConfig | None:
-        """Configuration of a checkpoint's model, or of one that was fine-tuned; None of one that has no head yet."""
+    def config(self) -> PretrainedConfig:
+        """Configuration of a checkpoint's model, else of the pretrained one."""
         if self.architecture is not None:
             return AutoConfig.for_model(**self.architecture)
-        config = self._pretrained_config()
-        return config if is_fine_tuned(config) else None
+        return self._pretrained_config()
 
-    def text_model(self, config: PretrainedConfig | None) -> TextModel:
-        """What a data module needs to know of where the model is; `config` is that of a model with a trained head."""
+    def text_model(self, own: PretrainedConfig | None) -> TextModel:
+        """What a data module needs to know; `own` is the configuration of a model that is built or of a checkpoint."""
+        config = self.config() if own is None else own
         return TextModel(
             tokenizer_name=self.pretrained,
             tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
-            trained_config=config,
+            config=config,
+            trained_config=config if own is not None or is_fine_tuned(config) else None,
             is_demo=self.pretrained == "demo",
         )
 
@@ -108,8 +129,11 @@ class ModelSource:
     def _pretrained_config(self) -> PretrainedConfig:
         options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
         try:
-            config, unknown = AutoConfig.from_pretrained(self._path, return_unused_kwargs=True, **options)
+            config, unknown = AutoConfig.from_pretrained(
+                self._path, return_unused_kwargs=True, **{"trust_remote_code": False, **options}
+            )
         except (OSError, ValueError) as error:
+            check_trusted(self.pretrained, error)
             raise UsageError(
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
@@ -127,9 +151,10 @@ class ModelSource:
                 # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
                 self._path,
                 config=config,
-                **{"dtype": torch.float32, **options},
+                **{"dtype": torch.float32, "trust_remote_code": False, **options},
             )
         except (ValueError, ImportError) as error:
+            check_trusted(self.pretrained, error)
             raise UsageError(f"model_kwargs is {self.model_kwargs}: {root_cause_message(error)} Correct it.") from error
         except OSError as error:
             raise UsageError(

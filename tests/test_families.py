@@ -1,0 +1,562 @@
+"""Every family of transformers' sequence classifiers, tiny: trained, predicted, exported, and fed one text at a time.
+
+`pytest -m slow tests/test_families.py -n 0` tries them all; `python tests/test_families.py` writes docs/families.md.
+"""
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from helpers import slow, trainer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    CanineTokenizer,
+    MambaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.export import export_model
+
+QUICK = ("bert", "roberta", "xlnet", "gpt2", "llama", "modernbert")
+
+SENTENCES = [
+    "The plot is thin, but the actors carry it.",
+    "I would not see this again for any money.",
+    "A warm and funny film about three brothers and their boat.",
+    "Nothing happens for two hours, and then it ends.",
+    "Go!",
+    "The best thing about it was the music, which I have heard every day since.",
+    "Whoever wrote this has never met a child, a dog or a policeman.",
+    "It is what it is",
+]
+TEXTS = [*SENTENCES, "", " ".join(SENTENCES * 2), "Fine. <|endoftext|>", "boat boat boat boat boat boat boat", "x"]
+PAIRS = [*zip(TEXTS, [*TEXTS[3:], *TEXTS[:3]], strict=True)]
+MAX_LENGTH = 40
+
+# Sizes by every name under which configurations have them; a family takes those that it knows.
+SIZES = {
+    name: size
+    for size, names in {
+        32: "hidden_size d_model n_embd dim emb_dim embedding_size word_embed_proj_dim d_embed",
+        2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+        "num_key_value_heads num_experts_per_tok",
+        4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+        "num_experts num_local_experts n_routed_experts qk_rope_head_dim qk_nope_head_dim",
+        8: "head_dim d_kv d_head v_head_dim kv_lora_rank q_lora_rank",
+        64: "intermediate_size d_ff dff ffn_dim encoder_ffn_dim decoder_ffn_dim hidden_dim n_inner d_inner "
+        "max_position_embeddings n_positions n_ctx",
+        16: "moe_intermediate_size shared_expert_intermediate_size",
+        0.2: "initializer_range init_std",  # so that texts make a difference
+    }.items()
+    for name in names.split()
+}
+
+TINY_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# What a family needs besides, by the size of its parts.
+BESIDES: dict[str, dict[str, Any]] = {
+    **{family: {"decoder_start_token_id": 0} for family in ("t5", "mt5", "umt5")},
+    **{
+        family: {"num_key_value_heads": 4, "head_dim": 4}
+        for family in ("deepseek_v2", "deepseek_v3", "minicpm3", "mistral4", "axk2")
+    },
+    "esmc": {"num_key_value_heads": 4},
+    "gemma3": {"vision_config": TINY_VISION},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "perceiver": {
+        "num_labels": 3,
+        "d_latents": 32,
+        "num_latents": 8,
+        "num_self_attends_per_block": 1,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
+    "qwen3_5": {
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    },
+    "reformer": {
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+        "hash_seed": 0,
+        "feed_forward_size": 64,
+    },
+    "ultravbert": {"vision_config": TINY_VISION},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "visual_embed": False},
+    "lilt": {"hidden_size": 48},
+    "luke": {"entity_vocab_size": 10, "entity_emb_size": 8},
+    "modernbert-decoder": {f"{role}_token_id": 0 for role in ("pad", "bos", "eos", "cls", "sep")},
+    "axk1": {"num_key_value_heads": 4, "head_dim": 4, "n_group": 1, "topk_group": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "modernvbert": {"vision_config": TINY_VISION},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
+}
+
+# They read the last end token, and want as many in all samples.
+EOS_HEADS = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
+
+# What they compute depends on the width, which is therefore held the same; or they train at one width alone.
+FIXED_WIDTH = (
+    "canine", "convbert", "fnet", "funnel", "nystromformer", "reformer", "t5gemma", "t5gemma2", "yoso"
+)  # fmt: skip
+
+# What cannot be made of sizes alone, and why.
+LEFT_OUT: dict[str, str] = {
+    "mra": "without its CUDA kernel transformers gives zeros for attention",
+    "layoutlmv2": "its image backbone needs detectron2",
+    "tapas": "reads tables, whose tokens have seven types",
+}
+
+FAMILIES = [
+    family for family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES if family not in LEFT_OUT
+]  # fmt: skip
+
+pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own"), pytest.mark.filterwarnings("default")]
+
+
+REMOTE_CODE = """
+from transformers import BertConfig, BertForSequenceClassification
+
+class Config(BertConfig):
+    model_type = "mine"
+
+class Model(BertForSequenceClassification):
+    config_class = Config
+"""
+
+
+def special(kind: str) -> list[str]:
+    return {
+        "cls": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        "s": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        "end": ["<pad>", "</s>", "<unk>"],
+        "none": ["<|endoftext|>"],
+        "xlnet": ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>"],
+    }[kind]
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerBase:
+    """Trained on the sentences: WordPiece for BERT's kind, else a byte-level BPE; CANINE's own, which is slow."""
+    if kind == "canine":
+        return CanineTokenizer(model_max_length=MAX_LENGTH)
+    tokens = special(kind)
+    named = {token: number for number, token in enumerate(tokens)}
+    if kind == "cls":
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer()
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer_ = trainers.WordPieceTrainer(vocab_size=300, special_tokens=tokens, show_progress=False)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer_ = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=tokens,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    backend.train_from_iterator(SENTENCES, trainer_)
+    templates = {
+        "cls": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+        "s": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+        "end": ("$A </s>", "$A </s> $B </s>"),
+        "xlnet": ("$A <sep> <cls>:2", "$A <sep> $B:1 <sep>:1 <cls>:2"),
+    }
+    if kind in templates:
+        single, pair = templates[kind]
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=list(named.items())
+        )
+    roles = {
+        "cls": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+        "s": {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"},
+        "end": {"pad_token": "<pad>", "eos_token": "</s>"},
+        "none": {"eos_token": "<|endoftext|>", "padding_side": "left"},
+        "xlnet": {"pad_token": "<pad>", "cls_token": "<cls>", "sep_token": "<sep>", "padding_side": "left"},
+    }[kind]
+    with_types = kind in ("cls", "xlnet")
+    names = ["input_ids", *(["token_type_ids"] if with_types else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=MAX_LENGTH, model_input_names=names, **roles
+    )
+
+
+def kind_of(config: PretrainedConfig) -> str:
+    """The tokenizer that a family's default for padding goes with."""
+    family = config.model_type
+    if family in ("xlnet", "canine"):
+        return family
+    if family in ("t5", "mt5", "umt5"):
+        return "end"
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if family in EOS_HEADS or pad == 1:
+        return "s"
+    return "cls" if pad == 0 and not family.startswith("gemma") else "none"
+
+
+def tiny_config(family: str) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    config_class = CONFIG_MAPPING[family]
+    default = config_class()
+    kind = kind_of(default)
+    tokenizer = make_tokenizer(kind)
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": next(
+            (role for role in (tokenizer.bos_token_id, tokenizer.eos_token_id) if role is not None),
+            tokenizer.cls_token_id,
+        ),
+        "eos_token_id": tokenizer.eos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "cls_token_id": tokenizer.cls_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "forced_eos_token_id": None,
+    }
+    wanted = {**SIZES, **ids, "vocab_size": len(tokenizer) + 3, **BESIDES.get(family, {})}
+    for limit in ("max_position_embeddings", "n_positions"):
+        wanted[limit] = wanted[limit] + 2 if kind == "s" else wanted[limit]
+
+    def known(of: PretrainedConfig) -> dict[str, Any]:
+        names = {name for name in wanted if name in of.to_dict() and name not in of.attribute_map}
+        parts = {name: known(part) for name, part in vars(of).items() if isinstance(part, PretrainedConfig)}
+        return {**parts, **{name: wanted[name] for name in names}}
+
+    return config_class(**{**known(default), **BESIDES.get(family, {})}), tokenizer
+
+
+def make_tiny(family: str, folder: Path) -> None:
+    """A base model and a tokenizer, as they are on the Hub."""
+    torch.manual_seed(0)
+    config, tokenizer = tiny_config(family)
+    with torch.device("meta"):
+        size = AutoModelForSequenceClassification.from_config(config).num_parameters()
+    assert size < 2e7, f"{size:,} parameters are not tiny"
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class GivenTexts(SmartBatchDataModule):
+    """Trains on texts, or pairs of them, and predicts them."""
+
+    def __init__(self, texts: list[Any], **options: Any) -> None:
+        self.given = texts
+        columns = ["text", "other"] if isinstance(texts[0], tuple) else "text"
+        super().__init__(text_columns=columns, validation_split=0, seed=1, **options)
+
+    def load_dataset(self) -> DatasetDict:
+        rows = [text if isinstance(text, tuple) else (text, "") for text in self.given]
+        columns = {"text": [row[0] for row in rows], "other": [row[1] for row in rows]}
+        labels = [number % 3 for number in range(len(rows))]
+        return DatasetDict(
+            train=Dataset.from_dict({**columns, "label": labels}), test=Dataset.from_dict({**columns, "label": labels})
+        )
+
+
+def probabilities(run: Any, model: SequenceClassifier, data: SmartBatchDataModule) -> torch.Tensor:
+    """What `predict` says, in the order of the texts. Shape (texts, 3)."""
+    batches = run.predict(model, data)
+    index = torch.cat([batch["index"] for batch in batches])
+    return torch.cat([batch["probabilities"] for batch in batches])[index.argsort()]
+
+
+def one_at_a_time(folder: Path, texts: list[Any], **options: Any) -> torch.Tensor:
+    """What the exported model says of each text by itself, unpadded unless options say otherwise."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    said = []
+    for text in texts:
+        columns = text if isinstance(text, tuple) else (text,)
+        inputs = dict(tokenizer(*columns, truncation=True, **options))
+        if not inputs["input_ids"]:
+            inputs = {"input_ids": [tokenizer.pad_token_id], "attention_mask": [1]}
+        with torch.no_grad():
+            logits = model(**{name: torch.tensor([row]) for name, row in inputs.items()}).logits
+        said.append(logits.softmax(-1))
+    return torch.cat(said)
+
+
+def by_pipeline(folder: Path, texts: list[Any], batch_size: int, **options: Any) -> torch.Tensor:
+    classify = pipeline("text-classification", str(folder), truncation=True, top_k=None, device="cpu", **options)
+    inputs = [{"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text for text in texts]
+    answers = classify(inputs, batch_size=batch_size)
+    scores = [{answer["label"]: answer["score"] for answer in row} for row in answers]
+    return torch.tensor([[row[str(label)] for label in range(3)] for row in scores])
+
+
+def differences(family: str, folder: Path, fixed: bool) -> dict[str, float]:
+    """By what is compared with the texts one at a time, the largest difference of a probability.
+
+    With `fixed` every batch is `max_length` wide, and so are the texts one at a time.
+    """
+    make_tiny(family, folder / "base")
+    options = {
+        "max_length": MAX_LENGTH,
+        "batch_size": 4,
+        "padding": "max_length" if fixed else "longest",
+        "cache_dir": str(folder / "cache"),
+    }
+    pairs = [pair for pair in PAIRS if all(pair) or family not in EOS_HEADS]
+    model = SequenceClassifier(str(folder / "base"), learning_rate=1e-3)
+    run = trainer(folder, max_steps=3)
+    run.fit(model, GivenTexts(TEXTS, **options))
+    found = {}
+    for name, given in (("texts", TEXTS), ("pairs", pairs)):
+        data = GivenTexts(given, **options)
+        predicted = probabilities(run, model, data)
+        assert predicted.std(0).max() > 1e-3, "the model says the same of every text"
+        export_model(model, data, folder / name)
+        width = {"padding": "max_length"} if fixed else {}
+        alone = one_at_a_time(folder / name, given, **width)
+        found[f"predict, {name}"] = float((predicted - alone).abs().max())
+        empty = AutoTokenizer.from_pretrained(folder / name)("")["input_ids"] == []
+        kept = [row for row, text in enumerate(given) if text or not empty]  # without tokens transformers fails
+        for size in (1, 8):
+            said = by_pipeline(folder / name, [given[row] for row in kept], size, **width)
+            found[f"pipeline of {size}, {name}"] = float((said - alone[kept]).abs().max())
+    return found
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else slow(family) for family in FAMILIES if family not in FIXED_WIDTH]
+)
+def test_predict_the_exported_pipeline_and_one_text_at_a_time_agree(family: str, tmp_path: Path) -> None:
+    found = differences(family, tmp_path, fixed=False)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FIXED_WIDTH)
+def test_families_that_read_padding_agree_where_all_batches_are_of_one_width(family: str, tmp_path: Path) -> None:
+    found = differences(family, tmp_path, fixed=True)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["fnet", *(slow(family) for family in FIXED_WIDTH if family not in ("fnet", "reformer", "canine", "funnel"))],
+)
+def test_a_family_that_reads_padding_is_named_with_the_remedy(family: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=f"{family} models have .*--data.padding=max_length.*padding='max_length'"):
+        found = differences(family, tmp_path, fixed=False)
+    assert max(found.values()) > 1e-4  # else the warning would be a false one
+
+
+# --- the token to pad with ---
+
+
+def llama(folder: Path, of_config: int | None, tokens: dict[str, str]) -> None:
+    """A tiny Llama whose configuration, and whose tokenizer, pad with something of their own."""
+    config, _ = tiny_config("llama")
+    config.pad_token_id = of_config
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(folder)
+    tokenizer = make_tokenizer("none")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"], **tokens})
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("of_config", "tokens", "expected"),
+    [
+        (None, {}, "<|endoftext|>"),
+        (None, {"pad_token": "<a>"}, "<a>"),
+        (0, {"pad_token": "<a>"}, "<|endoftext|>"),
+        (7, {"pad_token": "<b>"}, "<b>"),  # 7 is a letter
+        (-1, {}, "<|endoftext|>"),
+    ],
+)
+def test_tokenizer_batches_model_and_export_pad_with_the_same_token(
+    of_config: int | None, tokens: dict[str, str], expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llama(tmp_path / "base", of_config, tokens)
+    texts = [*TEXTS, "Go!<|endoftext|>", "<a>", "boat <b><b>", "<|endoftext|>" * 3]
+    data = GivenTexts(texts, max_length=MAX_LENGTH, batch_size=4)
+    model = SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=2)
+    with caplog.at_level("INFO"):
+        run.fit(model, data)
+    predicted = probabilities(run, model, data)
+    export_model(model, data, tmp_path / "told")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "told")
+    assert tokenizer.pad_token == data.tokenizer.pad_token == expected
+    assert model.model.config.pad_token_id == tokenizer.pad_token_id
+    assert caplog.text.count(f"Padding is {expected!r}") == (of_config != tokenizer.pad_token_id)
+    alone = one_at_a_time(tmp_path / "told", texts)
+    torch.testing.assert_close(predicted, alone, atol=1e-5, rtol=0)
+    kept = [row for row, text in enumerate(texts) if text]
+    said = by_pipeline(tmp_path / "told", [texts[row] for row in kept], 8)
+    torch.testing.assert_close(said, alone[kept], atol=1e-5, rtol=0)
+
+
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tmp_path: Path) -> None:
+    llama(tmp_path / "base", None, {})
+    tokenizer = make_tokenizer("none")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no token to pad with, nor one for the end.*pad_token that is in its voc"):
+        trainer(tmp_path).fit(SequenceClassifier(str(tmp_path / "base")), GivenTexts(TEXTS, tokenizer=tokenizer))
+
+
+# --- what is refused before training, in one line ---
+
+
+def refused(folder: Path, message: str, texts: list[Any] = TEXTS, **options: Any) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainer(folder).fit(SequenceClassifier(str(folder / "base"), **options), GivenTexts(texts, max_length=24))
+
+
+@pytest.mark.parametrize("family", ["bart", slow("t5")])
+def test_a_text_that_spells_the_end_token_is_told_by_its_row_where_the_head_counts_these(
+    family: str, tmp_path: Path
+) -> None:
+    make_tiny(family, tmp_path / "base")
+    refused(tmp_path, "row 2 .counted from 0. has 2 of the token '</s>'", ["a", "b", "fine</s>", "c"])
+
+
+@pytest.mark.parametrize(
+    ("family", "longest"),
+    [("gpt2", 64), ("ibert", 64), ("yoso", 66), ("mra", 66), ("roberta", 64), slow("gemma3", 64)],
+)
+def test_the_longest_text_is_what_the_positions_allow(family: str, longest: int, tmp_path: Path) -> None:
+    make_tiny(family, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base", model_max_length=100)
+    data = GivenTexts(TEXTS, max_length=longest + 1, tokenizer=tokenizer)
+    with pytest.raises(
+        UsageError, match=f"the model takes {longest} tokens at most. Set --data.max_length to {longest}"
+    ):
+        trainer(tmp_path).fit(SequenceClassifier(str(tmp_path / "base")), data)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert model(input_ids=torch.full((1, longest), 9)).logits.isfinite().all()
+
+
+def test_reformer_says_at_which_widths_it_trains(tmp_path: Path) -> None:
+    make_tiny("reformer", tmp_path / "base")
+    refused(tmp_path, "a multiple of 8 tokens wide. Set --data.padding=max_length and --data.max_length to 8")
+
+
+def test_xmod_without_a_language_is_told_which_ones_it_has(tmp_path: Path) -> None:
+    make_tiny("xmod", tmp_path / "base")
+    refused(tmp_path, "'en_XX', 'de_DE'.*model_kwargs.default_language", model_kwargs={"default_language": None})
+
+
+def test_a_family_without_a_head_is_named(tmp_path: Path) -> None:
+    MambaConfig(vocab_size=500, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    make_tokenizer("none").save_pretrained(tmp_path / "base")
+    refused(tmp_path, "no classification head for mamba models. Choose a model of a family that has one")
+
+
+def test_code_that_a_model_brings_is_not_run_unless_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tokenizer("cls").save_pretrained(tmp_path / "base")
+    kinds = {"AutoConfig": "mine.Config", "AutoModelForSequenceClassification": "mine.Model"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": kinds}))
+    ran = tmp_path / "ran"
+    (tmp_path / "base" / "mine.py").write_text(f"__import__('pathlib').Path({str(ran)!r}).touch()\n{REMOTE_CODE}")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    refused(tmp_path, "brings Python code of its own.*set --model.model_kwargs.trust_remote_code=true")
+    assert not ran.exists()
+    model = SequenceClassifier(str(tmp_path / "base"), model_kwargs={"trust_remote_code": True})
+    with pytest.raises(UsageError, match="the weights of .* were not found"):
+        trainer(tmp_path).fit(model, GivenTexts(TEXTS, max_length=24))
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "files", "package"),
+    [
+        ("xlm", {"vocab.json": '{"<unk>": 0, "a</w>": 1}', "merges.txt": "#version: 0.2\n"}, "sacremoses"),
+        ("roformer", {"vocab.txt": "[UNK]\n[PAD]\n"}, "rjieba"),
+        ("deberta-v2", {"spm.model": "no model"}, "sentencepiece"),
+    ],
+)
+def test_a_package_that_a_tokenizer_needs_is_named(
+    family: str, files: dict[str, str], package: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path / "base")
+    for name, content in files.items():
+        (tmp_path / "base" / name).write_text(content)
+    refused(tmp_path, f"needs {package}.*which is not installed. Install it, then start again")
+
+
+def write_table(path: Path) -> None:
+    """Tries every family and writes what came out."""
+    lines, right = [], 0
+    for family in FAMILIES:
+        fixed = family in FIXED_WIDTH
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = differences(family, Path(folder), fixed)
+                outcome = f"{max(found.values()):.0e}"
+                right += max(found.values()) < 1e-5
+            except Exception as error:
+                outcome = f"{type(error).__name__}: {error}".splitlines()[0]
+        lines.append(f"| {family} | {'`max_length`' if fixed else '`longest`'} | {outcome} |")
+        print(lines[-1], flush=True)
+    left_out = [f"| {family} | {reason} |" for family, reason in LEFT_OUT.items()]
+    path.write_text(
+        "\n".join(
+            [
+                "# Families of transformers that were tried",
+                "",
+                f"`python tests/test_families.py` wrote this table with transformers {transformers.__version__}: each "
+                "family of its sequence classifiers, tiny, trained for three steps. The last column is the largest "
+                "difference of a probability between the exported model, given one text at a time, and `predict` or the "
+                "exported pipeline at batch sizes 1 and 8, for texts and for pairs, empty ones and cut ones among them. "
+                f"{right} of {len(FAMILIES)} agree to 1e-5.",
+                "",
+                "| family | `padding` | largest difference |",
+                "| --- | --- | --- |",
+                *lines,
+                "",
+                "Families with `max_length` compute something else of a text in a batch of another width, in "
+                "transformers itself, of which training warns; Reformer trains at such widths alone. Not tried:",
+                "",
+                "| family | reason |",
+                "| --- | --- |",
+                *left_out,
+                "",
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    write_table(Path(__file__).parents[1] / "docs" / "families.md")
