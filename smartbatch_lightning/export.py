@@ -27,6 +27,7 @@ _MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _MODEL_SETTINGS = (
     *("learning_rate", "adam_epsilon", "weight_decay", "optimizer", "lr_scheduler", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
+    *("class_weights", "pos_weight", "label_smoothing", "focal_gamma", "gradient_checkpointing"),
 )
 
 

@@ -94,7 +94,8 @@ def test_a_run_that_had_stopped_goes_on_with_more_patience(tmp_path: Path) -> No
     Planned.PLAN = (0.9, 0.5, 0.4, 0.3, 0.2, 0.1)
     last = tmp_path / "kept" / "last.ckpt"
     for patience, path, epochs in ((1, None, 2), (1, last, 2), (3, last, 4)):
-        callbacks = [EarlyStop(patience, "val_planned", "max"), BestCheckpoint(dirpath=str(last.parent))]
+        saver = BestCheckpoint("val_planned", "max", str(last.parent))
+        callbacks = [EarlyStop(patience, "val_planned", "max"), saver]
         options = {"max_epochs": 6, "limit_train_batches": 2, "limit_val_batches": 1, "enable_checkpointing": True}
         run = trainer(tmp_path, callbacks=callbacks, **options)
         run.fit(
@@ -175,3 +176,11 @@ def test_a_checkpoint_callback_of_ones_own_goes_before_the_command_lines() -> No
     fitted = cli("fit", *FAST, *own, "--trainer.default_root_dir=run")
     assert [type(saver) for saver in fitted.trainer.checkpoint_callbacks] == [ModelCheckpoint]
     assert cli("fit", *FAST, "--trainer.enable_checkpointing=false").trainer.checkpoint_callback is None
+
+
+def test_a_metric_to_monitor_that_validation_does_not_log_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Where a subclass logs others by itself, so that their names are not known before."""
+    with pytest.raises(
+        ValueError, match="'val_nope' is to tell which weights are best, but validation logs 'val_planned'"
+    ):
+        planned(tmp_path, BestCheckpoint("val_nope", "max"), num_sanity_val_steps=1)

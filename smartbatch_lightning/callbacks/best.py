@@ -8,9 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.trainer.states import TrainerFn
 
 from smartbatch_lightning.contract import text_data_of
-from smartbatch_lightning.errors import UsageError, check_at_least
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.metrics import Mode
 from smartbatch_lightning.progress import between_steps
@@ -100,6 +101,21 @@ class BestCheckpoint(ModelCheckpoint):
         if self.monitor in trainer.callback_metrics:  # else the epoch ended before its validation
             super().on_train_epoch_end(trainer, pl_module)
         self._write_last(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes `best.ckpt` where an epoch has several validations.
+
+        Raises:
+            ValueError: Validation, or the check of it before training, does not log the metric.
+        """
+        metrics = trainer.callback_metrics
+        if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None and self.monitor not in metrics:
+            logged = join_quoted(sorted(name for name in metrics if name.startswith("val")))
+            raise UsageError(
+                f"the metric {self.monitor!r} is to tell which weights are best, but validation logs {logged or 'none'}. "
+                "Set --checkpoint.monitor to one of these."
+            )
+        super().on_validation_end(trainer, pl_module)
 
     def _write_last(self, trainer: L.Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
