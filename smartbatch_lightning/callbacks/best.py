@@ -112,8 +112,8 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None and self.monitor not in metrics:
             logged = join_quoted(sorted(name for name in metrics if name.startswith("val")))
             raise UsageError(
-                f"the metric {self.monitor!r} is to tell which weights are best, but validation logs {logged or 'none'}. "
-                "Set --checkpoint.monitor to one of these."
+                f"the metric {self.monitor!r} is to tell which weights are best, but validation logs "
+                f"{logged or 'none'}. Set --checkpoint.monitor to one of these."
             )
         super().on_validation_end(trainer, pl_module)
 
