@@ -745,6 +745,7 @@ def test_a_test_is_reported_with_its_metrics_texts_and_lengths_and_logged(data, 
     assert [logged.value] == pytest.approx([one["f1"] for one in told["classes"] if one["name"] == "positive"])
 
 
+@pytest.mark.slow  # wandb is large, and no part of the test extra
 def test_wandb_gets_the_figures(data, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
