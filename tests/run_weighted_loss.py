@@ -12,7 +12,7 @@ from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 
 SEED, STEPS = 3, 2
 CLASS_WEIGHTS = {"negative": 0.25, "positive": 3.0}
-SETTINGS = list(product((1, 3), (None, 800), ("longest", "packed")))  # accumulation, token budget, padding
+SETTINGS = list(product((1, 3), (None, 256), ("longest", "packed")))  # accumulation, token budget, padding
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -46,7 +46,7 @@ def model() -> SequenceClassifier:
 
 def data(budget: int | None, padding: str) -> SmartBatchDataModule:
     options = {"batch_size": 5} if budget is None else {"max_tokens_per_batch": budget}
-    return SmartBatchDataModule(validation_split=0.9, max_length=200, padding=padding, seed=SEED, **options)
+    return SmartBatchDataModule(validation_split=0.9, max_length=64, padding=padding, seed=SEED, **options)
 
 
 def main(folder: Path, ranks: int) -> None:

@@ -41,6 +41,7 @@ def test_fit_with_nothing_else_is_the_demo_with_the_tutorials_settings() -> None
     assert run.trainer.global_step == 2
 
 
+@pytest.mark.slow
 def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
     run = cli("fit", "--model.pretrained", minilm, *FAST, "--trainer.limit_val_batches=1")
     assert run.datamodule.tokenizer.name_or_path == minilm
@@ -110,6 +111,7 @@ def test_a_config_of_the_users_is_never_replaced(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "config-fit.yaml").read_text())["trainer"]["limit_val_batches"] == 0
 
 
+@pytest.mark.slow
 def test_every_stage_saves_its_config_beside_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder of a SLURM job, where all of its stages log; one that runs again saves the same config once."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -364,6 +366,7 @@ def test_fits_saved_config_replays_every_command_with_classes_of_the_working_dir
     assert "ours" in sys.modules
 
 
+@pytest.mark.slow
 def test_prepare_tokenizes_once_for_every_later_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path / "cache"))
     cli("prepare", "--data.max_length=24")

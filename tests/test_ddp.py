@@ -18,7 +18,7 @@ import run_ranks
 import run_unequal_batches as unequal
 import torch
 from datasets import load_dataset
-from helpers import SHORT, Fork, diaries, finish, start
+from helpers import SHORT, Fork, diaries, finish, slow, start
 
 from smartbatch_lightning import PadCollator, demo, plan_epoch
 
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-@pytest.mark.parametrize(("batching", "accumulate"), [("smart", 1), pytest.param("random", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("batching", "accumulate"), [slow("smart", 1), slow("random", 2)])
 def test_two_ranks_share_every_epoch_and_step_together(batching: str, accumulate: int, tmp_path: Path) -> None:
     finish(start(tmp_path, devices=2, batching=batching, accumulate=accumulate, workers=1), tmp_path)
     [first], [second] = diaries(tmp_path, 0), diaries(tmp_path, 1)

@@ -125,6 +125,7 @@ def test_a_made_demo_is_not_made_again(made: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (made / demo.NAME).rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_two_processes_making_the_demo_at_once_both_get_it(tmp_path: Path) -> None:
     processes = [start_making(tmp_path) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]

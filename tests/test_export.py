@@ -85,6 +85,7 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
     assert "## Command" in card.text
 
 
+@pytest.mark.slow
 def test_a_runs_own_config_serves_report_export_and_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--data.max_length=24", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
     options.append("--model.class_weights=balanced")  # which only the checkpoint knows the numbers of

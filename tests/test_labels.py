@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from helpers import trainer
+from helpers import slow, trainer
 from lightning.pytorch.callbacks import Callback
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
@@ -112,7 +112,7 @@ def test_labels_in_a_file_to_predict_play_no_part(labels: list, trained, tmp_pat
     ("labels", "expected"),
     [([7, 3], [7, 3]), ([True, False], [True, False]), (["07", "7"], ["07", "7"]), (["b", "a"], ["b", "a"])],
 )
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
+@pytest.mark.parametrize("ending", ["parquet", slow("csv")])
 def test_predicted_labels_stand_as_they_stood_in_the_data(labels, expected, ending: str, tmp_path: Path) -> None:
     data = Dataset.from_dict({"text": ["a dull film", "a fine film"] * 20, "label": labels * 20})
     path = str(tmp_path / f"train.{ending}")

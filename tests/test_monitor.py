@@ -114,7 +114,7 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
         {"every_n_train_steps": STEPS},
         slow({"every_n_epochs": 1}),
         slow({"every_n_epochs": 1, "monitor": "val_loss"}),
-        {"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3},
+        slow({"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3}),
         {"every_n_train_steps": STEPS, "accumulated": 1},
     ],
     ids=[

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, begin, cli, finish, kill_after, trainer
+from helpers import assert_same, begin, cli, finish, kill_after, slow, trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -476,7 +476,7 @@ def test_a_plateau_lowers_the_rate_after_the_validation_that_is_no_better(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-@pytest.mark.parametrize("hook", ["validation", "epoch end", "step"])
+@pytest.mark.parametrize("hook", ["validation", slow("epoch end"), slow("step")])
 def test_a_plateau_is_resumed_as_if_nothing_had_happened(hook: str, tmp_path: Path) -> None:
     losses = [1.0, 2.0, 2.0, 0.5, 2.0]
     options = {"max_epochs": 5, "limit_val_batches": 1, "limit_train_batches": 2}
@@ -495,6 +495,7 @@ def test_a_plateau_is_resumed_as_if_nothing_had_happened(hook: str, tmp_path: Pa
         assert resumed.first == whole[done:], path.name
 
 
+@pytest.mark.slow
 def test_a_plateau_that_is_resumed_with_other_settings_goes_by_these(tmp_path: Path) -> None:
     options = {"max_epochs": 4, "limit_val_batches": 1, "limit_train_batches": 1}
     fit(tmp_path, plateau([1.0] * 4), Rates(tmp_path / "a.ckpt", 3), **options)
@@ -561,6 +562,7 @@ def test_a_run_with_a_cosine_and_layer_decay_that_was_killed_ends_with_the_same_
     assert_same(torch.load(killed / "weights.pt"), torch.load(whole / "weights.pt"))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_a_schedule_of_another_kind_goes_on_with_that(tmp_path: Path) -> None:
     kinds = {
         "linear": [1 - step / STEPS for step in range(STEPS)],

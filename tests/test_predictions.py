@@ -230,10 +230,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("ranks", "number", "status"),
     [
-        ([1, 1, 1], signal.SIGKILL, -signal.SIGKILL),
+        slow([1, 1, 1], signal.SIGKILL, -signal.SIGKILL),
         ([1, 1], signal.SIGTERM, 128 + signal.SIGTERM),
         ([2, 2], signal.SIGKILL, -signal.SIGKILL),
-        ([2, 1], signal.SIGKILL, -signal.SIGKILL),
+        slow([2, 1], signal.SIGKILL, -signal.SIGKILL),
         slow([1, 2], signal.SIGKILL, -signal.SIGKILL),
     ],
     ids=["killed twice", "SIGTERM", "two ranks", "two ranks, then one", "one rank, then two"],

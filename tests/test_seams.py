@@ -25,7 +25,7 @@ from smartbatch_lightning import (
 )
 from smartbatch_lightning.batching import spec as spec_module
 from smartbatch_lightning.contract import SupportsTextData, SupportsTextModel
-from smartbatch_lightning.data import sources
+from smartbatch_lightning.data import files
 from smartbatch_lightning.data.collators import COLLATORS
 from smartbatch_lightning.models.packing import enable_packing
 from smartbatch_lightning.models.pooling import POOLINGS
@@ -185,7 +185,7 @@ def test_a_new_pooling_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_format_of_files_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sources._FILE_FORMATS, ".txt", "text")
+    monkeypatch.setitem(files.FORMATS, ".txt", "text")
     (tmp_path / "new.txt").write_text("a fine film\na dull film\n")
     module = SmartBatchDataModule(str(tmp_path / "new.txt"), str(demo.model_dir()), max_length=16)
     module.setup("predict")

@@ -32,11 +32,10 @@ FORMATS = {
     ".arrow": "arrow",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-_READER_OPTIONS: dict[str, tuple[str, ...]] = {
+_READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of those that have any
     "csv": csv_files.OPTIONS,
     "json": ("encoding", "field"),
     "parquet": ("filters",),
-    "arrow": (),
 }
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BYTES_READ = 1 << 20
@@ -168,7 +167,7 @@ def ending_of(name: str) -> str:
 
 
 def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> None:
-    known = _READER_OPTIONS[file_format]
+    known = _READER_OPTIONS.get(file_format, ())
     if unknown := [option for option in reader_kwargs if option not in known]:
         takes = f"give some of {join_quoted(known)}" if known else "leave reader_kwargs out"
         raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which is none for {file_format} files; {takes}.")

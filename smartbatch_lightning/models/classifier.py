@@ -323,11 +323,13 @@ class SequenceClassifier(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
+        made_elsewhere = self.model is not None
         if self.model is None:
             data = text_data_of(self._trainer)
             self.model = self._build(None if data is None else data.task)
         self.match_data()
-        self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
+        if not made_elsewhere:
+            self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
 
     def match_data(self) -> None:
         """Checks that the model, once it is built, fits the data, and lets it take packed batches."""
