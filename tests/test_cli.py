@@ -176,7 +176,7 @@ def test_fit_validate_test_and_predict_work_from_a_checkpoint(ending: str, tmp_p
     assert accuracy / 600 == pytest.approx(float(tested))
 
 
-@pytest.mark.parametrize("written", ["flag", "config", "object"])
+@pytest.mark.parametrize("written", ["flag", slow("config"), slow("object")])
 def test_an_argument_of_the_model_counts_beside_a_checkpoint_whose_own_fill_in_the_rest(
     written, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_what_the_package_knows_nothing_of_is_not_tried(tmp_path: Path) -> None:
     assert run.global_step == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_one_error_with_its_shape_before_the_first_step(tmp_path: Path) -> None:
     """In a process with a limit on its memory."""
     run = subprocess.run(

@@ -96,6 +96,7 @@ def fit(folder: Path, model: SequenceClassifier, *callbacks: Callback, ckpt_path
 # --- optimizers ---
 
 
+@pytest.mark.slow
 def test_an_optimizer_by_class_path_trains_is_in_the_checkpoint_and_is_tested_and_resumed(
     tmp_path, in_a_folder_of_its_own
 ) -> None:

@@ -224,6 +224,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(first: str, a
     assert_same(resumed, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
 def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
     """Lightning's checkpoint of an exception leaves counters ahead, and would repeat a batch at the second resume."""
@@ -373,6 +374,7 @@ def test_two_runs_do_not_write_to_one_folder_of_checkpoints(tmp_path: Path, monk
         train(tmp_path, CheckpointPreflight(), ModelCheckpoint(tmp_path / "checkpoints"), stop, **savers)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_on_resume(tmp_path: Path) -> None:
     whole, weights = train(tmp_path)
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2), module=data(num_workers=2))
@@ -390,6 +392,7 @@ def test_reloading_the_loader_every_epoch_changes_nothing_on_resume(tmp_path: Pa
     assert_same(resumed, weights)
 
 
+@pytest.mark.slow
 def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_path: Path) -> None:
     class Renamed(SmartBatchDataModule):
         pass
