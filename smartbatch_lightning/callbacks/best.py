@@ -72,7 +72,7 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there, unless another metric told which weights were best."""
+        """Restores the state, unless it is of another monitored metric."""
         if state_dict["monitor"] == self.monitor:
             super().load_state_dict(state_dict)
 
@@ -185,7 +185,7 @@ class EarlyStop(EarlyStopping):
         return {**super().state_dict(), "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there with this run's patience, unless another metric told whether training got better."""
+        """Restores the state but for the patience, unless it is of another monitored metric."""
         if state_dict.get("monitor") != self.monitor:
             return
         super().load_state_dict({**state_dict, "patience": self.patience})

@@ -59,7 +59,7 @@ class ModelExport(Callback):
 
 
 def _best_path(trainer: L.Trainer) -> str | None:
-    """The checkpoint of the best weights; None where no metric told."""
+    """The checkpoint of the best weights; None where no metric was monitored."""
     saver, callbacks = trainer.checkpoint_callback, trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         return None

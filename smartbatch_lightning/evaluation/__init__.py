@@ -1,1 +1,1 @@
-"""What is told of a trained model: how well it does, where, and where it does not."""
+"""Evaluation of a trained model: how well it does, where, and where it does not."""

@@ -1,4 +1,4 @@
-"""How well classes are told apart: by class, by confusion, by threshold, by calibration, by length, and the worst."""
+"""How well classes are distinguished: by class, by confusion, by threshold, by calibration, by length, and the worst."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ _LARGEST_MATRIX = 100  # classes of which all confusions are written as JSON
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How well one class, or one label of several, is told from all else.
+    """How well one class, or one label of several, is distinguished from all else.
 
     What is undefined is None: the recall of a class without samples, the precision of one that is never predicted, and
     what goes by ranks where all samples are of the class or none is.
@@ -110,7 +110,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class ClassificationResults:
-    """What is told of a classification.
+    """Results of a classification.
 
     Attributes:
         summary: Metrics over all samples, by name.
