@@ -1,4 +1,4 @@
-"""How well classes are distinguished: by class, by confusion, by threshold, by calibration, by length, and the worst."""
+"""How well classes are distinguished: by class, confusion, threshold, calibration and length, and the worst mistakes."""
 
 import warnings
 from collections.abc import Callable, Iterator
