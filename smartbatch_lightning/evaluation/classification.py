@@ -1,4 +1,4 @@
-"""How well classes are distinguished: by class, confusion, threshold, calibration and length, and the worst mistakes."""
+"""How well classes are distinguished: by class, confusion, threshold, calibration and length; the worst mistakes."""
 
 import warnings
 from collections.abc import Callable, Iterator
