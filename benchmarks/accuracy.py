@@ -18,7 +18,7 @@ import lightning as L
 import numpy as np
 from datasets import DatasetDict
 
-from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_dir, minilm, report
+from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_dir, minilm, quiet_trainer, report
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor
 from smartbatch_lightning.data.splits import stratified_split
 
@@ -52,17 +52,12 @@ def train_and_test(variant: Row, max_length: int, epochs: int, max_steps: int, p
         imdb_dir(), minilm(), validation_split=None, max_length=max_length, batch_size=BATCH_SIZE, **variant
     )
     monitor = TrainingMonitor()
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
         max_steps=max_steps,
         limit_test_batches=max_steps if max_steps > 0 else None,
-        gradient_clip_val=1.0,
         precision=precision,
         callbacks=[monitor],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     model = SequenceClassifier(minilm())
     trainer.fit(model, data)

@@ -44,6 +44,14 @@ def minilm() -> str:
     return str(get_model_path())
 
 
+def quiet_trainer(**options: Any) -> Any:
+    """Lightning's Trainer without logs, checkpoints or progress bar, and with gradients clipped at 1.0."""
+    import lightning as L
+
+    left_out = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(**{**dict.fromkeys(left_out, False), "gradient_clip_val": 1.0, **options})
+
+
 def imdb_lengths() -> NDArray[np.int64]:
     """Tokens of each of IMDB's training reviews, cut at `MAX_LENGTH`. Shape (25000,)."""
     from smartbatch_lightning import SmartBatchDataModule

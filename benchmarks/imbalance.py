@@ -15,7 +15,7 @@ import lightning as L
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
-from benchmarks.common import BATCH_SIZE, Row, imdb_dir, minilm, report
+from benchmarks.common import BATCH_SIZE, Row, imdb_dir, minilm, quiet_trainer, report
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 
 NUM_SAMPLES = {"train": 4_000, "test": 2_000}
@@ -52,15 +52,10 @@ def train_and_test(variant: Row, seed: int, epochs: int, max_steps: int) -> Row:
     data = FewPositive(
         imdb_dir(), minilm(), validation_split=None, max_length=64, batch_size=BATCH_SIZE, padding="packed"
     )
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
         max_steps=max_steps,
         limit_test_batches=max_steps if max_steps > 0 else None,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     metrics: Any = ["f1", "balanced_accuracy", "accuracy", "average_precision"]
     model = SequenceClassifier(minilm(), metrics=metrics, **variant)

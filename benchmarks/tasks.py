@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.common import Row, minilm, report
+from benchmarks.common import Row, minilm, quiet_trainer, report
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 
 BATCH_SIZE = 16
@@ -113,14 +113,9 @@ def ours(task: str, splits: DatasetDict, rate: float, epochs: int, seed: int, ma
         data = SmartBatchDataModule(
             folder, text_columns=columns, validation_split=None, max_length=MAX_LENGTH, batch_size=BATCH_SIZE
         )
-        trainer = L.Trainer(
+        trainer = quiet_trainer(
             max_epochs=epochs,
             max_steps=max_steps,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         model = SequenceClassifier(minilm(), learning_rate=rate)
         trainer.fit(model, data)

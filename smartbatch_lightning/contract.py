@@ -31,8 +31,8 @@ class TextData:
         max_length: Tokens of the longest sample there may be.
         packed: Batches are packed instead of padded.
         evaluation_splits: Names of the sets of each evaluation stage, `val` and `test`, in the order of their loaders.
-        train_labels: Labels of the training samples as the task encodes them, (num_samples, ...); None where they are
-            not read.
+        train_labels: Gives the labels of the training samples as the task encodes them, (num_samples, ...); or None
+            where they are not read.
         spec: What a batch may hold.
     """
 
@@ -41,7 +41,7 @@ class TextData:
     max_length: int
     packed: bool
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
-    train_labels: NDArray[Any] | None = None
+    train_labels: Callable[[], NDArray[Any] | None] = lambda: None
     spec: BatchSpec = field(default_factory=BatchSpec)
 
 
@@ -102,6 +102,13 @@ def text_data_of(trainer: L.Trainer | None) -> TextData | None:
     """What the run's data module tells; None for a foreign one or none."""
     datamodule = datamodule_of(trainer)
     return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
+
+
+def name_of_set(trainer: L.Trainer | None, stage: str, number: int) -> str:
+    """Name of a data set of a stage: of its split where the data module tells, else as Lightning counts loaders."""
+    data = text_data_of(trainer)
+    splits = [] if data is None else data.evaluation_splits.get(stage, [])
+    return splits[number] if number < len(splits) else f"dataloader_idx_{number}"
 
 
 def check_takes_packed_batches(module: L.LightningModule) -> None:

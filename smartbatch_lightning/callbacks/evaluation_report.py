@@ -15,13 +15,13 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from smartbatch_lightning.console import echo
-from smartbatch_lightning.contract import datamodule_of, text_data_of
+from smartbatch_lightning.contract import datamodule_of, name_of_set, text_data_of
 from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.evaluation.figures import drawing
-from smartbatch_lightning.evaluation.samples import Lengths
+from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.storage import check_writable
 
@@ -132,8 +132,7 @@ class EvaluationReport(Callback):
         assert trainer.state.fn is not None
         assert self.folder is not None
         stage, data = _STAGES[trainer.state.fn], text_data_of(trainer)
-        splits = [] if data is None else data.evaluation_splits.get(stage, [])
-        split = splits[number] if number < len(splits) else f"dataloader_idx_{number}"
+        split = name_of_set(trainer, stage, number)
         name = f"{stage}/{split}" if several else stage
         index = kept["index"].cpu().numpy() if "index" in kept else None
         lengths = kept["lengths"].cpu().numpy() if "lengths" in kept else None
@@ -152,26 +151,20 @@ class EvaluationReport(Callback):
         _log(trainer, evaluation, f"evaluation/{name}", [path for path in paths if path.suffix == ".png"])
 
 
-class _Texts(Sequence[str]):
-    """Texts of some rows of a split, read when they are asked for."""
-
-    def __init__(self, dataset: Any, columns: Sequence[str], rows: NDArray[np.integer]) -> None:
-        self._dataset, self._columns, self._rows = dataset, columns, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, sample: Any) -> Any:
-        row = self._dataset[int(self._rows[sample])]
-        return " / ".join(str(row[column]) for column in self._columns)
-
-
 def _texts_of(trainer: L.Trainer, split: str, rows: NDArray[np.integer]) -> Sequence[str] | None:
     datamodule = datamodule_of(trainer)
     if not isinstance(datamodule, TextDataModule) or split not in datamodule.splits:
         return None
     dataset, columns = datamodule.splits[split], datamodule.text_columns
-    return _Texts(dataset, columns, rows) if set(columns) <= set(dataset.column_names) else None
+    if not set(columns) <= set(dataset.column_names):
+        return None
+    texts = dataset.select_columns(columns)
+
+    def read(sample: int) -> list[Any]:
+        row = texts[int(rows[sample])]
+        return [row[column] for column in columns]
+
+    return Texts(len(rows), read)
 
 
 def _gathered(batches: list[dict[str, Tensor]], ranks: int) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class SmartBatchDataModule(TextDataModule):
             max_length=self.max_length,
             packed=self.spec.packed,
             evaluation_splits={"val": validation, "test": self._names.tested},
-            train_labels=None if train_data is None else train_data.sample_labels,
+            train_labels=lambda: None if train_data is None else train_data.sample_labels,
             spec=self.spec,
         )
 

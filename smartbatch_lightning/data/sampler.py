@@ -131,11 +131,14 @@ class SmartBatchSampler(Sampler[list[int]]):
         """
         plan, step = self._remaining_plan()
         sums: NDArray[Any] = plan.batch_sizes()
-        if len(plan) == self.num_replicas or (sample_weights is not None and len(plan)):
-            counted = np.ones(len(self.lengths)) if sample_weights is None else np.asarray(sample_weights)
-            once = np.zeros(len(plan.order))  # in the only step of an epoch samples may stand twice
-            once[np.unique(plan.order, return_index=True)[1]] = 1
-            sums = np.add.reduceat(counted[plan.order] * once, plan.offsets[:-1])
+        only_step = len(plan) == self.num_replicas
+        if only_step or (sample_weights is not None and len(plan)):
+            counted = (np.ones(len(self.lengths)) if sample_weights is None else np.asarray(sample_weights))[plan.order]
+            if only_step:  # samples may stand in it twice
+                again = np.ones(len(counted), bool)
+                again[np.unique(plan.order, return_index=True)[1]] = False
+                counted[again] = 0
+            sums = np.add.reduceat(counted, plan.offsets[:-1])
         samples = sums.reshape(-1, self.num_replicas)[step:]
         batches = self.start_step + np.arange(len(samples))
         trained = batches < (len(self) if num_batches is None else num_batches)

@@ -138,7 +138,7 @@ def reliability(calibrations: Mapping[str, Calibration]) -> Figure:
 
 @_style()
 def groups(of: Sequence[Group], title: str, xlabel: str, ylabel: str, *, share: bool = False) -> Figure:
-    """What is told of groups of samples, such as those of a length."""
+    """Mean values of groups of samples, such as those of a length."""
     figure, axes = _figure()
     axes.plot(np.arange(len(of)), [one.value for one in of], "o-", color=_MAIN, clip_on=False)
     axes.set_xticks(np.arange(len(of)), [one.name for one in of], rotation=45, ha="right")

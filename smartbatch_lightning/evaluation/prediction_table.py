@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.evaluation.evaluation import Evaluation
-from smartbatch_lightning.evaluation.samples import Lengths
+from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
 from smartbatch_lightning.tasks.labels import LabelEncoder, whole_numbers
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource, is_list, is_text
@@ -77,19 +77,6 @@ def read_predictions(
         title=title or Path(path).stem,
         temperature=temperature,
     )
-
-
-class _Texts(Sequence[str]):
-    """Texts of a table, made when they are asked for."""
-
-    def __init__(self, columns: list[pa.ChunkedArray]) -> None:
-        self._columns = columns
-
-    def __len__(self) -> int:
-        return len(self._columns[0])
-
-    def __getitem__(self, sample: Any) -> Any:
-        return " / ".join(str(column[sample].as_py()) for column in self._columns)
 
 
 @dataclass(frozen=True)
@@ -171,7 +158,10 @@ class _Table:
         return scores
 
     def texts(self) -> Sequence[str] | None:
-        return _Texts([self.table.column(name) for name in self.text_columns]) if self.text_columns else None
+        if not self.text_columns:
+            return None
+        columns = [self.table.column(name) for name in self.text_columns]
+        return Texts(len(self.table), lambda sample: (column[sample].as_py() for column in columns))
 
     def lengths(self) -> Lengths | None:
         """Characters of the texts."""

@@ -72,7 +72,7 @@ class Quantile:
 
 @dataclass(frozen=True)
 class RegressionResults:
-    """What is told of a regression.
+    """Results of a regression.
 
     Attributes:
         summary: Of a single target its metrics; of several the means of the errors.

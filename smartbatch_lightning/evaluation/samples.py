@@ -1,6 +1,6 @@
 """Samples one by one and by length: what classifications and regressions tell alike."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Group:
     Attributes:
         name: The least and the most of them.
         samples: How many there are.
-        value: What is told of them.
+        value: Mean over them.
     """
 
     name: str
@@ -74,6 +74,24 @@ class Lengths:
         if cut.any():
             groups.append(Group(f"{self.max_length}, cut there", int(cut.sum()), float(values[cut].mean())))
         return groups
+
+
+class Texts(Sequence[str]):
+    """Texts that are read when they are asked for.
+
+    Args:
+        number: How many there are.
+        read: Gives the text of each column of a sample, which are shown with " / " between them.
+    """
+
+    def __init__(self, number: int, read: Callable[[int], Iterable[Any]]) -> None:
+        self._number, self._read = number, read
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, sample: Any) -> Any:
+        return " / ".join(map(str, self._read(sample)))
 
 
 def by_quantile(keys: NDArray[Any], values: NDArray[Any]) -> list[Group]:

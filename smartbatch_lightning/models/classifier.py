@@ -362,7 +362,8 @@ class SequenceClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule over exactly the optimizer steps that will run."""
-        num_steps, endless = total_steps(self.trainer), math.isinf(total_steps(self.trainer))
+        num_steps = total_steps(self.trainer)
+        endless = math.isinf(num_steps)
         overridden = type(self).configure_scheduler is not SequenceClassifier.configure_scheduler
         if endless and (overridden or self._schedule.needs_end):
             raise UsageError(
@@ -465,15 +466,15 @@ class SequenceClassifier(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs the metrics of the epoch, whose losses have to be finite."""
         self._check_losses()
-        self.epoch_metrics.log(self, "train", self._splits_of("train"))
+        self.epoch_metrics.log(self, "train")
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the validation."""
-        self.epoch_metrics.log(self, "val", self._splits_of("val"))
+        self.epoch_metrics.log(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics of the test."""
-        self.epoch_metrics.log(self, "test", self._splits_of("test"))
+        self.epoch_metrics.log(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """What the task predicts, and `index` (batch,), each sample's row, if batches have it.
@@ -584,7 +585,9 @@ class SequenceClassifier(L.LightningModule):
         """
         metrics = self._make_metrics().metrics
         first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
-        return find_monitored(metrics, self._splits_of("val"), first, name, mode, others=self._logs_others())
+        data = text_data_of(self._trainer)
+        splits = [] if data is None else data.evaluation_splits.get("val", [])
+        return find_monitored(metrics, splits, first, name, mode, others=self._logs_others())
 
     def _logs_others(self) -> bool:
         """Whether metrics may be logged in validation that are not this class's: by a subclass, or by a callback."""
@@ -606,11 +609,6 @@ class SequenceClassifier(L.LightningModule):
         with summed_in_float32():
             return StageMetrics(self.configure_metrics(len(self.label_names)), self.task).to(self.device)
 
-    def _splits_of(self, stage: Stage) -> list[str]:
-        """Names of a stage's data sets, as far as the data module tells."""
-        data = text_data_of(self._trainer)
-        return [] if data is None else data.evaluation_splits.get(stage, [])
-
     @property
     def _source(self) -> ModelSource:
         return ModelSource(self.pretrained, self.model_kwargs, self.architecture)
@@ -623,14 +621,14 @@ class SequenceClassifier(L.LightningModule):
 
     def _find_task(self) -> Task:
         data, options = text_data_of(self._trainer), self.loss_options
-        labels = None if data is None else data.train_labels
+        labels = data.train_labels() if data is not None and options.to_balance else None
         if data is not None and data.task is not None:
             task = data.task
         else:
             assert self.model is not None, "a model has a task once it is built"
             kind = look_up(problem_type_of(self.model.config), TASKS, "the model's problem_type")
             task = kind.from_config(self.model.config) or kind.from_names(self.label_names)
-        if options.to_balance and labels is not None:
+        if labels is not None:
             options = options.balanced(task.label_counts(labels), len(labels))
             self.hparams.update({name: getattr(options, name) for name in self.loss_options.to_balance})
         elif options.to_balance:  # as a checkpoint, or a fit before, has counted them

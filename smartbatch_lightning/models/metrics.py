@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from smartbatch_lightning.contract import name_of_set
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks import Task
 
@@ -36,7 +37,7 @@ def summed_in_float32() -> Iterator[None]:
 class _MeanLoss(MeanMetric):
     """A mean without checks for NaN, which wait for the GPU, and without which torchmetrics (1.9) ignores weights."""
 
-    def update(self, value: Tensor, weight: Tensor) -> None:  # type: ignore[override]
+    def update(self, value: Tensor, weight: Tensor | int) -> None:  # type: ignore[override]
         self.mean_value += value * weight
         self.weight += weight
 
@@ -70,7 +71,7 @@ class StageMetrics(nn.Module):
             labels: (batch, ...).
         """
         weights = self._task.sample_weights(labels)
-        self.loss.update(loss.detach(), torch.tensor(len(labels)) if weights is None else weights.sum())
+        self.loss.update(loss.detach(), len(labels) if weights is None else weights.sum())
         self._pending.append((logits.detach(), labels))
         pending = len(self._pending)
         if pending >= _MAX_PENDING or pending * logits.numel() >= _MAX_PENDING_LOGITS:
@@ -110,27 +111,23 @@ class EpochMetrics(nn.ModuleDict):
         for key in self._keys_of(stage):
             del self[key]
 
-    def log(self, module: L.LightningModule, stage: Stage, splits: Sequence[str]) -> None:
+    def log(self, module: L.LightningModule, stage: Stage) -> None:
         """Logs what has been counted; here and not in each step, where it would cost 1.4 ms.
 
         Args:
             module: That has these metrics.
-            stage: Whose.
-            splits: Names of its data sets, by which the metrics of several are told apart.
+            stage: Whose; the metrics of several data sets are named after them.
         """
         paths = {id(part): path for path, part in module.named_modules()}
         keys = self._keys_of(stage)
         for number, key in enumerate(keys):
-            split = splits[number] if number < len(splits) else f"dataloader_idx_{number}"
+            suffix = "" if len(keys) == 1 else f"/{name_of_set(module._trainer, stage, number)}"
             metrics = self[key]
             assert isinstance(metrics, StageMetrics)
             for name, metric in metrics.computable().items():
                 # Lightning looks for metrics but once, and some have come since
                 module.log(
-                    f"{stage}_{name}" if len(keys) == 1 else f"{stage}_{name}/{split}",
-                    metric,
-                    metric_attribute=paths[id(metric)],
-                    add_dataloader_idx=False,
+                    f"{stage}_{name}{suffix}", metric, metric_attribute=paths[id(metric)], add_dataloader_idx=False
                 )
 
     def _keys_of(self, stage: Stage) -> list[str]:

@@ -34,7 +34,7 @@ from smartbatch_lightning.tasks.task import Task
 _PROBLEM_TYPE = "multi_label_classification"
 _DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
 _INDICATORS = "labels_are_indicators"
-_THRESHOLD = 0.5
+THRESHOLD = 0.5  # of probabilities, above which a label is predicted
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class MultiLabelClassification:
         num_labels = len(self.label_names)
         return MetricCollection(
             {
-                "f1": MultilabelF1Score(num_labels, _THRESHOLD, average="macro"),
-                "f1_micro": MultilabelF1Score(num_labels, _THRESHOLD, average="micro"),
-                "exact_match": MultilabelExactMatch(num_labels, _THRESHOLD),
+                "f1": MultilabelF1Score(num_labels, THRESHOLD, average="macro"),
+                "f1_micro": MultilabelF1Score(num_labels, THRESHOLD, average="micro"),
+                "exact_match": MultilabelExactMatch(num_labels, THRESHOLD),
             }
         )
 
@@ -206,7 +206,7 @@ class MultiLabelClassification:
         """The labels that are likelier than not as they stand in the data, and each one's probability."""
         probabilities = predicted["probabilities"]
         return {
-            "prediction": self.decode(probabilities > _THRESHOLD),
+            "prediction": self.decode(probabilities > THRESHOLD),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.storage import atomic_write, refused
-from smartbatch_lightning.tasks.multi_label import MultiLabelClassification
+from smartbatch_lightning.tasks.multi_label import THRESHOLD, MultiLabelClassification
 from smartbatch_lightning.tasks.single_label import SingleLabelClassification
 from smartbatch_lightning.tasks.task import Task
 
 FILE_NAME = "thresholds.json"
-_USUAL = 0.5
 
 
 def names_with_threshold(task: Task) -> list[str]:
@@ -48,7 +47,7 @@ def predict_labels(
     names, thresholds = names_with_threshold(task), thresholds or {}
     if not isinstance(task, MultiLabelClassification) and not thresholds:
         return np.asarray(probabilities.argmax(axis=1))
-    limits = np.array([thresholds.get(name, _USUAL) for name in names])
+    limits = np.array([thresholds.get(name, THRESHOLD) for name in names])
     if isinstance(task, MultiLabelClassification):
         return np.asarray(probabilities > limits)
     return np.asarray(probabilities[:, 1] > limits[0], np.int64)
