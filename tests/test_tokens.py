@@ -13,6 +13,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
+from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable, tokenize_to_cache
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
@@ -26,8 +27,8 @@ def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
 @pytest.fixture
 def tokenize(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
     def run(dataset: Dataset, text_columns: tuple[str, ...] = ("text",), max_length: int = 64, **options) -> TokenTable:
-        options = {"tokenizer": tokenizer, "cache_dir": tmp_path, **options}
-        return tokenize_to_cache(dataset, text_columns=text_columns, max_length=max_length, **options)
+        encoder = TextEncoder(options.get("tokenizer", tokenizer), text_columns, None, max_length)
+        return tokenize_to_cache(dataset, encoder, options.get("cache_dir", tmp_path))
 
     return run
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import ArrayLike, NDArray
 
 from smartbatch_lightning.batching.arrays import Int64s, argsort
-from smartbatch_lightning.data.tokens import check_texts
+from smartbatch_lightning.data.encoding import check_texts
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks import Task
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import text_model_of
+from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
@@ -155,14 +156,8 @@ class TextDataModule(L.LightningDataModule):
             For each sample a list of ids, or a mapping with `input_ids` and perhaps `token_type_ids`; or a
             `TokenTable`, as from the cache in which this method keeps them.
         """
-        return tokenize_to_cache(
-            dataset,
-            self.tokenizer,
-            text_columns=self.text_columns,
-            text_separator=self.text_separator,
-            max_length=self.max_length,
-            cache_dir=Path(self.cache_dir) if self.cache_dir else cache_dir(),
-        )
+        folder = Path(self.cache_dir) if self.cache_dir else cache_dir()
+        return tokenize_to_cache(dataset, self.text_encoder, folder)
 
     # --- what the data turns out to be ---
 
@@ -180,6 +175,11 @@ class TextDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the given one, else the model's."""
         return self._load().tokenizer
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """What makes token ids of the texts of a split."""
+        return TextEncoder(self.tokenizer, self.text_columns, self.text_separator, self.max_length)
 
     @property
     def seed(self) -> int:
