@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -30,7 +30,7 @@ def cache_dir() -> Path:
     return Path(user_cache) / "smartbatch_lightning"
 
 
-def write_if_missing(path: Path, write: Callable[[Path], None]) -> Path:
+def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: float = math.inf) -> Path:
     """Makes a file or folder unless it is there and has the checksum that was noted when it was made.
 
     Processes that ask at the same time wait for the first and find its result. One that is killed leaves nothing that
@@ -39,18 +39,20 @@ def write_if_missing(path: Path, write: Callable[[Path], None]) -> Path:
     Args:
         path: The file or folder; its checksum is kept beside it, in `NAME.xxh3`.
         write: Writes it to the path that it is given.
+        patience: Seconds to wait for another process that makes it.
 
     Raises:
         ValueError: The folder cannot be written.
+        Timeout: Another process still makes it.
     """
-    noted = path.with_name(f"{path.name}.xxh3")
-    if _is_valid(path, noted):
+    noted = _noted(path)
+    if is_valid(path):
         return path
     with refused(path, "Make room or set SMARTBATCH_CACHE to a folder that can be written."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path)
+        lock = _locked(path, patience)
         try:
-            if not _is_valid(path, noted):
+            if not is_valid(path):
                 if path.exists():
                     log.warning("%s is damaged, or of another version. It is made again.", path)
                 noted.unlink(missing_ok=True)
@@ -59,6 +61,25 @@ def write_if_missing(path: Path, write: Callable[[Path], None]) -> Path:
         finally:
             lock.release()
     return path
+
+
+def write_together(files: Mapping[Path, Callable[[Path], object]]) -> Iterator[Path]:
+    """Makes files as `write_if_missing` does, together with all processes that make the same ones at the same time.
+
+    Each takes the next one that no other is making, and waits for the last of the others at the end. What a process
+    that is killed was making is made by the others.
+
+    Yields:
+        The path of each that is there.
+    """
+    others = []
+    for path, write in files.items():
+        try:
+            yield write_if_missing(path, write, patience=0)
+        except Timeout:
+            others.append(path)
+    for path in others:
+        yield write_if_missing(path, files[path])
 
 
 def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
@@ -82,9 +103,11 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
     lock, waited = FileLock(f"{path}.lock"), 0.0
     while True:
         try:
-            lock.acquire(timeout=_SILENCE)
+            lock.acquire(timeout=min(_SILENCE, patience - waited))
             return lock
         except Timeout:
+            if waited >= patience:
+                raise
             waited += _SILENCE
             log.warning(
                 "Waiting for another process that holds %s, for %.0f seconds now. If none runs, on any machine, delete "
@@ -92,15 +115,18 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
                 lock.lock_file,
                 waited,
             )
-            if waited >= patience:
-                raise
 
 
-def _is_valid(path: Path, noted: Path) -> bool:
+def is_valid(path: Path) -> bool:
+    """Whether a file or folder has the checksum that was noted when it was made."""
     try:
-        return noted.read_text() == _checksum(path)
+        return _noted(path).read_text() == _checksum(path)
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def _noted(path: Path) -> Path:
+    return path.with_name(f"{path.name}.xxh3")
 
 
 def _checksum(path: Path) -> str:
@@ -176,6 +202,8 @@ def refused(path: str | Path, remedy: str) -> Iterator[None]:
     """Turns what the system has against writing, such as a full disk, into one line that ends with the remedy."""
     try:
         yield
+    except Timeout:  # of a lock, which is an OSError too
+        raise
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be written: {error}. {remedy}") from error
     except RuntimeError as error:

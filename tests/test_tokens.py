@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
 from smartbatch_lightning.data.encoding import TextEncoder
-from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable, tokenize_to_cache
+from smartbatch_lightning.data.token_cache import tokenize_to_cache
+from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
 
@@ -34,7 +35,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.arrow"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.arrow"))
 
 
 def test_the_ids_are_those_of_the_tokenizer(tokenize, tokenizer) -> None:
@@ -115,7 +116,7 @@ def test_a_damaged_file_is_made_again(tokenize, tmp_path: Path, damage: str) -> 
     data = Dataset.from_dict({"text": [f"film {n} " * (n + 1) for n in range(100)]})
     table = tokenize(data)
     expected = [table[row]["input_ids"].tolist() for row in range(100)]
-    path = table.path
+    [path] = table.path.glob("*.arrow")
     content = path.read_bytes()
     middle = bytes(len(content) // 2)
     damaged = {
@@ -137,7 +138,8 @@ def test_no_damaged_file_is_used(places: int, tokenize, tmp_path: Path) -> None:
     rng = random.Random(1)
     data = Dataset.from_dict({"text": [f"film {n} " * (n + 1) for n in range(40)]})
     table = tokenize(data)
-    path, expected = table.path, [table[row]["input_ids"].tolist() for row in range(40)]
+    [path] = table.path.glob("*.arrow")
+    expected = [table[row]["input_ids"].tolist() for row in range(40)]
     del table
     whole = path.read_bytes()
     for _ in range(places):
@@ -166,9 +168,9 @@ def test_the_same_tokens_have_the_same_digest_in_memory_and_in_files(tokenize) -
 
 
 def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "tokens.arrow").write_bytes(b"half")
-    with pytest.raises(ValueError, match="tokens.arrow is no valid token file.*Delete it"):
-        TokenFile(tmp_path / "tokens.arrow")
+    (tmp_path / "000000.arrow").write_bytes(b"half")
+    with pytest.raises(ValueError, match="000000.arrow is no valid token file.*Delete it"):
+        TokenFile(tmp_path)
 
 
 @pytest.mark.parametrize(

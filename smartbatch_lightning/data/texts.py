@@ -17,8 +17,9 @@ from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
+from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_end_tokens, find_tokenizer
-from smartbatch_lightning.data.tokens import TokenDataset, TokenTable, tokenize_to_cache
+from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.families import reads_last_eos
 from smartbatch_lightning.seeds import run_seed, seed_is_given
@@ -157,7 +158,7 @@ class TextDataModule(L.LightningDataModule):
             `TokenTable`, as from the cache in which this method keeps them.
         """
         folder = Path(self.cache_dir) if self.cache_dir else cache_dir()
-        return tokenize_to_cache(dataset, self.text_encoder, folder)
+        return tokenize_to_cache(dataset, self.text_encoder, folder, self.source)
 
     # --- what the data turns out to be ---
 

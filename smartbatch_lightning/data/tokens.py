@@ -1,48 +1,63 @@
 """Tokenized text on Arrow: written once, memory-mapped afterwards; lengths for free, rows without a copy."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
-from tqdm.auto import tqdm
 from xxhash import xxh3_128
 
-from smartbatch_lightning.data.encoding import TextEncoder, Texts, check_texts
+from smartbatch_lightning.cache import CacheHold
 from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.storage import write_if_missing
 
-_FORMAT = 3
-_ROWS_PER_WRITE = 4096
-_COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
+COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
 
 
-_Slices = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+class Ragged(NamedTuple):
+    """A column whose rows are slices of a flat array.
+
+    Attributes:
+        values: Shape (num_values,).
+        offsets: Where each row starts, and the end. Shape (num_rows + 1,), integers.
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.integer]
+
+    def __getitem__(self, row: Any) -> NDArray[Any]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def flat(self) -> NDArray[Any]:
+        """All rows, one after another."""
+        return self.values[self.offsets[0] : self.offsets[-1]]
 
 
 class TokenTable:
-    """Token ids of samples: flat arrays in which every sample is a slice.
+    """Token ids of samples, in blocks of consecutive ones: flat arrays in which every sample is a slice.
 
     Attributes:
-        lengths: Tokens of each sample. Shape (num_samples,), int64.
+        lengths: Tokens of each sample. Shape (num_samples,), int32.
         num_truncated: Samples that were cut.
 
     Args:
-        columns: By name, the flat array, and where each sample's slice starts and how long it is.
+        blocks: The columns of each block, by name.
         num_truncated: Samples that were cut.
     """
 
-    def __init__(self, columns: dict[str, _Slices], num_truncated: int = 0) -> None:
-        self._columns = columns
+    def __init__(self, blocks: Sequence[Mapping[str, Ragged]], num_truncated: int = 0) -> None:
+        self._blocks = blocks
         self.num_truncated = num_truncated
-        self.lengths = columns["input_ids"][2]
+        lengths = [np.diff(block["input_ids"].offsets).astype(np.int32) for block in blocks]
+        self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
+        self._starts = [0, *accumulate(map(len, lengths))]
 
     @classmethod
     def from_rows(cls, rows: Iterable[Any]) -> "TokenTable":
@@ -54,8 +69,8 @@ class TokenTable:
             ValueError: A row has no tokens, or holds something else than whole numbers.
         """
         kept = [_without_padding(row) if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
-        columns: dict[str, _Slices] = {}
-        for name in [name for name in _COLUMN_TYPES if kept and name in kept[0]]:
+        columns: dict[str, Ragged] = {}
+        for name in [name for name in COLUMN_TYPES if kept and name in kept[0]]:
             arrays = [np.asarray(row[name]) for row in kept]
             for row, array in enumerate(arrays):
                 if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
@@ -63,20 +78,21 @@ class TokenTable:
                         f"tokenize gave {name} of the shape {array.shape} and the type {array.dtype} for row {row}; "
                         "give a list of one or more whole numbers."
                     )
-            lengths = np.array([len(array) for array in arrays], np.int64)
-            starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-            columns[name] = (np.concatenate(arrays).astype(_COLUMN_TYPES[name]), starts, lengths)
+            offsets = np.concatenate(([0], np.cumsum([len(array) for array in arrays])))
+            columns[name] = Ragged(np.concatenate(arrays).astype(COLUMN_TYPES[name]), offsets)
         if not columns:
             raise UsageError("tokenize gave no rows of token ids; give a list of ids for each sample.")
-        return cls(columns)
+        return cls([columns])
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all token ids and lengths, whether they are in a file or in memory; 3 ms for IMDB."""
-        digest = xxh3_128(self.lengths.tobytes())
-        for name in self._columns:
-            for run in self._runs(name):
-                digest.update(run.data)
+        """Hash of all token ids and lengths, whether they are in files or in memory; 3 ms for IMDB."""
+        digest = xxh3_128()
+        for block in self._blocks:
+            digest.update(np.diff(block["input_ids"].offsets).astype(np.int64).data)
+        for name in self._blocks[0] if self._blocks else ():
+            for block in self._blocks:
+                digest.update(block[name].flat.data)
         return digest.hexdigest()
 
     def check_ids(self, vocabulary_size: int) -> None:
@@ -85,66 +101,55 @@ class TokenTable:
         Raises:
             ValueError: An id is negative, or not below the size of the vocabulary.
         """
-        for run in self._runs("input_ids"):
-            if run.min() < 0 or run.max() >= vocabulary_size:
+        for block in self._blocks:
+            ids = block["input_ids"].flat
+            if ids.min() < 0 or ids.max() >= vocabulary_size:
                 raise UsageError(
-                    f"tokenize gave ids from {run.min()} to {run.max()}, but the tokenizer has {vocabulary_size:,} "
+                    f"tokenize gave ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocabulary_size:,} "
                     "tokens. Give the data module the tokenizer that the ids are of."
                 )
 
     def counts(self, token: int) -> NDArray[np.int64]:
         """How often a token stands in each sample. Shape (num_samples,)."""
-        flat, starts, lengths = self._columns["input_ids"]
-        spans = zip(starts, lengths, strict=True)
-        return np.array([np.count_nonzero(flat[start : start + length] == token) for start, length in spans], np.int64)
-
-    def _runs(self, name: str) -> Iterator[NDArray[Any]]:
-        """The tokens of a column in order, as views of as many samples as lie side by side."""
-        flat, starts, lengths = self._columns[name]
-        breaks = np.flatnonzero(starts[1:] != starts[:-1] + lengths[:-1]) + 1
-        for first, end in zip([0, *breaks], [*breaks, len(starts)], strict=True):
-            if end:
-                yield flat[starts[first] : starts[end - 1] + lengths[end - 1]]
+        counts = [np.empty(0, np.int64)]
+        for block in self._blocks:
+            ids = block["input_ids"]
+            counts.append(np.add.reduceat(ids.flat == token, ids.offsets[:-1] - ids.offsets[0], dtype=np.int64))
+        return np.concatenate(counts)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, sample: int) -> dict[str, NDArray[Any]]:
         """Views of a sample's `input_ids` and, for pairs, `token_type_ids`. Shapes (length,)."""
-        row = {}
-        for name, (flat, starts, lengths) in self._columns.items():
-            start = starts[sample]
-            row[name] = flat[start : start + lengths[sample]]
-        return row
+        sample = range(len(self))[sample]
+        block = bisect_right(self._starts, sample) - 1
+        row = sample - self._starts[block]
+        return {name: column[row] for name, column in self._blocks[block].items()}
 
 
 class TokenFile(TokenTable):
-    """The same, memory-mapped from an Arrow file; where the slices are comes from the offsets that Arrow keeps.
+    """The same, memory-mapped from the Arrow files of a folder; where the slices are is in the offsets of Arrow.
 
     Args:
-        path: A file written by `tokenize_to_cache`.
+        path: A folder written by `tokenize_to_cache`.
 
     Raises:
-        ValueError: The file is cut short or corrupt.
+        ValueError: A file is missing, cut short or corrupt.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with pa.memory_map(str(path)) as file:
-                content = file.read_buffer()
-            reader = pa.ipc.open_file(content)
-            read = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
-            batches = [batch for batch, _ in read]
-            num_truncated = sum(int(noted[b"truncated"]) for _, noted in read)
-            declared = json.loads(reader.schema.metadata[b"smartbatch"])
-            super().__init__({name: _slices(content, batches, name) for name in reader.schema.names}, num_truncated)
-        except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is no valid token file: {error}. Delete it; it is made again.") from error
-        if len(self.lengths) != declared["num_samples"] or not (
-            np.all(self.lengths >= 1) and np.all(self.lengths <= declared["max_length"])
+        self._hold = CacheHold(path)
+        shards = [_Shard(file) for file in sorted(path.glob("*.arrow"))]
+        super().__init__([block for shard in shards for block in shard.blocks], sum(s.num_truncated for s in shards))
+        declared = {(shard.num_samples, shard.max_length) for shard in shards}
+        if (
+            len(declared) != 1
+            or len(self) != shards[0].num_samples
+            or not (np.all(self.lengths >= 1) and np.all(self.lengths <= shards[0].max_length))
         ):
-            raise ValueError(f"{path} does not hold the samples that it declares. Delete it; it is made again.")
+            raise ValueError(f"{path} does not hold the samples that its files declare. Delete it; it is made again.")
 
     def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
         return TokenFile, (self.path,)
@@ -165,7 +170,7 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
         self.table = table
         self.labels = labels
         self.rows = np.arange(len(table)) if rows is None else rows
-        self.lengths: NDArray[np.int64] = table.lengths if rows is None else table.lengths[rows]
+        self.lengths: NDArray[np.int32] = table.lengths if rows is None else table.lengths[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -184,79 +189,45 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
         return fields
 
 
-def tokenize_to_cache(dataset: Dataset, encoder: TextEncoder, cache_dir: Path) -> TokenFile:
-    """Tokenizes a data set, or finds that it has been done before.
-
-    The file's name is computed from the data's fingerprint and the encoder's: another start, rank or number of
-    processes finds it. A file that was damaged is found by its checksum and made again.
-
-    Args:
-        dataset: One split.
-        encoder: What makes token ids of its texts.
-        cache_dir: Where the file is kept.
-
-    Raises:
-        ValueError: A text is missing, no text, or shorter than the special tokens alone.
-    """
-    key = sha256(json.dumps([_FORMAT, dataset._fingerprint, encoder.identity]).encode()).hexdigest()[:32]
-    names = [name for name in _COLUMN_TYPES if encoder.with_types or name != "token_type_ids"]
-    schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(_COLUMN_TYPES[name]))) for name in names])
-    declared = json.dumps({"num_samples": len(dataset), "max_length": encoder.max_length})
-
-    def write(path: Path) -> None:
-        with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
-            first = 0
-            for texts in _texts(dataset, encoder):
-                samples = encoder(texts, first)
-                first += len(samples)
-                columns = {
-                    "input_ids": [sample.ids for sample in samples],
-                    "token_type_ids": [sample.type_ids for sample in samples],
-                }
-                truncated = sum(sample.is_truncated for sample in samples)
-                file.write_batch(
-                    pa.record_batch([columns[name] for name in names], schema=schema),
-                    custom_metadata={"truncated": str(truncated)},
-                )
-
-    return TokenFile(write_if_missing(cache_dir / f"tokens-{key}.arrow", write))
-
-
-def _texts(dataset: Dataset, encoder: TextEncoder) -> Iterator[Texts]:
-    """Blocks of texts or pairs of texts, with a progress bar over samples."""
-    if dataset.format["type"] == "custom":
-        raise UsageError(
-            "the data set has a transform, which datasets runs whenever rows are read, while texts are tokenized once. "
-            "Use Dataset.map instead of set_transform."
-        )
-    check_texts(dataset, encoder.text_columns)
-    columns = dataset.select_columns(list(encoder.text_columns)).with_format("arrow")
-    with tqdm(total=len(dataset), desc="Tokenizing", unit=" samples") as bar:
-        for start in range(0, len(dataset), _ROWS_PER_WRITE):
-            block = columns[start : start + _ROWS_PER_WRITE]
-            yield encoder.texts(block)
-            bar.update(len(block))
-
-
 def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of a row with an attention mask what it is to be attended to."""
     mask = row.get("attention_mask")
     if mask is None:
         return row
     attended = np.asarray(mask, bool)
-    return {name: np.asarray(row[name])[attended] for name in _COLUMN_TYPES if name in row}
+    return {name: np.asarray(row[name])[attended] for name in COLUMN_TYPES if name in row}
 
 
-def _slices(content: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> _Slices:
-    """A ragged column as a flat view of the whole file, and the start and length of each row in it."""
-    dtype = _COLUMN_TYPES[name]
-    flat = np.frombuffer(content, dtype, count=content.size // dtype.itemsize)
-    starts, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for batch in batches:
-        batch.validate(full=True)
-        column = batch.column(name)
-        first = (column.values.buffers()[1].address - content.address) // dtype.itemsize
-        offsets = column.offsets.to_numpy().astype(np.int64)
-        starts.append(first + offsets[:-1])
-        lengths.append(np.diff(offsets))
-    return flat, np.concatenate(starts), np.concatenate(lengths)
+class _Shard:
+    """One of the files, as views of it.
+
+    Attributes:
+        blocks: The columns of each block.
+        num_truncated: Samples of these that were cut.
+        num_samples: Of all files.
+        max_length: Tokens that a sample may have.
+
+    Raises:
+        ValueError: The file is cut short or corrupt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.blocks: list[dict[str, Ragged]] = []
+        self.num_truncated = 0
+        try:
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_file(file.read_buffer())
+            declared = json.loads(reader.schema.metadata[b"smartbatch"])
+            self.num_samples, self.max_length = declared["num_samples"], declared["max_length"]
+            for number in range(reader.num_record_batches):
+                batch, noted = reader.get_batch_with_custom_metadata(number)
+                batch.validate(full=True)
+                self.num_truncated += int(noted[b"truncated"])
+                self.blocks.append(
+                    {
+                        name: Ragged(column.values.to_numpy(), column.offsets.to_numpy())
+                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    }
+                )
+        except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is no valid token file: {error}. Delete it; it is made again.") from error

@@ -1,0 +1,175 @@
+"""`smartbatch cache`: what token folders there are, and removing those that were not used for longest."""
+
+import fcntl
+import os
+import shutil
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from datasets.utils.py_utils import convert_file_size_to_int
+from rich.filesize import decimal
+
+from smartbatch_lightning.console import echo, table_of
+from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.storage import cache_dir
+
+_LIMIT = "SMARTBATCH_CACHE_MAX_SIZE"
+
+
+class CacheHold:
+    """Keeps a folder of the cache from being pruned while this object is there; makes it where need be.
+
+    In the folder, `about.txt` says what is in it, its time when that was last used, and a lock that it is in use. A
+    cache that can only be read stays as it is.
+
+    Args:
+        folder: In the cache.
+        about: What is in it.
+    """
+
+    def __init__(self, folder: Path, about: str = "") -> None:
+        self._file: int | None = None
+        with suppress(OSError):
+            while self._file is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = _locked(folder, fcntl.LOCK_SH)
+            os.utime(self._file)
+            os.pwrite(self._file, about.encode(), 0)
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def list_cache(folder: str | None = None) -> None:
+    """Lists what is in the cache, what was used last at the end.
+
+    Args:
+        folder: Of the cache; by default $SMARTBATCH_CACHE, else one in the user's cache.
+    """
+    root = _root(folder)
+    rows = [
+        {
+            "folder": entry.name,
+            "size": decimal(_size(entry)),
+            "last used": f"{datetime.fromtimestamp(_last_used(entry)):%Y-%m-%d %H:%M}",
+            "in use": "yes" if _is_in_use(entry) else "",
+            "what": _about(entry).read_text(encoding="utf-8") if _about(entry).exists() else "",
+        }
+        for entry in _entries(root)
+    ]
+    if rows:
+        echo(table_of(rows))
+    echo(f"{decimal(sum(map(_size, _entries(root))))} in {root}")
+
+
+def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
+    """Removes what was not used for longest until the rest is small enough; what a process uses stays.
+
+    Args:
+        max_size: Bytes that may stay, such as 50GB, or 0 for none; by default $SMARTBATCH_CACHE_MAX_SIZE, to which the
+            cache is pruned whenever something was tokenized.
+        folder: Of the cache; by default $SMARTBATCH_CACHE, else one in the user's cache.
+
+    Raises:
+        ValueError: No size is given, or it is none.
+    """
+    limit = size_limit() if max_size is None else _bytes(max_size, "--max_size")
+    if limit is None:
+        raise UsageError(f"how much may stay is not said. Give --max_size, such as 50GB, or set {_LIMIT}.")
+    root = _root(folder)
+    removed = prune(root, limit)
+    left = sum(map(_size, _entries(root)))
+    echo(f"Removed {decimal(removed)} of {root}. {decimal(left)} are left{', in use' if left > limit else ''}.")
+
+
+def size_limit() -> int | None:
+    """Bytes that the cache may have, by $SMARTBATCH_CACHE_MAX_SIZE; None where that is not set.
+
+    Raises:
+        ValueError: It is no size.
+    """
+    given = os.environ.get(_LIMIT)
+    return _bytes(given, _LIMIT) if given else None
+
+
+def prune(root: Path, max_size: int) -> int:
+    """Removes what was not used for longest, but nothing that is in use, until the rest has so many bytes at most.
+
+    Returns:
+        Bytes that were removed.
+    """
+    sizes = {entry: _size(entry) for entry in _entries(root)}
+    total, left = sum(sizes.values()), sum(sizes.values())
+    for entry, size in sizes.items():
+        if left > max_size and _remove(entry):
+            left -= size
+    return total - left
+
+
+def _remove(entry: Path) -> bool:
+    """Removes a folder unless it is in use."""
+    try:
+        lock = _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    if lock is not None:
+        removed = entry.rename(entry.with_suffix(".removed"))  # at once, for processes that start now
+        shutil.rmtree(removed)
+        os.close(lock)  # then those that wait for it see that it is gone
+    return lock is not None
+
+
+def _is_in_use(entry: Path) -> bool:
+    try:
+        lock = _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    if lock is not None:
+        os.close(lock)
+    return False
+
+
+def _locked(entry: Path, how: int) -> int | None:
+    """An open file with a lock; None where it was removed in the meantime."""
+    file = os.open(_about(entry), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(file, how)
+        if os.fstat(file).st_nlink:
+            return file
+    except OSError:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
+
+
+def _about(entry: Path) -> Path:
+    return entry / "about.txt"
+
+
+def _entries(root: Path) -> list[Path]:
+    """Folders of tokens, what was used last at the end."""
+    return sorted((path for path in root.glob("tokens-*") if path.is_dir()), key=_last_used)
+
+
+def _last_used(entry: Path) -> float:
+    """Seconds since 1970."""
+    return _about(entry).stat().st_mtime if _about(entry).exists() else 0.0
+
+
+def _size(entry: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
+
+
+def _root(folder: str | None) -> Path:
+    return Path(folder).expanduser() if folder else cache_dir()
+
+
+def _bytes(size: str, name: str) -> int:
+    try:
+        return int(size) if size.isdecimal() else int(convert_file_size_to_int(size.replace(" ", "").upper()))
+    except ValueError as error:
+        raise UsageError(f"{name} is {size!r}; give bytes, such as 50GB.") from error
