@@ -1,0 +1,120 @@
+"""The options of the command line as a page, from its parser."""
+
+import inspect
+import re
+from argparse import SUPPRESS, Action
+from collections.abc import Iterable
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from smartbatch_lightning.cli import SmartBatchCLI, SmartBatchTrainer
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.evaluation.command import evaluate
+from smartbatch_lightning.models.classifier import SequenceClassifier
+
+_INTRODUCTION = """# Command line
+
+`smartbatch COMMAND [options]`. Options are flags, or keys of YAML files that `--config` names; later ones replace
+earlier ones, and `--print_config` prints all of them. Lists and dictionaries are written as in YAML:
+`--data.text_columns='[premise, hypothesis]'`. This page is made from the parser itself.
+
+| command | |
+| --- | --- |
+"""
+_SECTIONS = {
+    "data": "Data and batches: `--data`",
+    "model": "Model, optimizer, loss, metrics: `--model`",
+    "checkpoint": "Which weights are kept: `--checkpoint`",
+    "early_stopping": "Early stopping: `--early_stopping`",
+    "predictions": "Predictions: `--predictions`",
+    "evaluation": "Evaluation: `--evaluation`",
+    "export_model": "Export at the end of `fit`: `--export_model`",
+    "memory_check": "Memory: `--memory_check`",
+    "stop_on_signal": "Signals: `--stop_on_signal`",
+    "trainer": "Lightning's Trainer: `--trainer`",
+}
+
+
+class _ParsedError(Exception):
+    """Ends the command line when its parser is complete."""
+
+
+class _ParserOnly(SmartBatchCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _ParsedError(self._subcommand_parsers)
+
+
+def cli_reference() -> str:
+    """The page: commands, the options that they share by section, and what a command has besides."""
+    try:
+        _ParserOnly(args=[])
+    except _ParsedError as parsed:
+        [parsers] = parsed.args
+    shared = [
+        *_options(parsers["fit"]),
+        *_of_class(SequenceClassifier, "model"),
+        *_of_class(SmartBatchDataModule, "data"),
+    ]
+    by_section: dict[str, list[Action]] = {name: [] for name in _SECTIONS}
+    for option in shared:
+        if "." in option.dest:
+            by_section.setdefault(option.dest.split(".")[0], []).append(option)
+    text = _INTRODUCTION
+    for command in parsers:
+        text += f"| [`{command}`](#{command}) | {_first_sentence(getattr(SmartBatchTrainer, command))} |\n"
+    text += f"| [`evaluate`](#evaluate) | {_first_sentence(evaluate)} |\n"
+    for name, options in by_section.items():
+        if options:
+            text += f"\n## {_SECTIONS.get(name, name)}\n\n" + _table(options)
+    for command, parser in parsers.items():
+        own = [option for option in _options(parser) if "." not in option.dest]
+        text += f"\n## `{command}` {{#{command}}}\n\nThe options above, and\n\n" + _table(own)
+    parser = LightningArgumentParser()
+    parser.add_function_arguments(evaluate)
+    return (
+        text
+        + "\n## `evaluate` {#evaluate}\n\nNeeds neither model nor data, and has these options alone:\n\n"
+        + _table(_options(parser))
+    )
+
+
+def _of_class(of: type, name: str) -> list[Action]:
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(of, name)
+    return _options(parser)
+
+
+def _options(parser: LightningArgumentParser) -> list[Action]:
+    """What may be set: no help for classes, and no keys that hold others."""
+    return [
+        action
+        for action in parser._actions
+        if action.option_strings and action.default is not SUPPRESS and not isinstance(action.default, Namespace)
+    ]
+
+
+def _table(options: Iterable[Action]) -> str:
+    rows = "".join(
+        f"| `{_name(option)}` | {_default(option.default)} | {_cell(option.help or '')} |\n" for option in options
+    )
+    return f"| option | default | |\n| --- | --- | --- |\n{rows}"
+
+
+def _name(option: Action) -> str:
+    return next(name for name in option.option_strings if name.startswith("--"))
+
+
+def _default(value: Any) -> str:
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _cell(text: str) -> str:
+    """One line of Markdown, with the roles of reStructuredText in Lightning's docstrings taken out."""
+    text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text).replace("``", "`")
+    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+
+
+def _first_sentence(of: Any) -> str:
+    return re.split(r"(?<=\.)\s", _cell(inspect.getdoc(of) or ""))[0]
