@@ -75,6 +75,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, variant in VARIANTS.items():
             rows.append({"loss": name, "seed": seed, **train_and_test(variant, seed, args.epochs, args.max_steps)})
+            print(rows[-1], flush=True)
     names = [name for name in rows[0] if name not in ("loss", "seed")]
     means = [
         {"loss": loss, **{name: float(np.mean([row[name] for row in rows if row["loss"] == loss])) for name in names}}
