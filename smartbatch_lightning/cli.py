@@ -86,7 +86,7 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)  # whose tokenizer the data module takes
         datamodule.prepare_data()
-        echo("The data is prepared: the same arguments find it tokenized.")
+        echo("The data is prepared: the same arguments find it.")
 
     def report(
         self,
@@ -374,7 +374,7 @@ def _user_message(error: Exception) -> str | None:
         raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(one.__traceback__)]
         refusal = isinstance(one, ValueError | RuntimeError) and "".join(raised_in[-1:]).startswith("lightning.")
         if isinstance(one, UsageError | MisconfigurationException) or refusal:
-            return str(one).strip()
+            return str(one).strip().rpartition("UsageError: ")[2]  # torch puts a loader process' traceback before it
     if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]
         return "another rank has ended, and with it this one; what it says tells why."
     return None

@@ -414,7 +414,7 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
         ({"batching": "random"}, "batching was smart, now random"),
         ({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
         ({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
-        ({"max_length": 17}, r"data \(texts, labels, tokenizer, max_length or split\) was"),
+        ({"max_length": 17}, r"data \(texts, labels, tokenizer, tokenization, max_length or split\) was"),
     ],
 )
 def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:

@@ -30,19 +30,23 @@ class JitterPoint:
     batch_overlap: float
 
 
-def measure_jitter(lengths: NDArray[np.integer], spec: BatchSpec, jitter: float) -> JitterPoint:
+def measure_jitter(
+    lengths: NDArray[np.integer], spec: BatchSpec, jitter: float, tokens: NDArray[np.integer] | None = None
+) -> JitterPoint:
     """Plans two epochs and compares them; the same whatever the run's seed.
 
     Args:
-        lengths: Tokens of each sample. Shape (num_samples,).
+        lengths: Tokens of each sample, by which is planned. Shape (num_samples,).
         spec: What a batch may hold.
         jitter: Tokens.
+        tokens: What they turn out to be, where `lengths` are estimates. Shape (num_samples,).
     """
+    tokens = lengths if tokens is None else tokens
     first, second = (
         smart(PlanRequest(lengths, replace(spec, jitter=jitter), 1, np.random.PCG64(epoch))) for epoch in (0, 1)
     )
-    tokens = max(int(spec.tokens(lengths[plan.order], plan.offsets).sum()) for plan in (first, second))
-    return JitterPoint(jitter, tokens / int(lengths.sum()) - 1, batch_overlap(first, second))
+    computed = max(int(spec.tokens(tokens[plan.order], plan.offsets).sum()) for plan in (first, second))
+    return JitterPoint(jitter, computed / int(tokens.sum()) - 1, batch_overlap(first, second))
 
 
 def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:

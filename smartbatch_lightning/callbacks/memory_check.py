@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.models.classifier import SequenceClassifier, forward_kwargs
@@ -71,9 +72,10 @@ def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoade
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not re.search("out of memory|can't allocate memory|bad_alloc", str(error)):
             raise
-        longest = max(int(loader.plan_sampler.lengths[sample]) for sample in samples)
+        lengths = batch_lengths(collated)
+        longest = "" if lengths is None else f", the longest of {int(lengths.max())} tokens,"
         raise UsageError(
-            f"a batch of {len(samples)} samples, the longest of {longest} tokens, does not fit into memory: its input "
+            f"a batch of {len(samples)} samples{longest} does not fit into memory: its input "
             f"has the shape {tuple(collated['input_ids'].shape)}. {root_cause_message(error)} Lower --data.batch_size, "
             "the token budget or --data.max_length; or set --trainer.precision=bf16-mixed; "
             "--trainer.accumulate_grad_batches makes up for smaller batches."

@@ -59,7 +59,8 @@ class SmartBatchDataModule(TextDataModule):
             token budget makes all packed rows alike, for CUDA graphs.
         seed: Of plans and of the validation split; by default that of `seed_everything`, else that of torch, which
             checkpoints keep.
-        num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck.
+        num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck;
+            with `tokenization: lazy` some milliseconds, so that 1 or more are.
         pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
         loader_kwargs: What else `DataLoader` takes, such as `prefetch_factor`.
         ignore_fingerprint_mismatch: Resume a checkpoint of other data, seed or batching at the same step of the new
@@ -128,7 +129,16 @@ class SmartBatchDataModule(TextDataModule):
 
     @property
     def spec(self) -> BatchSpec:
-        """What a batch may hold, by the settings as they are now."""
+        """What a batch may hold, by the settings as they are now.
+
+        Raises:
+            ValueError: A setting is out of range, or there is a token budget for texts that are tokenized lazily.
+        """
+        if self.max_tokens_per_batch and self.tokenization == "lazy":
+            raise UsageError(
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, but with tokenization 'lazy' nobody knows the "
+                "tokens of a batch before it is made. Set --data.batch_size instead, or --data.tokenization=ahead."
+            )
         return BatchSpec(
             batching=self.batching,
             batch_size=self.batch_size,

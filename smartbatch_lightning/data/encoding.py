@@ -1,15 +1,18 @@
 """Texts -> token ids: what a tokenizer makes of the texts of a row, and a fingerprint that tells when it differs."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +21,8 @@ from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks.source import first_true, is_text
 
 _ROWS_PER_CHECK = 4096
+_ROWS_PER_BLOCK = 2**12
+_BYTES_PER_BLOCK = 2**22  # of text, for which the Rust tokenizer takes a hundred times as many
 
 Texts = Sequence[str | tuple[str, str]]
 
@@ -72,19 +77,19 @@ class TextEncoder:
             return [self.text_separator.join(texts) for texts in zip(*lists, strict=True)]
         return lists[0] if len(lists) == 1 else list(zip(*lists, strict=True))
 
-    def __call__(self, texts: Texts, first_row: int = 0) -> list[EncodedText]:
+    def __call__(self, texts: Texts, rows: Iterable[int]) -> list[EncodedText]:
         """Token ids of texts.
 
         Args:
             texts: As `texts` gives them.
-            first_row: Number of the first one, for messages.
+            rows: Their numbers, for messages.
 
         Raises:
             ValueError: A text is shorter than the special tokens alone, or nothing at all.
         """
         nothing = EncodedText(self._filler, [0] * len(self._filler), is_truncated=False)
         samples = [sample if sample.ids else nothing for sample in self._encoder[1](texts)]
-        for row, sample in enumerate(samples, first_row):
+        for row, sample in zip(rows, samples, strict=True):
             if not 0 < len(sample.ids) <= self.max_length:
                 what = "has no tokens. Drop it" if not sample.ids else "has more special tokens than that. Raise it"
                 raise UsageError(f"with max_length {self.max_length} row {row} (counted from 0) {what}.")
@@ -101,6 +106,35 @@ class TextEncoder:
     @property
     def _filler(self) -> list[int]:
         return [] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id]
+
+
+def stored_texts(dataset: Dataset, text_columns: Sequence[str]) -> Dataset:
+    """The text columns of a data set, as tables of Arrow.
+
+    Raises:
+        ValueError: The data set has a transform, or a column or a row is no text.
+    """
+    if dataset.format["type"] == "custom":
+        raise UsageError(
+            "the data set has a transform, which datasets runs whenever rows are read, while texts are taken as they "
+            "are stored. Use Dataset.map instead of set_transform."
+        )
+    check_texts(dataset, text_columns)
+    return dataset.select_columns(list(text_columns)).with_format("arrow")
+
+
+def text_blocks(texts: Dataset, rows: range) -> Iterator[tuple[int, pa.Table]]:
+    """Some rows of what `stored_texts` gives, few enough at once for their tokens to fit into memory.
+
+    Returns:
+        The number of the first row and the table of each block.
+    """
+    for start in range(rows.start, rows.stop, _ROWS_PER_BLOCK):
+        table = texts[start : min(start + _ROWS_PER_BLOCK, rows.stop)]
+        sizes = sum(pc.binary_length(column.cast(pa.large_string())).to_numpy() for column in table.columns)
+        cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // _BYTES_PER_BLOCK)) + 1
+        for first, end in pairwise([0, *cuts.tolist(), len(table)]):
+            yield start + first, table.slice(first, end - first)
 
 
 def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from datasets import Dataset, DatasetDict
@@ -15,10 +16,11 @@ from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
+from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
-from smartbatch_lightning.data.tokenizers import check_end_tokens, find_tokenizer
+from smartbatch_lightning.data.tokenizers import check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.families import reads_last_eos
@@ -73,6 +75,8 @@ class TextDataModule(L.LightningDataModule):
         predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split
             there is.
         max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        tokenization: `ahead` of the run, once, into a cache; or `lazy`, batch by batch in the processes that load them
+            (see `num_workers`): training starts at once, and pads more, since lengths are estimated from the texts.
         seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else that of torch,
             which checkpoints keep.
         cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
@@ -105,6 +109,7 @@ class TextDataModule(L.LightningDataModule):
         test_split: str | list[str] = "test",
         predict_split: str | None = None,
         max_length: int = 400,
+        tokenization: Literal["ahead", "lazy"] = "ahead",
         seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
@@ -119,6 +124,8 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
             )
+        if tokenization not in ("ahead", "lazy"):
+            raise UsageError(f"tokenization is {tokenization!r}; choose 'ahead' or 'lazy'.")
         columns = _checked_columns(text_columns, text_separator)
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         source = LabelSource.of(label_column, label_delimiter)
@@ -134,6 +141,7 @@ class TextDataModule(L.LightningDataModule):
         self.test_split = test_split
         self.predict_split = predict_split
         self.max_length = max_length
+        self.tokenization = tokenization
         self.seed = seed
         self.cache_dir = cache_dir
         self._given_tokenizer = tokenizer
@@ -157,6 +165,8 @@ class TextDataModule(L.LightningDataModule):
             For each sample a list of ids, or a mapping with `input_ids` and perhaps `token_type_ids`; or a
             `TokenTable`, as from the cache in which this method keeps them.
         """
+        if self.tokenization == "lazy":
+            return LazyTokenTable(dataset, self.text_encoder)
         folder = Path(self.cache_dir) if self.cache_dir else cache_dir()
         return tokenize_to_cache(dataset, self.text_encoder, folder, self.source)
 
@@ -242,19 +252,24 @@ class TextDataModule(L.LightningDataModule):
         """
         tokenized = self.tokenize(dataset)
         table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
+        if self.tokenization == "lazy" and not isinstance(table, LazyTokenTable):
+            raise UsageError(
+                f"tokenization is 'lazy', but {type(self).__name__}.tokenize gave token ids. Leave the option out, or "
+                "let tokenize return what TextDataModule.tokenize does."
+            )
         if len(table) != len(dataset):
             raise UsageError(
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
-        if len(table) and (longest := int(table.lengths.max())) > self.max_length:
-            raise UsageError(
-                f"tokenize gave {longest} tokens for row {int(table.lengths.argmax())}, more than max_length, "
-                f"{self.max_length}. Cut them, or set --data.max_length."
-            )
-        table.check_ids(len(self.tokenizer))
         model = text_model_of(self.trainer)
-        if model is not None and reads_last_eos(model.config):
-            check_end_tokens(table, self.tokenizer)
+        table.check(
+            partial(
+                check_tokens,
+                max_length=self.max_length,
+                vocabulary_size=len(self.tokenizer),
+                end_tokens_of=self.tokenizer if model is not None and reads_last_eos(model.config) else None,
+            )
+        )
         return table
 
     # --- Lightning's hooks ---

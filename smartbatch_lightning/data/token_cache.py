@@ -6,26 +6,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from smartbatch_lightning.cache import CacheHold, prune, size_limit
-from smartbatch_lightning.data.encoding import TextEncoder, check_texts
+from smartbatch_lightning.data.encoding import TextEncoder, stored_texts, text_blocks
 from smartbatch_lightning.data.tokens import COLUMN_TYPES, TokenFile
-from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.storage import is_valid, write_together
 
 _FORMAT = 4
 _ROWS_PER_SHARD = 2**16
-_ROWS_PER_BLOCK = 2**12
-_BYTES_PER_BLOCK = 2**22  # of text, for which the Rust tokenizer takes a hundred times as many
 _THREADS = 2  # one converts what it has encoded while the other's Rust tokenizer uses all cores
 
 _Item = TypeVar("_Item")
@@ -61,10 +55,10 @@ def tokenize_to_cache(
     }
     missing = {path: rows for path, rows in shards.items() if not is_valid(path)}
     if missing:
-        _check(dataset, encoder)
+        texts = stored_texts(dataset, encoder.text_columns)
         done = num_samples - sum(map(len, missing.values()))
         with tqdm(total=num_samples, initial=done, desc="Tokenizing", unit=" samples") as bar:
-            writes = {path: partial(_write_shard, dataset, rows, encoder, bar.update) for path, rows in missing.items()}
+            writes = {path: partial(_write_shard, texts, rows, encoder, bar.update) for path, rows in missing.items()}
             for path in write_together(writes):
                 done += len(shards[path])
                 bar.update(done - bar.n)  # for what another process made
@@ -75,26 +69,17 @@ def tokenize_to_cache(
     return tokens
 
 
-def _check(dataset: Dataset, encoder: TextEncoder) -> None:
-    if dataset.format["type"] == "custom":
-        raise UsageError(
-            "the data set has a transform, which datasets runs whenever rows are read, while texts are tokenized once. "
-            "Use Dataset.map instead of set_transform."
-        )
-    check_texts(dataset, encoder.text_columns)
-
-
 def _write_shard(
-    dataset: Dataset, rows: range, encoder: TextEncoder, report: Callable[[int], object], path: Path
+    texts: Dataset, rows: range, encoder: TextEncoder, report: Callable[[int], object], path: Path
 ) -> None:
     """Writes the token ids of some rows to a file, and reports how many rows each block had."""
     names = [name for name in COLUMN_TYPES if encoder.with_types or name != "token_type_ids"]
     schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(COLUMN_TYPES[name]))) for name in names])
-    declared = json.dumps({"num_samples": len(dataset), "max_length": encoder.max_length})
+    declared = json.dumps({"num_samples": len(texts), "max_length": encoder.max_length})
 
     def encode(block: tuple[int, pa.Table]) -> tuple[pa.RecordBatch, int]:
-        first, texts = block
-        samples = encoder(encoder.texts(texts), first)
+        first, table = block
+        samples = encoder(encoder.texts(table), range(first, first + len(table)))
         columns = {
             "input_ids": [sample.ids for sample in samples],
             "token_type_ids": [sample.type_ids for sample in samples],
@@ -103,20 +88,9 @@ def _write_shard(
         return pa.record_batch([columns[name] for name in names], schema=schema), truncated
 
     with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
-        for batch, truncated in _in_threads(encode, _blocks(dataset, rows, encoder.text_columns)):
+        for batch, truncated in _in_threads(encode, text_blocks(texts, rows)):
             file.write_batch(batch, custom_metadata={"truncated": str(truncated)})
             report(batch.num_rows)
-
-
-def _blocks(dataset: Dataset, rows: range, text_columns: Iterable[str]) -> Iterator[tuple[int, pa.Table]]:
-    """The texts of some rows, few enough at once for their tokens to fit into memory, and the row of the first."""
-    columns = dataset.select_columns(list(text_columns)).with_format("arrow")
-    for start in range(rows.start, rows.stop, _ROWS_PER_BLOCK):
-        table = columns[start : min(start + _ROWS_PER_BLOCK, rows.stop)]
-        sizes = sum(pc.binary_length(column.cast(pa.large_string())).to_numpy() for column in table.columns)
-        cuts = np.flatnonzero(np.diff(np.cumsum(sizes) // _BYTES_PER_BLOCK)) + 1
-        for first, end in pairwise([0, *cuts.tolist(), len(table)]):
-            yield start + first, table.slice(first, end - first)
 
 
 def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

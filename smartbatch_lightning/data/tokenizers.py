@@ -1,6 +1,7 @@
 """The tokenizer of a run: given, named, or the model's."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -126,10 +127,45 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     return fitted
 
 
-def check_end_tokens(table: TokenTable, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokens(
+    table: TokenTable,
+    rows: Sequence[int],
+    *,
+    max_length: int,
+    vocabulary_size: int,
+    end_tokens_of: PreTrainedTokenizerBase | None,
+) -> None:
+    """Refuses samples that the model does not take.
+
+    Args:
+        table: The samples.
+        rows: Their numbers, for messages.
+        max_length: Tokens of the longest sample there may be.
+        vocabulary_size: Tokens that the tokenizer knows.
+        end_tokens_of: It, where the model's head wants as many end tokens in all samples.
+
+    Raises:
+        ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
+    """
+    if len(table) and (longest := int(table.lengths.max())) > max_length:
+        raise UsageError(
+            f"tokenize gave {longest} tokens for row {rows[int(table.lengths.argmax())]}, more than max_length, "
+            f"{max_length}. Cut them, or set --data.max_length."
+        )
+    table.check_ids(vocabulary_size)
+    if end_tokens_of is not None:
+        check_end_tokens(table, rows, end_tokens_of)
+
+
+def check_end_tokens(table: TokenTable, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses samples without an end token, or with more of these than the others have, as where a text spells one.
 
     For models whose head wants as many in all samples of a batch.
+
+    Args:
+        table: The samples.
+        rows: Their numbers, for messages.
+        tokenizer: Whose end token it is.
 
     Raises:
         ValueError: There is one.
@@ -141,7 +177,7 @@ def check_end_tokens(table: TokenTable, tokenizer: PreTrainedTokenizerBase) -> N
     odd = np.flatnonzero((counts != usual) | (counts == 0))
     if len(odd):
         raise UsageError(
-            f"row {odd[0]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, which the model "
-            f"reads the last one of, and other rows {usual}; {len(odd):,} rows are so. A text that spells it has one "
-            "more: drop it, or spell it in another way."
+            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, which the "
+            f"model reads the last one of, and other rows {usual}; {len(odd):,} rows are so. A text that spells it has "
+            "one more: drop it, or spell it in another way."
         )

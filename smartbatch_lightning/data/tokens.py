@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -95,6 +95,10 @@ class TokenTable:
                 digest.update(block[name].flat.data)
         return digest.hexdigest()
 
+    def check(self, check: "Check") -> None:
+        """Looks at the token ids of all samples."""
+        check(self, range(len(self)))
+
     def check_ids(self, vocabulary_size: int) -> None:
         """Refuses ids that a model has no embedding for.
 
@@ -126,6 +130,13 @@ class TokenTable:
         block = bisect_right(self._starts, sample) - 1
         row = sample - self._starts[block]
         return {name: column[row] for name, column in self._blocks[block].items()}
+
+    def samples(self, rows: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
+        """The same of several samples."""
+        return [self[row] for row in rows]
+
+
+Check = Callable[[TokenTable, Sequence[int]], None]  # what refuses samples, which it names by these numbers
 
 
 class TokenFile(TokenTable):
@@ -182,10 +193,17 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         """`input_ids` and perhaps `token_type_ids`, `labels`; `index` is the row in the split that was loaded."""
-        row = int(self.rows[sample])
-        fields: dict[str, Any] = {**self.table[row], "index": row}
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """The same of the samples of a batch, which torch asks for at once."""
+        rows = self.rows[samples].tolist()
+        fields: list[dict[str, Any]] = [
+            {**tokens, "index": row} for tokens, row in zip(self.table.samples(rows), rows, strict=True)
+        ]
         if self.labels is not None:
-            fields["labels"] = self.labels[row]
+            for one, row in zip(fields, rows, strict=True):
+                one["labels"] = self.labels[row]
         return fields
 
 

@@ -3,6 +3,8 @@
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoConfig, BertConfig
 
 from smartbatch_lightning.batching import STRATEGIES, BatchPlan, BatchSpec, batch_overlap, plan_epoch
@@ -75,7 +77,11 @@ class Strategy:
 
 
 def measure_strategy(
-    data: SmartBatchDataModule, spec: BatchSpec, ranks: int, operations: tuple[float, float]
+    data: SmartBatchDataModule,
+    spec: BatchSpec,
+    ranks: int,
+    operations: tuple[float, float],
+    planned: NDArray[np.int64],
 ) -> tuple[Strategy, BatchPlan]:
     """Plans two epochs, and one for several ranks, and counts what they cost.
 
@@ -84,18 +90,19 @@ def measure_strategy(
         spec: How batches are chosen and become tensors.
         ranks: Ranks for which to tell the balance.
         operations: Of training, by token and by pair of tokens.
+        planned: Lengths by which is planned: those of the data, or estimates. Shape (num_samples,).
 
     Returns:
         What it costs, and the first epoch's plan.
     """
     lengths = data.train_data.lengths
     per_token, per_pair = operations
-    spec = with_jitter(spec, lengths)
-    plan = plan_epoch(lengths, spec)
+    spec = with_jitter(spec, planned)
+    plan = plan_epoch(planned, spec)
     tokens, pairs = (of(lengths[plan.order], plan.offsets) for of in (spec.tokens, spec.token_pairs))
     balance = None
     with suppress(UsageError):
-        shared = plan_epoch(lengths, spec, num_replicas=ranks)
+        shared = plan_epoch(planned, spec, num_replicas=ranks)
         tokens_of_ranks, pairs_of_ranks = (
             of(lengths[shared.order], shared.offsets) for of in (spec.tokens, spec.token_pairs)
         )
@@ -113,7 +120,7 @@ def measure_strategy(
         tokens=computed,
         padding_ratio=computed / int(lengths.sum()) - 1,
         savings_vs_fixed=1 - computed / fixed,
-        batch_overlap=batch_overlap(plan, plan_epoch(lengths, spec, epoch=1)),
+        batch_overlap=batch_overlap(plan, plan_epoch(planned, spec, epoch=1)),
         expected_speedup=fixed_operations / float(per_token * computed + per_pair * pairs.sum()),
         balance=balance,
         largest_batch=(samples, int(tokens[largest]) // (1 if spec.packed else samples)),

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class PaddingReport:
         ranks: Ranks for which the balance is.
         jitter: That `smart` batches of this data have.
         frontier: Padding and batch overlap of `smart` batches by jitter.
+        tokenized_ahead: Padding over real tokens of what is configured, were texts not tokenized lazily; else None.
     """
 
     splits: list[Split]
@@ -56,10 +58,11 @@ class PaddingReport:
     ranks: int
     jitter: float
     frontier: list[JitterPoint]
+    tokenized_ahead: float | None = None
 
     @classmethod
     def from_datamodule(cls, data: SmartBatchDataModule, ranks: int = 8) -> "PaddingReport":
-        """Looks at a data module's data, tokenizing them where that has not been done.
+        """Looks at a data module's data, tokenizing them where that has not been done, also if training does it lazily.
 
         Args:
             data: Any `SmartBatchDataModule`; its own batch size, token budget and so on are used.
@@ -70,13 +73,19 @@ class PaddingReport:
         """
         data.prepare_data()
         data.setup("fit")
+        planned = data.train_data.lengths
+        if is_lazy := data.tokenization == "lazy":
+            data = copy(data)
+            data.tokenization = "ahead"
+            data.prepare_data()
+            data.setup("fit")
         lengths = data.train_data.lengths
         ranks = min(ranks, len(lengths))
         operations = training_operations(data)
         strategies, widths = [], {}
         for spec in combinations(data.spec):
             with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
-                strategy, plan = measure_strategy(data, spec, ranks, operations)
+                strategy, plan = measure_strategy(data, spec, ranks, operations, planned)
                 strategies.append(strategy)
                 if strategy.name in ("random, longest", "smart, longest"):
                     widths[strategy.name] = plan.longest(lengths)
@@ -89,9 +98,10 @@ class PaddingReport:
             (str(label), " / ".join(labelled[int(row)][column] for column in data.text_columns))
             for label, row in zip(labels, rows, strict=True)
         ]
-        spec = with_jitter(replace(data.spec, batching="smart"), lengths)
+        ahead = measure_strategy(data, data.spec, ranks, operations, lengths)[0].padding_ratio if is_lazy else None
+        spec = with_jitter(replace(data.spec, batching="smart"), planned)
         jitters = sorted({0.0, 1.0, 2.0, 4.0, 8.0, float(spec.jitter)})
-        frontier = [measure_jitter(lengths, spec, jitter) for jitter in jitters]
+        frontier = [measure_jitter(planned, spec, jitter, lengths) for jitter in jitters]
         return cls(
             measure_splits(data),
             strategies,
@@ -102,6 +112,7 @@ class PaddingReport:
             ranks,
             float(spec.jitter),
             frontier,
+            ahead,
         )
 
     def show(self) -> None:
@@ -112,6 +123,11 @@ class PaddingReport:
         echo("")
         echo(tables.strategies(self.strategies, self.ranks))
         echo(f"An epoch of the {len(self.lengths):,} samples that are trained. {tables.STRATEGIES_LEGEND}")
+        if self.tokenized_ahead is not None:
+            echo(
+                "Texts are tokenized lazily, and batches planned by estimated lengths. Tokenized ahead, * would pad "
+                f"{self.tokenized_ahead:.2%}."
+            )
         echo("")
         echo(tables.frontier(self.frontier, self.jitter))
 
@@ -121,6 +137,7 @@ class PaddingReport:
             "max_length": self.max_length,
             "ranks": self.ranks,
             "jitter": self.jitter,
+            "tokenized_ahead": self.tokenized_ahead,
             "frontier": [asdict(point) for point in self.frontier],
             "splits": [asdict(split) for split in self.splits],
             "strategies": [asdict(strategy) for strategy in self.strategies],
