@@ -12,7 +12,7 @@ run one after the other, so that seconds compare only on a machine with nothing 
 """
 
 import argparse
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -32,15 +32,17 @@ VARIANTS: tuple[Row, ...] = (
 class ImdbSample(SmartBatchDataModule):
     """A few of IMDB's reviews, half of each label."""
 
+    num_samples: ClassVar = NUM_SAMPLES
+
     def load_dataset(self) -> DatasetDict:
-        """Draws `NUM_SAMPLES` of each split; the same ones whatever the run's seed."""
+        """Draws `num_samples` of each split; the same ones whatever the run's seed."""
         splits = super().load_dataset()
         return DatasetDict(
             {
                 name: splits[name].select(
                     stratified_split(np.array(splits[name]["label"]), wanted / len(splits[name]))[1]
                 )
-                for name, wanted in NUM_SAMPLES.items()
+                for name, wanted in self.num_samples.items()
             }
         )
 

@@ -20,6 +20,9 @@ from smartbatch_lightning.tasks import Task
 # What `enable_packing` sets on a model: an attribute of that one, not of the configuration that others may share.
 TAKES_PACKED_BATCHES = "takes_packed_batches"
 
+# What a model's configuration holds of how texts were cut that it was trained on, so that others are cut alike.
+TEXT_TRUNCATION = "text_truncation"
+
 
 @dataclass(frozen=True)
 class TextData:
@@ -34,6 +37,7 @@ class TextData:
         train_labels: Gives the labels of the training samples as the task encodes them, (num_samples, ...); or None
             where they are not read.
         spec: What a batch may hold.
+        truncation: How longer texts are cut, as the model's configuration holds it.
     """
 
     task: Task | None
@@ -43,6 +47,7 @@ class TextData:
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
     train_labels: Callable[[], NDArray[Any] | None] = lambda: None
     spec: BatchSpec = field(default_factory=BatchSpec)
+    truncation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, S
 
 _SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
+_IN_PARTS = {  # what a pipeline cannot do, by `truncation`
+    "head_tail": "Of texts of more than {} tokens it was trained on the beginning and the end, while a pipeline reads "
+    "the beginning alone; `smartbatch predict` reads both.",
+    "windows": "Texts of more than {} tokens it was trained to classify by all of their overlapping windows, while a "
+    "pipeline reads the first one alone; `smartbatch predict` reads all.",
+}
 _MODEL_SETTINGS = (
     *("learning_rate", "adam_epsilon", "weight_decay", "optimizer", "lr_scheduler", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
@@ -41,8 +47,9 @@ def export_model(
     """Writes weights as safetensors, the configuration with the names of the classes, the tokenizer and a model card.
 
     `transformers.pipeline("text-classification", folder, truncation=True)` gives what `predict` does: the tokenizer's
-    longest input is set to the data's `max_length`. Mean and deviation of standardised targets go into the weights of
-    the last layer, whose outputs are then in the data's unit.
+    longest input is set to the data's `max_length`, and the side that it cuts to that of the data's `truncation`. Of
+    long texts of which both ends were kept, or windows, it reads the beginning alone, and the card says so. Mean and
+    deviation of standardised targets go into the weights of the last layer, whose outputs are then in the data's unit.
 
     Args:
         model: Trained, and built.
@@ -70,6 +77,8 @@ def export_model(
     )
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
+    tokenizer.truncation_side = data.truncation_in_use.side or "right"
+    tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # else it is not saved
     card = _card(model, data, folder.resolve().name, metrics or {}, command)
     exported = model.model
     standardization = Standardization.from_fields(exported.config.to_dict())
@@ -171,7 +180,8 @@ def _card(
             for metric, value in evaluated.items()
         ],
     )
-    settings: dict[str, Any] = {"max_length": data.max_length, **asdict(data.spec)}
+    truncation = data.truncation_in_use
+    settings: dict[str, Any] = {"max_length": data.max_length, **truncation.to_dict(), **asdict(data.spec)}
     settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
     trainer = data.trainer
     if trainer is not None and trainer.global_step:  # it has trained the model
@@ -196,6 +206,7 @@ def _card(
             f"classify = pipeline('text-classification', {name!r}, truncation=True{width}{all_scores})"
             f"  # at {data.max_length} tokens",
         ),
+        *([] if truncation.side else [_IN_PARTS[truncation.truncation].format(data.max_length)]),
         "## Metrics",
         _table("metric", evaluated) if evaluated else "Not measured.",
         "## Settings",

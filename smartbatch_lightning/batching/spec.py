@@ -30,6 +30,9 @@ class BatchSpec:
         pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; of a packed batch all of its
             tokens, so that with the token budget itself every row is as long.
         max_length: Tokens of the longest sample there may be; None where it is unknown.
+        window_pooling: Samples of more than `max_length` tokens are windows of a text, one after another, all of which
+            but the last have `max_length`: how a model is to pool their logits, `mean` or `max`. Windows of a text
+            stay in one batch, and are padded as rows of their own.
         jitter: `smart` only: tokens by which a sample's length is moved up or down at random before sorting. More
             jitter mixes batches more from epoch to epoch and pads more; up to 0.5 it only breaks ties. `auto` takes
             the least that keeps the batch overlap under 10 %, as far as padding stays within 1 % of the real tokens.
@@ -45,6 +48,7 @@ class BatchSpec:
     padding: str = "longest"
     pad_to_multiple_of: int = 1
     max_length: int | None = None
+    window_pooling: str | None = None
     jitter: float | Literal["auto"] = "auto"
     seed: int = 0
 
@@ -61,6 +65,8 @@ class BatchSpec:
             )
         if self.padding == "max_length" and self.max_length is None:
             raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
+        if self.window_pooling and self.max_length is None:
+            raise UsageError("samples are windows, but max_length is None; give the tokens of a window.")
         if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter < math.inf):
             raise UsageError(f"jitter is {self.jitter}; give a number of tokens, 0 or more, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:
@@ -78,10 +84,13 @@ class BatchSpec:
         return self.padding == "max_length"
 
     def width(self, longest: ArrayLike) -> Int64s:
-        """Tokens to which batches are padded whose longest samples have so many; of any shape."""
+        """Tokens that each sample of a batch takes at most whose longest sample has so many; of any shape."""
         longest = np.asarray(longest, np.int64)
-        padded = PADDING_WIDTHS[self.padding]
-        return longest if padded is None else np.maximum(longest, padded(self, longest))
+        return longest if self.packed else self.windows(longest) * self._row_width(longest)
+
+    def windows(self, lengths: ArrayLike) -> Int64s:
+        """Rows that samples of these lengths are: one, or as many as windows; of any shape."""
+        return -(-np.asarray(lengths, np.int64) // self._longest_row)
 
     def tokens(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
         """Tokens that each batch takes, padding included.
@@ -96,18 +105,22 @@ class BatchSpec:
         lengths = np.asarray(lengths, np.int64)
         if self.packed:
             return round_up(np.add.reduceat(lengths, offsets[:-1]), self.pad_to_multiple_of)
-        return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1]))
+        rows = np.add.reduceat(self.windows(lengths), offsets[:-1])
+        return rows * self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
 
     def token_pairs(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
         """Pairs of tokens that attention compares in each batch; arguments and shape as of `tokens`."""
         lengths = np.asarray(lengths, np.int64)
         if self.packed:
             filled = self.tokens(lengths, offsets) - np.add.reduceat(lengths, offsets[:-1])
-            longest = np.maximum(np.maximum.reduceat(lengths, offsets[:-1]), self.max_length or 0)
+            longest = self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
+            longest = np.maximum(longest, self.max_length or 0)
             whole, rest = np.divmod(filled, longest)  # samples of padding, as long as may be
-            pairs: Int64s = np.add.reduceat(lengths**2, offsets[:-1]) + whole * longest**2 + rest**2
+            before = (self.windows(lengths) - 1) * self._longest_row  # tokens of a sample before its last window
+            of_samples = before * self._longest_row + (lengths - before) ** 2
+            pairs: Int64s = np.add.reduceat(of_samples, offsets[:-1]) + whole * longest**2 + rest**2
             return pairs
-        return np.diff(offsets) * self.width(np.maximum.reduceat(lengths, offsets[:-1])) ** 2
+        return self.tokens(lengths, offsets) * self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
 
     def samples_per_batch(self, longest: int, num_samples: int) -> int:
         """Samples that a batch may hold whatever they are, of `num_samples` that have `longest` tokens at most."""
@@ -135,12 +148,25 @@ class BatchSpec:
         if width > self.max_tokens_per_batch:
             raise UsageError(
                 f"sample {longest if rows is None else rows[longest]} takes {width} tokens, but max_tokens_per_batch "
-                f"is {self.max_tokens_per_batch}. Set it to {width} or more, or max_length to less."
+                f"is {self.max_tokens_per_batch}. Set it to {width} or more, or "
+                f"{'max_windows' if self.windows(lengths[longest]) > 1 else 'max_length'} to less."
             )
+
+    @property
+    def _longest_row(self) -> int:
+        """Tokens of a row at most: a sample of more is split into windows."""
+        return self.max_length if self.window_pooling and self.max_length else 2**62
+
+    def _row_width(self, longest: Int64s) -> Int64s:
+        """Tokens of a row of a batch whose longest sample has so many."""
+        row, padded = np.minimum(longest, self._longest_row), PADDING_WIDTHS[self.padding]
+        return row if padded is None else np.maximum(row, padded(self, row))
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that a plan depends on besides the lengths and the number of ranks."""
         settings = asdict(self)
+        if self.window_pooling is None:
+            del settings["window_pooling"]
         if self.max_tokens_per_batch is None:  # then a plan does not depend on the width of its batches
             for name in ("padding", "pad_to_multiple_of", "max_length"):
                 del settings[name]

@@ -136,12 +136,17 @@ class EvaluationReport(Callback):
         name = f"{stage}/{split}" if several else stage
         index = kept["index"].cpu().numpy() if "index" in kept else None
         lengths = kept["lengths"].cpu().numpy() if "lengths" in kept else None
+        datamodule = datamodule_of(trainer)
+        if lengths is not None and index is not None and isinstance(datamodule, TextDataModule):
+            lost_tokens = datamodule.data_sets(trainer.state.fn.value)[number].table.lost_tokens
+            lengths += 0 if lost_tokens is None else lost_tokens[index]
+        max_length = None if data is None or data.spec.window_pooling else data.max_length
         evaluation = Evaluation(
             model.task,
             model.task.scores(kept["logits"]).cpu().numpy(),
             model.task.metric_labels(kept["labels"]).cpu().numpy(),
             texts=None if index is None else _texts_of(trainer, split, index),
-            lengths=None if lengths is None else Lengths(lengths, "tokens", None if data is None else data.max_length),
+            lengths=None if lengths is None else Lengths(lengths, "tokens", max_length),
             index=index,
             title=name,
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smartbatch_lightning.console import command_line, echo, table_of
 from smartbatch_lightning.contract import text_data_of
-from smartbatch_lightning.data.collators import batch_lengths
+from smartbatch_lightning.data.collators import window_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
@@ -32,7 +32,8 @@ class Counts:
         samples: Samples.
         tokens: Tokens, with padding.
         real_tokens: Tokens, without.
-        sum_squared_lengths: Sum of the squares of the samples' lengths, on which the cost of attention depends.
+        sum_squared_lengths: Sum of the squares of the lengths of samples, or of their windows, on which the cost of
+            attention depends.
         seconds: Time.
         data_wait_seconds: Part of the time in which a batch was waited for.
     """
@@ -152,11 +153,11 @@ class TrainingMonitor(Callback):
 
         A resume trains again what was accumulated of one, so that is not counted.
         """
-        lengths = batch_lengths(batch)
+        lengths = window_lengths(batch)
         if lengths is None:
             return
         sums = torch.stack((lengths.sum(), lengths.square().sum()))
-        self._accumulated.append((len(lengths), batch["input_ids"].numel(), sums))
+        self._accumulated.append((len(batch.get("window_counts", lengths)), batch["input_ids"].numel(), sums))
         self._goes_on.clear()
         if not between_steps(trainer):
             return
@@ -205,7 +206,8 @@ class TrainingMonitor(Callback):
         if stage != "fit" or not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
         echo(_table(self.epochs, self.total))
-        if data := text_data_of(trainer):
+        data = text_data_of(trainer)
+        if data and not data.spec.window_pooling:
             tokens, fixed = self.total.tokens, self.total.samples * data.max_length
             echo(
                 f"Tokens computed: {tokens:,}. Padding everything to {data.max_length} takes {fixed:,}: "

@@ -55,7 +55,7 @@ class PadCollator:
             padding_side=tokenizer.padding_side,
         )
 
-    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+    def __call__(self, rows: Rows) -> dict[str, Any]:
         """Tensors of a batch.
 
         Args:
@@ -63,21 +63,21 @@ class PadCollator:
 
         Returns:
             `input_ids`, `attention_mask` and perhaps `token_type_ids` (batch, width), int64; everything else
-            (batch, ...).
+            (batch, ...). Windows are rows, of which `window_counts` (batch,) says how many each sample has, and
+            `window_pooling` how their logits are pooled.
         """
-        lengths = _lengths(rows)
+        lengths, windows = _window_lengths(rows, self.spec)
         width = int(self.spec.width(lengths.max()))
         on_right = self.padding_side == "right"
-        batch: dict[str, Tensor] = {}
-        for name in _token_columns(rows):
-            padded = np.full((len(rows), width), self.padding_values[name], np.int64)
-            for line, row in zip(padded, rows, strict=True):
-                start = 0 if on_right else width - len(row[name])
-                line[start : start + len(row[name])] = row[name]
-            batch[name] = torch.from_numpy(padded)
         mask = np.arange(width) < lengths[:, None]
-        batch["attention_mask"] = torch.from_numpy((mask if on_right else mask[:, ::-1]).astype(np.int64))
-        return {**batch, **_numbers(rows)}
+        mask = mask if on_right else mask[:, ::-1]
+        batch: dict[str, Any] = {}
+        for name in _token_columns(rows):
+            padded = np.full((len(lengths), width), self.padding_values[name], np.int64)
+            padded[mask] = np.concatenate([np.asarray(row[name]) for row in rows])
+            batch[name] = torch.from_numpy(padded)
+        batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return {**batch, **windows, **_numbers(rows)}
 
 
 class PackCollator:
@@ -106,7 +106,7 @@ class PackCollator:
         """Fills up with what a tokenizer pads with."""
         return cls(tokenizer.pad_token_id or 0, spec)
 
-    def __call__(self, rows: Rows) -> dict[str, Tensor | int]:
+    def __call__(self, rows: Rows) -> dict[str, Any]:
         """Tensors of a batch.
 
         Args:
@@ -116,18 +116,19 @@ class PackCollator:
             `input_ids`, `position_ids`, which start again at 0 in each sample, and perhaps `token_type_ids`
             (1, tokens), int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and
             the end; `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...).
-            Where the row is filled up, also the number `num_samples`.
+            Where the row is filled up, also the number `num_samples`. A window counts as a sample in all of these, and
+            `window_counts` (batch,) says how many each row has, `window_pooling` how their logits are pooled.
         """
-        lengths = _lengths(rows)
+        lengths, windows = _window_lengths(rows, self.spec)
         longest = int(lengths.max())
-        constant: dict[str, Tensor | int] = {}
+        constant: dict[str, int] = {}
         if self.spec.pad_to_multiple_of > 1:
             longest = max(longest, self.spec.max_length or 0)
-            constant["num_samples"] = len(rows)
+            constant["num_samples"] = len(lengths)
             lengths = self._fill(lengths, longest)
         cu_seq_lens = np.concatenate(([0], np.cumsum(lengths)))
         width = int(cu_seq_lens[-1])
-        batch: dict[str, Tensor | int] = {}
+        batch: dict[str, Any] = {}
         for name in _token_columns(rows):
             values = np.concatenate([np.asarray(row[name]) for row in rows])
             row = np.full((1, width), self.pad_token_id if name == "input_ids" else 0, np.int64)
@@ -136,7 +137,7 @@ class PackCollator:
         batch["position_ids"] = torch.from_numpy((np.arange(width) - np.repeat(cu_seq_lens[:-1], lengths))[None])
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.from_numpy(cu_seq_lens.astype(np.int32))
         batch["max_length_q"] = batch["max_length_k"] = longest
-        return {**batch, **constant, **_numbers(rows)}
+        return {**batch, **constant, **windows, **_numbers(rows)}
 
     def _fill(self, lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
         """Lengths with those of the samples that fill the row up, then empty ones up to a power of two."""
@@ -157,6 +158,14 @@ COLLATORS: dict[str, Callable[[PreTrainedTokenizerBase, BatchSpec], Collator]] =
 
 def batch_lengths(batch: Any) -> Tensor | None:
     """Real tokens of each sample of a batch that either collator made, on its device. Shape (batch,); else None."""
+    lengths = window_lengths(batch)
+    if lengths is None or "window_counts" not in batch:
+        return lengths
+    return torch.segment_reduce(lengths.float(), "sum", lengths=batch["window_counts"], unsafe=True).long()
+
+
+def window_lengths(batch: Any) -> Tensor | None:
+    """The same of each window of the samples, which without windows is the same. Shape (windows,)."""
     if isinstance(batch, Mapping) and "cu_seq_lens_q" in batch:
         return torch.diff(batch["cu_seq_lens_q"])[: batch.get("num_samples")]
     if isinstance(batch, Mapping) and "attention_mask" in batch:
@@ -165,8 +174,15 @@ def batch_lengths(batch: Any) -> Tensor | None:
     return None
 
 
-def _lengths(rows: Rows) -> NDArray[np.int64]:
-    return np.array([len(row["input_ids"]) for row in rows])
+def _window_lengths(rows: Rows, spec: BatchSpec) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    """Tokens of each window of the samples, (windows,), and what tells a model of the windows, where there are any."""
+    lengths = np.array([len(row["input_ids"]) for row in rows])
+    if spec.window_pooling is None or spec.max_length is None:
+        return lengths, {}
+    counts = spec.windows(lengths)
+    windows = np.full(counts.sum(), spec.max_length)
+    windows[np.cumsum(counts) - 1] = lengths - (counts - 1) * spec.max_length
+    return windows, {"window_counts": torch.from_numpy(counts), "window_pooling": spec.window_pooling}
 
 
 def _token_columns(rows: Rows) -> list[str]:

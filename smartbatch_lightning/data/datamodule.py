@@ -66,7 +66,7 @@ class SmartBatchDataModule(TextDataModule):
         ignore_fingerprint_mismatch: Resume a checkpoint of other data, seed or batching at the same step of the new
             plan, where some samples of the epoch may be trained twice or not at all.
         text_options: What else `TextDataModule` takes: `reader_kwargs`, columns, labels, splits, `max_length`,
-            `cache_dir`.
+            `truncation`, `cache_dir`.
 
     Raises:
         ValueError: An argument or the data is not usable; the message says what was met and what to do.
@@ -139,6 +139,7 @@ class SmartBatchDataModule(TextDataModule):
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}, but with tokenization 'lazy' nobody knows the "
                 "tokens of a batch before it is made. Set --data.batch_size instead, or --data.tokenization=ahead."
             )
+        truncation = self.truncation if self._loaded is None else self.truncation_in_use
         return BatchSpec(
             batching=self.batching,
             batch_size=self.batch_size,
@@ -146,6 +147,7 @@ class SmartBatchDataModule(TextDataModule):
             padding=self.padding,
             pad_to_multiple_of=self.pad_to_multiple_of,
             max_length=self.max_length,
+            window_pooling=None if truncation is None else truncation.pooling,
             jitter=self.jitter,
             seed=self.seed,
         )
@@ -162,6 +164,7 @@ class SmartBatchDataModule(TextDataModule):
             evaluation_splits={"val": validation, "test": self._names.tested},
             train_labels=lambda: None if train_data is None else train_data.sample_labels,
             spec=self.spec,
+            truncation=self.truncation_in_use.to_dict(),
         )
 
     def setup(self, stage: str) -> None:
@@ -218,6 +221,7 @@ class SmartBatchDataModule(TextDataModule):
             return {}
         return {
             "fingerprint": dataset_fingerprint(self.train_data, self._train_sampler.spec),
+            "truncation": self.truncation_in_use.to_dict(),
             **training_state(self.trainer, self._train_sampler),
         }
 
@@ -229,7 +233,12 @@ class SmartBatchDataModule(TextDataModule):
         """
         if not state or self.trainer is None:
             return
-        stage = self.trainer.state.fn
+        stage, truncation = self.trainer.state.fn, self.truncation_in_use.to_dict()
+        if self.truncation is None and state.get("truncation", truncation) != truncation:
+            raise UsageError(
+                f"the checkpoint was trained on texts cut by {state['truncation']}, but now it is {truncation}. Give "
+                "the data module the same, or the model by SequenceClassifier.load_from_checkpoint, which tells it."
+            )
         if stage == TrainerFn.VALIDATING:
             self._set_aside_as_trained(state["fingerprint"])
         if stage != TrainerFn.FITTING:

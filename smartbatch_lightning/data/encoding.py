@@ -1,11 +1,12 @@
 """Texts -> token ids: what a tokenizer makes of the texts of a row, and a fingerprint that tells when it differs."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -17,22 +18,27 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks.source import first_true, is_text
 
 _ROWS_PER_CHECK = 4096
 _ROWS_PER_BLOCK = 2**12
 _BYTES_PER_BLOCK = 2**22  # of text, for which the Rust tokenizer takes a hundred times as many
+_HEAD = Truncation()
 
 Texts = Sequence[str | tuple[str, str]]
 
 
 class EncodedText(NamedTuple):
-    """Token ids of a sample, their types, and whether its text was cut."""
+    """Token ids of a sample, their types, and how many tokens were cut.
+
+    Of a text that is cut into windows, those of all windows, one after another; all but the last have `max_length`.
+    """
 
     ids: list[int]
     type_ids: list[int]
-    is_truncated: bool
+    lost_tokens: int = 0
 
 
 Encode = Callable[[Texts], list[EncodedText]]
@@ -48,19 +54,25 @@ class TextEncoder:
         tokenizer: Where it is a fast one, a copy of its Rust tokenizer does it, in a fifth of the time.
         text_columns: One column of text, or two for sentence pairs; or several that `text_separator` joins.
         text_separator: What stands between the texts of several columns in the one text that is tokenized.
-        max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        max_length: Tokens that a model takes at once, with special tokens; longer text is cut.
+        truncation: How it is cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
     text_columns: Sequence[str]
     text_separator: str | None
     max_length: int
+    truncation: Truncation = _HEAD
+
+    def __post_init__(self) -> None:
+        self.truncation.check_columns(self.text_columns, self.text_separator)
 
     @property
     def identity(self) -> str:
         """Everything that the ids depend on besides the texts."""
         columns = [list(self.text_columns), self.text_separator]
-        return json.dumps([self._encoder[0], self.max_length, *columns, self.with_types, self._filler])
+        cut = [self.max_length, replace(self.truncation, window_pooling=None).to_dict()]
+        return json.dumps([self._encoder[0], *cut, *columns, self.with_types, self._filler])
 
     @cached_property
     def with_types(self) -> bool:
@@ -87,10 +99,10 @@ class TextEncoder:
         Raises:
             ValueError: A text is shorter than the special tokens alone, or nothing at all.
         """
-        nothing = EncodedText(self._filler, [0] * len(self._filler), is_truncated=False)
+        nothing = EncodedText(self._filler, [0] * len(self._filler))
         samples = [sample if sample.ids else nothing for sample in self._encoder[1](texts)]
         for row, sample in zip(rows, samples, strict=True):
-            if not 0 < len(sample.ids) <= self.max_length:
+            if not sample.ids or (len(sample.ids) > self.max_length and not self.truncation.pooling):
                 what = "has no tokens. Drop it" if not sample.ids else "has more special tokens than that. Raise it"
                 raise UsageError(f"with max_length {self.max_length} row {row} (counted from 0) {what}.")
         return samples
@@ -101,7 +113,8 @@ class TextEncoder:
 
     @cached_property
     def _encoder(self) -> tuple[str, Encode]:
-        return _rust_encoder(self.tokenizer, self.max_length) or _python_encoder(self.tokenizer, self.max_length)
+        options = self.tokenizer, self.truncation, self.max_length
+        return _rust_encoder(*options) or _python_encoder(*options)
 
     @property
     def _filler(self) -> list[int]:
@@ -162,46 +175,112 @@ def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
                 )
 
 
-def _rust_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[str, Encode] | None:
+def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_length: int) -> EncodedText:
+    """What is kept of a text, with the special tokens around it.
+
+    Args:
+        whole: The text, uncut.
+        first: Where its own tokens start, behind special ones.
+        end: Where they end, before special ones.
+        truncation: How it is cut.
+        max_length: Tokens of a piece at most.
+    """
+    room = max_length - len(whole.ids) + end - first
+
+    def keep(tokens: list[int]) -> tuple[list[int], int]:
+        pieces, lost = truncation.pieces(tokens[first:end], room, max_length)
+        return list(chain.from_iterable(chain(tokens[:first], piece, tokens[end:]) for piece in pieces)), lost
+
+    ids, lost = keep(whole.ids)
+    return EncodedText(ids, keep(whole.type_ids)[0], lost)
+
+
+def _rust_encoder(
+    tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int
+) -> tuple[str, Encode] | None:
     """What tells a fast tokenizer from others, and its Rust part alone; None where Python has a part in it.
 
-    A copy truncates and never pads, whatever the original was last asked to do.
+    A copy never pads, whatever the original was last asked to do. It cuts pairs, the longer text first.
     """
     try:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception:  # no fast one, or a custom part, of which tokenizers says in an Exception that it is in Python
         return None
     backend.no_padding()
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    backend.no_truncation()
     backend.encode_special_tokens = tokenizer.split_special_tokens
+    identity = json.dumps([backend.to_str(), tokenizer.split_special_tokens])
+    truncating = Tokenizer.from_str(backend.to_str())
+    truncating.encode_special_tokens = tokenizer.split_special_tokens
+    if truncation.side is not None:
+        truncating.enable_truncation(max_length, direction=truncation.side)
 
     def encode(texts: Texts) -> list[EncodedText]:
         # a pair without a second text is one text to transformers, where it is not in a list
-        encodings = backend.encode_batch_fast([text if isinstance(text, str) or text[1] else text[0] for text in texts])
-        return [EncodedText(encoding.ids, encoding.type_ids, bool(encoding.overflowing)) for encoding in encodings]
+        texts = [text if isinstance(text, str) or text[1] else text[0] for text in texts]
+        encodings = backend.encode_batch_fast(texts)
+        samples = [EncodedText(encoding.ids, encoding.type_ids) for encoding in encodings]
+        longer = [row for row, sample in enumerate(samples) if len(sample.ids) > max_length]
+        for row in longer:
+            if isinstance(texts[row], str):
+                special = encodings[row].special_tokens_mask
+                first, end = (special.index(0), len(special) - special[::-1].index(0)) if 0 in special else (0, 0)
+                samples[row] = _cut(samples[row], first, end, truncation, max_length)
+        pairs = [row for row in longer if not isinstance(texts[row], str)]
+        for row, shorter in zip(pairs, truncating.encode_batch_fast([texts[row] for row in pairs]), strict=True):
+            lost_tokens = len(samples[row].ids) - len(shorter.ids)
+            samples[row] = EncodedText(shorter.ids, shorter.type_ids, lost_tokens)
+        return samples
 
-    return json.dumps([backend.to_str(), tokenizer.split_special_tokens]), encode
+    return identity, encode
 
 
-def _python_encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[str, Encode]:
+def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> tuple[str, Encode]:
     """What tells a tokenizer from others, all files that it is saved as, and transformers' own call of it."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+    if truncation.side not in (None, tokenizer.truncation_side):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.truncation_side = truncation.side
 
-    def call(texts: Texts, **options: Any) -> list[tuple[list[int], list[int]]]:
+    def call(texts: Texts, **options: Any) -> list[EncodedText]:
         columns = list(zip(*texts, strict=True)) if isinstance(texts[0], tuple) else [texts]
         encoded = tokenizer(*(list(column) for column in columns), return_token_type_ids=True, verbose=False, **options)
         ids: list[list[int]] = encoded["input_ids"]
-        return list(zip(ids, encoded.get("token_type_ids", [[0] * len(row) for row in ids]), strict=True))
+        type_ids = encoded.get("token_type_ids", [[0] * len(row) for row in ids])
+        return [EncodedText(*row) for row in zip(ids, type_ids, strict=True)]
+
+    def shorten(texts: Texts, samples: list[EncodedText]) -> list[EncodedText]:
+        if truncation.side is not None:
+            shorter = call(texts, truncation=True, max_length=max_length)
+            return [
+                short._replace(lost_tokens=len(whole.ids) - len(short.ids))
+                for whole, short in zip(samples, shorter, strict=True)
+            ]
+        return [
+            _cut(whole, *_find_text(whole.ids, text.ids), truncation, max_length)
+            for whole, text in zip(samples, call(texts, add_special_tokens=False), strict=True)
+        ]
 
     def encode(texts: Texts) -> list[EncodedText]:
-        samples = [EncodedText(*row, is_truncated=False) for row in call(texts)]
-        cut = [row for row, sample in enumerate(samples) if len(sample.ids) > max_length]
-        if cut:
-            shorter = call([texts[row] for row in cut], truncation=True, max_length=max_length)
-            for row, columns in zip(cut, shorter, strict=True):
-                samples[row] = EncodedText(*columns, is_truncated=True)
+        samples = call(texts)
+        longer = [row for row, sample in enumerate(samples) if len(sample.ids) > max_length]
+        if longer:
+            shorter = shorten([texts[row] for row in longer], [samples[row] for row in longer])
+            for row, sample in zip(longer, shorter, strict=True):
+                samples[row] = sample
         return samples
 
     return json.dumps([type(tokenizer).__qualname__, files]), encode
+
+
+def _find_text(ids: list[int], text: list[int]) -> tuple[int, int]:
+    """Where a text's own tokens start and end among those with special tokens."""
+    for first in range(len(ids) - len(text) + 1):
+        if ids[first : first + len(text)] == text:
+            return first, first + len(text)
+    raise UsageError(
+        "the tokenizer puts special tokens between those of a text, which can only be cut at its beginning or its end. "
+        "Set --data.truncation to head or tail."
+    )

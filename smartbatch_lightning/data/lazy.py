@@ -34,9 +34,6 @@ class LazyTokenTable(TokenTable):
     What is to be known before is estimated: tokens by the bytes of a text, as many for each of a kind as fits some 256
     samples best. On IMDB that pads 3.7 % where batches are `smart`, and the bytes alone 9.2 %.
 
-    Attributes:
-        num_truncated: Samples that are cut, as estimated.
-
     Args:
         dataset: One split.
         encoder: What makes token ids of its texts.
@@ -51,7 +48,6 @@ class LazyTokenTable(TokenTable):
         self._checks: list[Check] = []
         self._sample_rows = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE_SIZE).astype(np.int64)).tolist()
         self._sample = self._encode(self._sample_rows)
-        self.num_truncated = round(np.mean([sample.is_truncated for sample in self._sample]) * len(dataset))
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -78,6 +74,11 @@ class LazyTokenTable(TokenTable):
         check(self._table(self._sample), self._sample_rows)
         self._checks.append(check)
 
+    @property
+    def lost_tokens(self) -> None:
+        """Nobody knows before all texts are tokenized."""
+        return None
+
     @cached_property
     def lengths(self) -> NDArray[np.int32]:  # type: ignore[override]
         """Tokens of each sample, as estimated. Shape (num_samples,), int32."""
@@ -85,7 +86,9 @@ class LazyTokenTable(TokenTable):
         constant, by_byte = weights[0], weights[1:] @ _KINDS
         blocks = [constant + _sums(block, by_byte) for block in self._blocks_of_texts()]
         estimates = np.rint(np.concatenate(blocks) / _UNIT)
-        return np.clip(estimates, 1, self.encoder.max_length).astype(np.int32)
+        windows = self.encoder.truncation.max_windows if self.encoder.truncation.pooling else 1
+        most = None if windows is None else windows * self.encoder.max_length
+        return np.clip(estimates, 1, most).astype(np.int32)
 
     @cached_property
     def digest(self) -> str:
@@ -115,7 +118,7 @@ class LazyTokenTable(TokenTable):
         tokens = np.array([len(sample.ids) for sample in self._sample])
         table = self._texts[self._sample_rows]
         bytes_of = np.stack([np.ones_like(tokens), *(_sums(table, kind) for kind in _KINDS)], axis=1)
-        whole = np.array([not sample.is_truncated for sample in self._sample])
+        whole = np.array([not sample.lost_tokens for sample in self._sample])
         if not whole.any():
             whole[:] = True
         weights = _UNIT * np.linalg.lstsq(bytes_of[whole], tokens[whole], rcond=None)[0]

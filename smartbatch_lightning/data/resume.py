@@ -14,7 +14,7 @@ from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, join_quoted
 
-_FIELD_DESCRIPTIONS = {"data": "data (texts, labels, tokenizer, tokenization, max_length or split)"}
+_FIELD_DESCRIPTIONS = {"data": "data (texts, labels, tokenizer, tokenization, max_length, truncation or split)"}
 
 
 def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:

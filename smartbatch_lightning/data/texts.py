@@ -22,6 +22,7 @@ from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_v
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
+from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.families import reads_last_eos
 from smartbatch_lightning.seeds import run_seed, seed_is_given
@@ -41,6 +42,7 @@ class _Loaded:
     train_labels: LabelColumns | None
     task: Task | None
     trains: bool  # or runs a model that is not trained yet
+    truncation: Truncation
 
 
 class TextDataModule(L.LightningDataModule):
@@ -74,7 +76,13 @@ class TextDataModule(L.LightningDataModule):
         test_split: Split to test on, or several.
         predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split
             there is.
-        max_length: Longest sample, in tokens with special tokens; longer text is cut.
+        max_length: Tokens that the model takes at once, with special tokens; longer text is cut.
+        truncation: What is kept of longer text: `head`, `tail`, `head_tail`, or all of it in overlapping `windows`. By
+            default what a trained model was trained on, else the side that the tokenizer keeps, for most the head.
+        head_tokens: Tokens at the beginning that `head_tail` keeps; by default a quarter of `max_length`.
+        stride: Tokens that a window shares with the one before; by default a quarter of `max_length`.
+        max_windows: Windows of a text at most; what comes after them is cut.
+        window_pooling: How the logits of a text's windows become one prediction: `mean`, the default, or `max`.
         tokenization: `ahead` of the run, once, into a cache; or `lazy`, batch by batch in the processes that load them
             (see `num_workers`): training starts at once, and pads more, since lengths are estimated from the texts.
         seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else that of torch,
@@ -109,6 +117,11 @@ class TextDataModule(L.LightningDataModule):
         test_split: str | list[str] = "test",
         predict_split: str | None = None,
         max_length: int = 400,
+        truncation: str | None = None,
+        head_tokens: int | None = None,
+        stride: int | None = None,
+        max_windows: int | None = None,
+        window_pooling: str | None = None,
         tokenization: Literal["ahead", "lazy"] = "ahead",
         seed: int | None = None,
         cache_dir: str | None = None,
@@ -141,6 +154,10 @@ class TextDataModule(L.LightningDataModule):
         self.test_split = test_split
         self.predict_split = predict_split
         self.max_length = max_length
+        options = (truncation, head_tokens, stride, max_windows, window_pooling)
+        self.truncation = None if options == (None,) * len(options) else Truncation(truncation or "head", *options[1:])
+        if self.truncation is not None:
+            self.truncation.check_columns(columns, text_separator)
         self.tokenization = tokenization
         self.seed = seed
         self.cache_dir = cache_dir
@@ -190,7 +207,13 @@ class TextDataModule(L.LightningDataModule):
     @property
     def text_encoder(self) -> TextEncoder:
         """What makes token ids of the texts of a split."""
-        return TextEncoder(self.tokenizer, self.text_columns, self.text_separator, self.max_length)
+        options = self.text_columns, self.text_separator, self.max_length, self.truncation_in_use
+        return TextEncoder(self.tokenizer, *options)
+
+    @property
+    def truncation_in_use(self) -> Truncation:
+        """What is kept of longer text: as given, else as of a trained model, else as the tokenizer's side says."""
+        return self._load().truncation
 
     @property
     def seed(self) -> int:
@@ -266,6 +289,7 @@ class TextDataModule(L.LightningDataModule):
             partial(
                 check_tokens,
                 max_length=self.max_length,
+                windows=self.truncation_in_use.pooling is not None,
                 vocabulary_size=len(self.tokenizer),
                 end_tokens_of=self.tokenizer if model is not None and reads_last_eos(model.config) else None,
             )
@@ -328,7 +352,8 @@ class TextDataModule(L.LightningDataModule):
             trained = None if model is None else model.trained_config
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
             task = self._task_options.find(train_labels, trained, training=training)
-            self._loaded = _Loaded(splits, tokenizer, train_labels, task, training or trained is None)
+            truncation = self.truncation or Truncation.of_model(trained, tokenizer)
+            self._loaded = _Loaded(splits, tokenizer, train_labels, task, training or trained is None, truncation)
         return self._loaded
 
     @property

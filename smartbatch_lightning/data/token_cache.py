@@ -18,7 +18,7 @@ from smartbatch_lightning.data.encoding import TextEncoder, stored_texts, text_b
 from smartbatch_lightning.data.tokens import COLUMN_TYPES, TokenFile
 from smartbatch_lightning.storage import is_valid, write_together
 
-_FORMAT = 4
+_FORMAT = 5
 _ROWS_PER_SHARD = 2**16
 _THREADS = 2  # one converts what it has encoded while the other's Rust tokenizer uses all cores
 
@@ -74,22 +74,24 @@ def _write_shard(
 ) -> None:
     """Writes the token ids of some rows to a file, and reports how many rows each block had."""
     names = [name for name in COLUMN_TYPES if encoder.with_types or name != "token_type_ids"]
-    schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(COLUMN_TYPES[name]))) for name in names])
-    declared = json.dumps({"num_samples": len(texts), "max_length": encoder.max_length})
+    ragged = [(name, pa.list_(pa.from_numpy_dtype(COLUMN_TYPES[name]))) for name in names]
+    schema = pa.schema([*ragged, ("lost_tokens", pa.int32())])
+    longest = None if encoder.truncation.pooling else encoder.max_length
+    declared = json.dumps({"num_samples": len(texts), "max_length": longest})
 
-    def encode(block: tuple[int, pa.Table]) -> tuple[pa.RecordBatch, int]:
+    def encode(block: tuple[int, pa.Table]) -> pa.RecordBatch:
         first, table = block
         samples = encoder(encoder.texts(table), range(first, first + len(table)))
         columns = {
             "input_ids": [sample.ids for sample in samples],
             "token_type_ids": [sample.type_ids for sample in samples],
+            "lost_tokens": [sample.lost_tokens for sample in samples],
         }
-        truncated = sum(sample.is_truncated for sample in samples)
-        return pa.record_batch([columns[name] for name in names], schema=schema), truncated
+        return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
     with pa.ipc.new_file(path, schema.with_metadata({"smartbatch": declared})) as file:
-        for batch, truncated in _in_threads(encode, text_blocks(texts, rows)):
-            file.write_batch(batch, custom_metadata={"truncated": str(truncated)})
+        for batch in _in_threads(encode, text_blocks(texts, rows)):
+            file.write_batch(batch)
             report(batch.num_rows)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
@@ -132,6 +133,7 @@ def check_tokens(
     rows: Sequence[int],
     *,
     max_length: int,
+    windows: bool,
     vocabulary_size: int,
     end_tokens_of: PreTrainedTokenizerBase | None,
 ) -> None:
@@ -141,31 +143,35 @@ def check_tokens(
         table: The samples.
         rows: Their numbers, for messages.
         max_length: Tokens of the longest sample there may be.
+        windows: Samples may have more, and are then several windows.
         vocabulary_size: Tokens that the tokenizer knows.
         end_tokens_of: It, where the model's head wants as many end tokens in all samples.
 
     Raises:
         ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
     """
-    if len(table) and (longest := int(table.lengths.max())) > max_length:
+    if not windows and (longest := int(table.lengths.max(initial=0))) > max_length:
         raise UsageError(
             f"tokenize gave {longest} tokens for row {rows[int(table.lengths.argmax())]}, more than max_length, "
             f"{max_length}. Cut them, or set --data.max_length."
         )
     table.check_ids(vocabulary_size)
     if end_tokens_of is not None:
-        check_end_tokens(table, rows, end_tokens_of)
+        check_end_tokens(table, rows, end_tokens_of, -(-table.lengths // max_length))
 
 
-def check_end_tokens(table: TokenTable, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_end_tokens(
+    table: TokenTable, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, windows: NDArray[np.integer]
+) -> None:
     """Refuses samples without an end token, or with more of these than the others have, as where a text spells one.
 
-    For models whose head wants as many in all samples of a batch.
+    For models whose head wants as many in all rows of a batch.
 
     Args:
         table: The samples.
         rows: Their numbers, for messages.
         tokenizer: Whose end token it is.
+        windows: Rows of a batch that each sample is. Shape (num_samples,).
 
     Raises:
         ValueError: There is one.
@@ -173,8 +179,8 @@ def check_end_tokens(table: TokenTable, rows: Sequence[int], tokenizer: PreTrain
     if tokenizer.eos_token_id is None or not len(table):
         return
     counts = table.counts(tokenizer.eos_token_id)
-    usual = int(np.bincount(counts).argmax())
-    odd = np.flatnonzero((counts != usual) | (counts == 0))
+    usual = int(np.bincount(counts // windows).argmax())
+    odd = np.flatnonzero((counts != usual * windows) | (counts == 0))
     if len(odd):
         raise UsageError(
             f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, which the "

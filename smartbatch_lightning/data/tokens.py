@@ -45,16 +45,15 @@ class TokenTable:
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), int32.
-        num_truncated: Samples that were cut.
 
     Args:
         blocks: The columns of each block, by name.
-        num_truncated: Samples that were cut.
+        lost_tokens: Tokens of each sample that were cut, of each block; by default none.
     """
 
-    def __init__(self, blocks: Sequence[Mapping[str, Ragged]], num_truncated: int = 0) -> None:
+    def __init__(self, blocks: Sequence[Mapping[str, Ragged]], lost_tokens: Sequence[NDArray[np.int32]] = ()) -> None:
         self._blocks = blocks
-        self.num_truncated = num_truncated
+        self._lost_tokens = lost_tokens
         lengths = [np.diff(block["input_ids"].offsets).astype(np.int32) for block in blocks]
         self.lengths = np.concatenate([np.empty(0, np.int32), *lengths])
         self._starts = [0, *accumulate(map(len, lengths))]
@@ -83,6 +82,11 @@ class TokenTable:
         if not columns:
             raise UsageError("tokenize gave no rows of token ids; give a list of ids for each sample.")
         return cls([columns])
+
+    @property
+    def lost_tokens(self) -> NDArray[np.int32] | None:
+        """Tokens of each sample that were cut. Shape (num_samples,), int32; None where that is not known yet."""
+        return np.concatenate(self._lost_tokens) if self._lost_tokens else np.zeros(len(self), np.int32)
 
     @cached_property
     def digest(self) -> str:
@@ -153,12 +157,15 @@ class TokenFile(TokenTable):
         self.path = path
         self._hold = CacheHold(path)
         shards = [_Shard(file) for file in sorted(path.glob("*.arrow"))]
-        super().__init__([block for shard in shards for block in shard.blocks], sum(s.num_truncated for s in shards))
+        super().__init__(
+            [block for shard in shards for block in shard.blocks],
+            [lost_tokens for shard in shards for lost_tokens in shard.lost_tokens],
+        )
         declared = {(shard.num_samples, shard.max_length) for shard in shards}
         if (
             len(declared) != 1
             or len(self) != shards[0].num_samples
-            or not (np.all(self.lengths >= 1) and np.all(self.lengths <= shards[0].max_length))
+            or not (np.all(self.lengths >= 1) and np.all(self.lengths <= (shards[0].max_length or np.inf)))
         ):
             raise ValueError(f"{path} does not hold the samples that its files declare. Delete it; it is made again.")
 
@@ -221,9 +228,9 @@ class _Shard:
 
     Attributes:
         blocks: The columns of each block.
-        num_truncated: Samples of these that were cut.
+        lost_tokens: Tokens of their samples that were cut.
         num_samples: Of all files.
-        max_length: Tokens that a sample may have.
+        max_length: Tokens that a sample may have; None for any number.
 
     Raises:
         ValueError: The file is cut short or corrupt.
@@ -231,21 +238,19 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.blocks: list[dict[str, Ragged]] = []
-        self.num_truncated = 0
+        self.lost_tokens: list[NDArray[np.int32]] = []
         try:
             with pa.memory_map(str(path)) as file:
                 reader = pa.ipc.open_file(file.read_buffer())
             declared = json.loads(reader.schema.metadata[b"smartbatch"])
             self.num_samples, self.max_length = declared["num_samples"], declared["max_length"]
             for number in range(reader.num_record_batches):
-                batch, noted = reader.get_batch_with_custom_metadata(number)
+                batch = reader.get_batch(number)
                 batch.validate(full=True)
-                self.num_truncated += int(noted[b"truncated"])
+                columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+                self.lost_tokens.append(columns.pop("lost_tokens").to_numpy())
                 self.blocks.append(
-                    {
-                        name: Ragged(column.values.to_numpy(), column.offsets.to_numpy())
-                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                    }
+                    {name: Ragged(one.values.to_numpy(), one.offsets.to_numpy()) for name, one in columns.items()}
                 )
         except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"{path} is no valid token file: {error}. Delete it; it is made again.") from error

@@ -54,7 +54,7 @@ class Lengths:
     """Lengths of samples.
 
     Attributes:
-        values: Shape (num_samples,).
+        values: Of whole texts, or of what was kept of them. Shape (num_samples,).
         unit: `tokens` or `characters`.
         max_length: Length at which longer texts were cut; None where none was.
     """
@@ -64,12 +64,16 @@ class Lengths:
     max_length: int | None = None
 
     def groups(self, values: NDArray[Any]) -> list[Group]:
-        """Mean of a value by length, in equal parts; samples as long as texts can be, most of them cut, by themselves.
+        """Mean of a value by length, in equal parts.
+
+        Where all that is known is what was kept, samples as long as texts can be, most of them cut, are by themselves.
 
         Args:
             values: Of each sample. Shape (num_samples,).
         """
-        cut = np.zeros(len(values), bool) if self.max_length is None else self.values >= self.max_length
+        cut = np.zeros(len(values), bool)
+        if self.max_length is not None and self.values.max(initial=0) <= self.max_length:
+            cut = self.values >= self.max_length
         groups = by_quantile(self.values[~cut], values[~cut])
         if cut.any():
             groups.append(Group(f"{self.max_length}, cut there", int(cut.sum()), float(values[cut].mean())))

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
-from smartbatch_lightning.contract import TextModel, fingerprint_in, text_data_of
+from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
@@ -340,6 +340,10 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
+        if data.truncation and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            setattr(self.model.config, TEXT_TRUNCATION, data.truncation)
+            if self.hparams.get("architecture"):
+                self.hparams["architecture"][TEXT_TRUNCATION] = data.truncation
         adopt_padding(self.model.config, data.tokenizer)  # also where the model was built for other data
         check_inputs(self.model, data)
         if data.packed:
@@ -384,22 +388,26 @@ class SequenceClassifier(L.LightningModule):
         if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
-    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+    def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length).
 
-        Logits (batch, num_labels) are float32 where the model computes in half precision.
+        Logits (batch, num_labels) are float32 where the model computes in half precision, and pooled where samples are
+        windows.
         """
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
             self._enable_packing()  # also where no data module has announced packed batches
         num_samples = inputs.pop("num_samples", None)
+        window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
         output: SequenceClassifierOutput = self.model(**inputs)
         if output.logits is not None:
             # losses and metrics of logits with two or three digits are noise; and CUDA graphs write over their outputs
             output.logits = output.logits[:num_samples].to(
                 torch.promote_types(output.logits.dtype, torch.float32), copy=True
             )
+            if window_counts is not None:  # `unsafe` saves a check that waits for the device
+                output.logits = torch.segment_reduce(output.logits, window_pooling, lengths=window_counts, unsafe=True)
         return output
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

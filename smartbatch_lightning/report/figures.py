@@ -39,7 +39,7 @@ def lengths(tokens: NDArray[np.int64], max_length: int) -> Figure:
     for axes, title, shown in zip(panels, ("in order of arrival", "sorted"), (tokens, np.sort(tokens)), strict=True):
         axes.plot(np.arange(len(shown))[::every], shown[::every], ".", markersize=1, color=_MAIN)
         axes.axhline(max_length, color=_THIRD, linewidth=1, linestyle="--")
-        _frame(axes, f"Lengths {title}", "sample", "tokens", max_length)
+        _frame(axes, f"Lengths {title}", "sample", "tokens", max(max_length, int(tokens.max())))
     return figure
 
 
@@ -63,7 +63,7 @@ def widths(of_batches: Mapping[str, NDArray[np.int64]], max_length: int) -> Figu
     figure, panels = _figure(len(of_batches))
     for axes, (name, shown) in zip(panels, of_batches.items(), strict=True):
         axes.plot(shown, ".", markersize=3, color=_MAIN)
-        _frame(axes, f"Widths of batches: {name}", "batch of the epoch", "tokens", max_length)
+        _frame(axes, f"Widths of batches: {name}", "batch of the epoch", "tokens", max(max_length, int(shown.max())))
     return figure
 
 
@@ -75,8 +75,8 @@ def _figure(columns: int, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
     return figure, panels[0]
 
 
-def _frame(axes: Axes, title: str, xlabel: str, ylabel: str, max_length: int) -> None:
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.05 * max_length))
+def _frame(axes: Axes, title: str, xlabel: str, ylabel: str, most: int) -> None:
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.05 * most))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(_THOUSANDS)
     axes.yaxis.set_major_formatter(_THOUSANDS)

@@ -25,7 +25,8 @@ class Split:
         classes: Samples of each class; none where there are no labels.
         tokens: Their tokens, after truncation.
         mean_length: Tokens of a sample.
-        truncated: Share of the samples that were cut at `max_length`.
+        truncated: Share of the samples that were cut.
+        lost_tokens: Share of the tokens that were cut.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Split:
     tokens: int
     mean_length: float
     truncated: float
+    lost_tokens: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Strategy:
         balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None where
             a token budget does not let so many ranks take equally many steps.
         largest_batch: Samples and width of the batch with the most tokens; for packed batches samples and tokens.
+            Windows count as samples.
         packed: Samples are packed instead of padded.
         is_configured: This is what the data module is set to.
     """
@@ -109,9 +112,10 @@ def measure_strategy(
         costs = (per_token * tokens_of_ranks + per_pair * pairs_of_ranks).reshape(-1, ranks)
         balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
     largest = int(tokens.argmax())
-    samples = int(plan.batch_sizes()[largest])
+    rows = spec.windows(lengths[plan.order])
+    samples = int(np.add.reduceat(rows, plan.offsets[:-1])[largest])
     computed = int(tokens.sum())
-    fixed = len(lengths) * data.max_length
+    fixed = int(rows.sum()) * data.max_length
     fixed_operations = fixed * (per_token + per_pair * data.max_length)
     strategy = Strategy(
         batching=spec.batching,
@@ -144,6 +148,8 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
     for name in data.used_splits:
         dataset = data.splits[name]
         table = data.token_table(dataset)
+        assert table.lost_tokens is not None, "for a report texts are tokenized ahead"
+        tokens, lost_tokens = int(table.lengths.sum()), int(table.lost_tokens.sum())
         counts: dict[str, int] = {}
         if data.task is not None and data.label_source.is_in(dataset):
             with suppress(UsageError):  # many a test split has labels that are none
@@ -153,9 +159,10 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
                 name=name,
                 samples=len(table),
                 classes=counts,
-                tokens=int(table.lengths.sum()),
+                tokens=tokens,
                 mean_length=float(table.lengths.mean()),
-                truncated=table.num_truncated / len(table),
+                truncated=np.count_nonzero(table.lost_tokens) / len(table),
+                lost_tokens=lost_tokens / (tokens + lost_tokens),
             )
         )
     return splits

@@ -38,6 +38,7 @@ def splits(of: Sequence[Split], max_length: int) -> Table:
                 "real tokens": f"{split.tokens:,}",
                 "tokens a sample": f"{split.mean_length:,.0f}",
                 f"cut at {max_length}": f"{split.truncated:.1%}",
+                "tokens cut": f"{split.lost_tokens:.1%}",
                 "classes": _shortened(split.classes),
             }
             for split in of

@@ -1,0 +1,131 @@
+"""What is kept of a text that has more tokens than a model takes at once."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from smartbatch_lightning.contract import TEXT_TRUNCATION
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+
+_Token = TypeVar("_Token")
+_OPTIONS = {
+    "head": (),
+    "tail": (),
+    "head_tail": ("head_tokens",),
+    "windows": ("stride", "max_windows", "window_pooling"),
+}
+_POOLINGS = ("mean", "max")
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is kept of a text that has more tokens than a model takes at once.
+
+    Args:
+        truncation: `head` keeps the beginning, `tail` the end, `head_tail` both (Sun et al., *How to Fine-Tune BERT for
+            Text Classification?*, 2019); `windows` makes overlapping windows of it, the last of which may be shorter.
+        head_tokens: Tokens at the beginning that `head_tail` keeps; by default a quarter of the longest input.
+        stride: Tokens that a window shares with the one before; by default a quarter of the longest input.
+        max_windows: Windows of a text at most; what comes after them is cut.
+        window_pooling: How the logits of a text's windows become one prediction: `mean`, the default, or `max`.
+
+    Raises:
+        ValueError: An option is out of range, or is none of this truncation's.
+    """
+
+    truncation: str = "head"
+    head_tokens: int | None = None
+    stride: int | None = None
+    max_windows: int | None = None
+    window_pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.truncation not in _OPTIONS:
+            raise UsageError(f"truncation is {self.truncation!r}; choose one of {join_quoted(_OPTIONS)}.")
+        for name, value in self.to_dict().items():
+            if name != "truncation" and name not in _OPTIONS[self.truncation]:
+                of = next(kind for kind, names in _OPTIONS.items() if name in names)
+                raise UsageError(f"{name} is {value!r}, but truncation is {self.truncation!r}. Set it to {of!r}.")
+        for name, least in (("head_tokens", 0), ("stride", 0), ("max_windows", 1)):
+            if getattr(self, name) is not None:
+                check_at_least(least, **{name: getattr(self, name)})
+        if self.window_pooling not in (None, *_POOLINGS):
+            raise UsageError(f"window_pooling is {self.window_pooling!r}; choose one of {join_quoted(_POOLINGS)}.")
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
+        """What a model was trained on; else the head, or the tail where the tokenizer cuts the left side.
+
+        Args:
+            config: Of a trained model.
+            tokenizer: Of the texts.
+        """
+        trained_on = getattr(config, TEXT_TRUNCATION, None)
+        return cls(**trained_on) if trained_on else cls("tail" if tokenizer.truncation_side == "left" else "head")
+
+    def check_columns(self, text_columns: Sequence[str], text_separator: str | None) -> None:
+        """Refuses pairs of texts where something else than their beginnings or ends is kept."""
+        if self.side is None and len(text_columns) == 2 and text_separator is None:
+            raise UsageError(
+                f"truncation is {self.truncation!r}, but pairs of texts are cut on one side, the longer text first. "
+                "Set it to head or tail; or join the two by --data.text_separator."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def pooling(self) -> str | None:
+        """How the logits of a text's windows become one prediction; None without windows."""
+        return self.window_pooling or "mean" if self.truncation == "windows" else None
+
+    @property
+    def side(self) -> str | None:
+        """The side on which all is cut, `right` or `left`; None where there is no such side."""
+        return {"head": "right", "tail": "left"}.get(self.truncation)
+
+    def pieces(self, tokens: Sequence[_Token], room: int, max_length: int) -> tuple[list[Sequence[_Token]], int]:
+        """Cuts the tokens of a text, of which there are more than fit.
+
+        Args:
+            tokens: Of the text, without special tokens.
+            room: How many of them a model takes at once.
+            max_length: The same with special tokens.
+
+        Returns:
+            What the model takes, one piece but for windows; and the number of tokens that stand in none of them.
+
+        Raises:
+            ValueError: There is no room for what the options ask for.
+        """
+        number, lost = len(tokens), len(tokens) - room
+        if room < 1:
+            raise UsageError(
+                f"max_length is {max_length}, but {max_length - room} tokens are special ones. Set --data.max_length "
+                f"to {max_length - room + 1} or more."
+            )
+        if self.truncation == "head":
+            return [tokens[:room]], lost
+        if self.truncation == "tail":
+            return [tokens[number - room :]], lost
+        if self.truncation == "head_tail":
+            head = self._fitting("head_tokens", room, max_length)
+            return [[*tokens[:head], *tokens[number - room + head :]]], lost
+        stride = self._fitting("stride", room - 1, max_length)
+        step = room - stride
+        starts = range(0, number - stride, step)[: self.max_windows]
+        return [tokens[start : start + room] for start in starts], max(0, number - starts[-1] - room)
+
+    def _fitting(self, name: str, most: int, max_length: int) -> int:
+        value = getattr(self, name)
+        if value is None:
+            return min(max_length // 4, most)
+        if value > most:
+            raise UsageError(
+                f"{name} is {value}, but with max_length {max_length} it can be {most} at most. Lower it, or raise "
+                "--data.max_length."
+            )
+        return int(value)
