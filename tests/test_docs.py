@@ -53,7 +53,7 @@ SNIPPETS = {
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     if (found := snippets(page))
 }
-CHEAP = ["batching", "data", "extending", "loss_and_metrics", "models", "optimizers", "tasks"]
+CHEAP = ["batching", "data", "extending", "long_texts", "loss_and_metrics", "models", "optimizers", "tasks"]
 TRAINING = [page for page, found in SNIPPETS.items() if page not in CHEAP and any(not one.not_run for one in found)]
 
 

@@ -57,7 +57,7 @@ def with_affixes(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTok
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list, max_length: int, **options) -> list:
     columns = ["a", "b"] if isinstance(texts[0], tuple) else ["a"]
-    return TextEncoder(tokenizer, columns, None, max_length, Truncation(**options))(texts)
+    return TextEncoder(tokenizer, columns, None, max_length, Truncation(**options))(texts, range(len(texts)))
 
 
 @pytest.mark.parametrize("name", AFFIXES)
