@@ -105,6 +105,7 @@ def main(folder: Path, *arguments: str) -> None:
         "max_steps": -1,
         "padding": "longest",
         "budget": 0,
+        "tokenization": "ahead",
         "stopping": 0,
         "averaging": "none",
         "best": 0,
@@ -128,6 +129,7 @@ def main(folder: Path, *arguments: str) -> None:
         num_workers=options["workers"],
         batching=options["batching"],
         padding=options["padding"],
+        tokenization=options["tokenization"],
     )
     checkpoint = ModelCheckpoint(
         folder / "checkpoints", save_last=True, every_n_train_steps=options["every"], save_top_k=0

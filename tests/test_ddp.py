@@ -26,9 +26,12 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-@pytest.mark.parametrize(("batching", "accumulate"), [slow("smart", 1), slow("random", 2)])
-def test_two_ranks_share_every_epoch_and_step_together(batching: str, accumulate: int, tmp_path: Path) -> None:
-    finish(start(tmp_path, devices=2, batching=batching, accumulate=accumulate, workers=1), tmp_path)
+@pytest.mark.parametrize(
+    ("batching", "accumulate", "tokenization"), [slow("smart", 1, "ahead"), slow("random", 2, "ahead"), slow("smart", 1, "lazy")]
+)
+def test_two_ranks_share_every_epoch_and_step_together(batching, accumulate, tokenization, tmp_path: Path) -> None:
+    options = {"batching": batching, "accumulate": accumulate, "tokenization": tokenization, "workers": 1}
+    finish(start(tmp_path, devices=2, **options), tmp_path)
     [first], [second] = diaries(tmp_path, 0), diaries(tmp_path, 1)
     assert [step[:2] for step in first] == [step[:2] for step in second]
     plans = set()

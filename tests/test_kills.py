@@ -27,6 +27,7 @@ def settings(rng: random.Random) -> dict:
         "batching": rng.choice(["smart", "random"] if packed else ["smart", "tutorial", "random"]),
         "padding": "packed" if packed else "longest",
         "budget": 160 if packed else 0,
+        "tokenization": "ahead" if packed else rng.choice(["ahead", "ahead", "lazy"]),
         "workers": rng.choice([0, 0, 0, 2]),
         "accumulate": rng.choice([1, 1, 2, 3]),
         "every": rng.randint(1, 5),

@@ -596,12 +596,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
     ("batches", "workers", "accumulate"),
-    [*product(["eight"], [0, 2], [1, 2]), ("packed", 0, 2), ("packed", 2, 1)],
+    [*product(["eight"], [0, 2], [1, 2]), ("packed", 0, 2), ("packed", 2, 1), ("lazy", 2, 1)],
 )
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(
     batches, devices, workers, accumulate, reference, tmp_path
 ):
-    size = {"packed": {"padding": "packed", "batching": "random", "budget": 160}}.get(batches, {})
+    packed = {"padding": "packed", "batching": "random", "budget": 160}
+    size = {"packed": packed, "lazy": {"tokenization": "lazy"}}.get(batches, {})
     whole = reference(devices, accumulate, **size)
     rng = random.Random(f"{devices} {workers} {accumulate}")
     folder, epoch_batches = tmp_path / "run", len(diaries(whole)[0]) // 3

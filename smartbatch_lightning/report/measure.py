@@ -84,7 +84,7 @@ def measure_strategy(
     spec: BatchSpec,
     ranks: int,
     operations: tuple[float, float],
-    planned: NDArray[np.int64],
+    planned: NDArray[np.integer],
 ) -> tuple[Strategy, BatchPlan]:
     """Plans two epochs, and one for several ranks, and counts what they cost.
 
