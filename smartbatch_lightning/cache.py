@@ -35,7 +35,8 @@ class CacheHold:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = _locked(folder, fcntl.LOCK_SH)
             os.utime(self._file)
-            os.pwrite(self._file, about.encode(), 0)
+            if not os.fstat(self._file).st_size:
+                os.write(self._file, about.encode())
 
     def __del__(self) -> None:
         if self._file is not None:

@@ -1,4 +1,4 @@
-"""The command line: prepare, report, fit, validate, test, predict, export and evaluate, by flags and YAML."""
+"""The command line: prepare, report, fit, validate, test, predict, export, evaluate and cache, by flags and YAML."""
 
 import logging
 import os
@@ -22,6 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from smartbatch_lightning.cache import list_cache, prune_cache
 from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.callbacks.evaluation_report import EvaluationReport
@@ -239,7 +240,7 @@ class SmartBatchCLI(LightningCLI):
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
                 "description": "Fine-tune BERT and other encoders on text classification.",
-                "epilog": "Besides: smartbatch evaluate --help, which needs neither model nor data.",
+                "epilog": "Besides, without model and data: smartbatch evaluate --help and smartbatch cache --help.",
                 # in place of sixty lines of options above every mistake
                 **{command: {"usage": "%(prog)s [options]"} for command in self.subcommands()},
             },
@@ -380,14 +381,23 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
+# Commands that have neither model nor data, which LightningCLI gives to all of its own.
+_WITHOUT_MODEL: dict[str, Any] = {"evaluate": evaluate, "cache": {"list": list_cache, "prune": prune_cache}}
+
+
 def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
     # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
     sys.path.insert(0, os.getcwd())
-    if sys.argv[1:2] == ["evaluate"]:
-        with _as_a_command():  # it has neither model nor data, which LightningCLI gives to all of its commands
+    name = "".join(sys.argv[1:2])
+    if name in _WITHOUT_MODEL:
+        with _as_a_command():
             auto_cli(
-                evaluate, sys.argv[2:], as_positional=False, prog="smartbatch evaluate", usage="%(prog)s [options]"
+                _WITHOUT_MODEL[name],
+                sys.argv[2:],
+                as_positional=False,
+                prog=f"smartbatch {name}",
+                usage="%(prog)s [options]" if name == "evaluate" else None,
             )
     else:
         SmartBatchCLI()

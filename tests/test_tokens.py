@@ -1,8 +1,11 @@
 """Tests of the token cache."""
 
 import copy
+import multiprocessing
 import pickle
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
 from smartbatch_lightning.data.encoding import TextEncoder
-from smartbatch_lightning.data.token_cache import tokenize_to_cache
+from smartbatch_lightning.data.token_cache import _blocks, tokenize_to_cache
 from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
@@ -27,9 +30,10 @@ def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def tokenize(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
-    def run(dataset: Dataset, text_columns: tuple[str, ...] = ("text",), max_length: int = 64, **options) -> TokenTable:
-        encoder = TextEncoder(options.get("tokenizer", tokenizer), text_columns, None, max_length)
-        return tokenize_to_cache(dataset, encoder, options.get("cache_dir", tmp_path))
+    def run(
+        dataset: Dataset, text_columns=("text",), max_length: int = 64, tokenizer=tokenizer, **options
+    ) -> TokenTable:
+        return tokenize_to_cache(dataset, TextEncoder(tokenizer, text_columns, None, max_length), tmp_path, **options)
 
     return run
 
@@ -53,6 +57,109 @@ def test_pairs_have_token_types_and_are_cut_together(tokenize, tokenizer) -> Non
         expected = tokenizer(a, b, truncation=True, max_length=64)
         assert table[row]["input_ids"].tolist() == expected["input_ids"]
         assert table[row]["token_type_ids"].tolist() == expected["token_type_ids"]
+
+
+def test_shards_are_one_table(tokenize, tokenizer, tmp_path: Path) -> None:
+    texts = [f"film {number} " * (number % 40) for number in range(50)]
+    whole = tokenize(Dataset.from_dict({"text": texts}))
+    table = tokenize(Dataset.from_dict({"text": texts}), rows_per_shard=7)
+    assert len(list(table.path.glob("*.arrow"))) == 8
+    expected = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+    for one in (table, pickle.loads(pickle.dumps(table))):
+        assert [row["input_ids"].tolist() for row in one] == expected
+        assert one.lengths.tolist() == [len(ids) for ids in expected]
+        assert one.num_truncated == whole.num_truncated > 0
+        assert one.digest == whole.digest
+        assert one.counts(2143).tolist() == [ids.count(2143) for ids in expected]
+    with pytest.raises(IndexError):
+        table[50]
+
+
+def test_only_what_is_missing_or_damaged_is_made_again(tokenize) -> None:
+    data = Dataset.from_dict({"text": [f"film {number}" for number in range(40)]})
+    table = tokenize(data, rows_per_shard=10)
+    expected = [row["input_ids"].tolist() for row in table]
+    shards = sorted(table.path.glob("*.arrow"))
+    shards[1].write_bytes(b"damaged")
+    shards[3].unlink()
+    before = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
+    with pytest.raises(ValueError, match="000001.arrow is no valid token file"):
+        TokenFile(table.path)
+    assert [row["input_ids"].tolist() for row in tokenize(data, rows_per_shard=10)] == expected
+    assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == before
+    shards[3].unlink()
+    with pytest.raises(ValueError, match="does not hold the samples that its files declare"):
+        TokenFile(table.path)
+
+
+def _tokenize_slowly(folder: Path, minilm: str, made: Path) -> None:
+    """Tokenizes 30 shards of ten rows, a twentieth of a second each, and notes which it begins."""
+
+    class Slow(TextEncoder):
+        def __call__(self, texts, first_row=0):
+            with made.open("a") as note:
+                note.write(f"{first_row}\n")
+            time.sleep(0.05)
+            return super().__call__(texts, first_row)
+
+    encoder = Slow(AutoTokenizer.from_pretrained(minilm), ("text",), None, 64)
+    data = Dataset.from_dict({"text": [f"film {number}" for number in range(300)]})
+    tokenize_to_cache(data, encoder, folder, rows_per_shard=10)
+
+
+def _start(*arguments) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=_tokenize_slowly, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_a_start_after_a_kill_goes_on_and_does_one_shard_again_at_most(tmp_path: Path, minilm: str) -> None:
+    killed = 0
+    for run in range(40):
+        process = _start(tmp_path, minilm, tmp_path / "made")
+        before = len(files(tmp_path))
+        while process.is_alive() and len(files(tmp_path)) < before + 1 + run % 5:
+            time.sleep(0.003)
+        time.sleep(0.01 * (run % 7))
+        process.kill()
+        process.join(30)
+        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0
+    assert killed >= 5
+    begun = (tmp_path / "made").read_text().splitlines()
+    assert len(set(begun)) == 30
+    assert len(begun) <= 30 + killed
+
+
+@pytest.mark.slow
+def test_processes_share_the_shards_and_take_over_those_of_one_that_is_killed(tmp_path: Path, minilm: str) -> None:
+    notes = [tmp_path / f"made-{number}" for number in range(3)]
+    processes = [_start(tmp_path, minilm, note) for note in notes]
+    while not all(note.exists() and len(note.read_text().splitlines()) > 3 for note in notes):
+        time.sleep(0.003)
+    processes[0].kill()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    begun = "".join(note.read_text() for note in notes).splitlines()
+    assert len(set(begun)) == 30
+    assert len(begun) <= 31
+
+
+def test_blocks_hold_few_bytes_of_text_however_long_texts_are() -> None:
+    sizes = [10, 3_000_000, 3_000_000, 9_000_000, *[1000] * 9000]
+    data = Dataset.from_dict({"text": ["x" * size for size in sizes]})
+    blocks = list(_blocks(data, range(1, len(sizes)), ["text"]))
+    rows = [(first, len(texts)) for first, texts in blocks]
+    assert [first for first, _ in rows] == [1, *(first + count for first, count in rows[:-1])]
+    assert sum(count for _, count in rows) == len(sizes) - 1
+    for first, count in rows:
+        of_block = sizes[first : first + count]
+        assert sum(of_block) - max(of_block) <= 2**22
+        assert count <= 4096
 
 
 def test_many_blocks_are_one_table(tokenize) -> None:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,10 +244,12 @@ def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, 
     if truncation.side not in (None, tokenizer.truncation_side):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.truncation_side = truncation.side
+    lock = Lock()  # a call may leave its options for the next one
 
     def call(texts: Texts, **options: Any) -> list[EncodedText]:
         columns = list(zip(*texts, strict=True)) if isinstance(texts[0], tuple) else [texts]
-        encoded = tokenizer(*(list(column) for column in columns), return_token_type_ids=True, verbose=False, **options)
+        with lock:
+            encoded = tokenizer(*map(list, columns), return_token_type_ids=True, verbose=False, **options)
         ids: list[list[int]] = encoded["input_ids"]
         type_ids = encoded.get("token_type_ids", [[0] * len(row) for row in ids])
         return [EncodedText(*row) for row in zip(ids, type_ids, strict=True)]

@@ -3,10 +3,11 @@
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,8 @@ from smartbatch_lightning.errors import UsageError
 COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
 
 
-class Ragged(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
     """A column whose rows are slices of a flat array.
 
     Attributes:
@@ -31,7 +33,7 @@ class Ragged(NamedTuple):
     values: NDArray[Any]
     offsets: NDArray[np.integer]
 
-    def __getitem__(self, row: Any) -> NDArray[Any]:
+    def __getitem__(self, row: int) -> NDArray[Any]:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     @property
