@@ -23,7 +23,7 @@ from smartbatch_lightning.batching.planner import with_jitter
 Batches = Iterable[NDArray[np.int64]]
 
 
-def planned(lengths: NDArray[np.int64], batching: str, ranks: int) -> Callable[[int], Batches]:
+def planned(lengths: NDArray[np.integer], batching: str, ranks: int) -> Callable[[int], Batches]:
     """This package: batches of all ranks, a step's side by side."""
     spec = with_jitter(BatchSpec(batching, BATCH_SIZE, seed=SEED), lengths)
 
@@ -34,18 +34,18 @@ def planned(lengths: NDArray[np.int64], batching: str, ranks: int) -> Callable[[
     return batches
 
 
-def shuffled(lengths: NDArray[np.int64]) -> Callable[[int], Batches]:
+def shuffled(lengths: NDArray[np.integer]) -> Callable[[int], Batches]:
     """An ordinary shuffle, as it comes."""
     return planned(lengths, "random", 1)
 
 
-def grouped(lengths: NDArray[np.int64]) -> Callable[[int], Batches]:
+def grouped(lengths: NDArray[np.integer]) -> Callable[[int], Batches]:
     """Transformers' `group_by_length`."""
     sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths.tolist(), generator=torch.Generator().manual_seed(SEED))
     return lambda _: np.split(np.array(list(sampler)), range(BATCH_SIZE, len(lengths), BATCH_SIZE))
 
 
-def rebalanced(lengths: NDArray[np.int64], ranks: int) -> Callable[[int], Batches]:
+def rebalanced(lengths: NDArray[np.integer], ranks: int) -> Callable[[int], Batches]:
     """Transformers' `batch_rebalance`."""
 
     def batches(epoch: int) -> Batches:

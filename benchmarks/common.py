@@ -52,7 +52,7 @@ def quiet_trainer(**options: Any) -> Any:
     return L.Trainer(**{**dict.fromkeys(left_out, False), "gradient_clip_val": 1.0, **options})
 
 
-def imdb_lengths() -> NDArray[np.int64]:
+def imdb_lengths() -> NDArray[np.integer]:
     """Tokens of each of IMDB's training reviews, cut at `MAX_LENGTH`. Shape (25000,)."""
     from smartbatch_lightning import SmartBatchDataModule
 

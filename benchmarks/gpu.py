@@ -63,7 +63,7 @@ class Bench:
         ways: Levers whose names match this are tried.
     """
 
-    def __init__(self, device: str, lengths: NDArray[np.int64], ways: str = "") -> None:
+    def __init__(self, device: str, lengths: NDArray[np.integer], ways: str = "") -> None:
         self.device = device
         self.ways = ways
         self.lengths = lengths

@@ -157,7 +157,7 @@ def smart_beside_tutorial(epochs: int) -> list[Row]:
     imdb = imdb_lengths()
     demo = SmartBatchDataModule(seed=SEED)
     demo.setup("fit")
-    sets = {
+    sets: dict[str, NDArray[np.integer]] = {
         "IMDB": imdb,
         "IMDB's first 2,000": imdb[:2000],
         "the demo": demo.train_data.lengths,

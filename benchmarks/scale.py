@@ -21,13 +21,18 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Dataset
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from benchmarks.common import SEED, Row, minilm, report
+from benchmarks.common import SEED, Row, interleaved, minilm, report
+from smartbatch_lightning.data.encoding import TextEncoder
+from smartbatch_lightning.data.token_cache import tokenize_to_cache
 
 _PHRASES = 20_000
 _ROWS_COMPOSED_TOGETHER = 1_000_000
+_MAX_LENGTH = 64
 _TRAIN_PY = Path(__file__).parents[1] / "train.py"
 
 
@@ -54,12 +59,34 @@ def save_model(folder: Path) -> NDArray[np.str_]:
         num_hidden_layers=1,
         num_attention_heads=1,
         intermediate_size=32,
-        max_position_embeddings=64,
+        max_position_embeddings=_MAX_LENGTH,
         id2label={0: "0", 1: "1"},
         label2id={"0": 0, "1": 1},
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     return np.array(sorted(word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 3))
+
+
+def tokenizing(num_samples: int, repeats: int, folder: Path) -> list[Row]:
+    """Seconds to tokenize into the cache, over those of the Rust tokenizer alone, whose result nobody looks at."""
+    compose(folder / "texts.parquet", num_samples, save_model(folder / "model"))
+    texts = Dataset.from_parquet(str(folder / "texts.parquet"), cache_dir=str(folder / "hf"))
+    tokenizer = BertTokenizer.from_pretrained(folder / "model")
+    rust = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rust.no_padding()
+    rust.enable_truncation(_MAX_LENGTH)
+    lists = [block["text"] for block in texts.iter(2**12)]
+
+    def alone(turn: int) -> None:
+        for block in lists:
+            rust.encode_batch_fast(block)
+
+    def to_cache(turn: int) -> None:
+        tokenize_to_cache(texts, TextEncoder(tokenizer, ["text"], None, _MAX_LENGTH), folder / str(turn))
+
+    seconds = interleaved({"the Rust tokenizer alone": alone, "tokenize_to_cache": to_cache}, repeats)
+    first = next(iter(seconds.values()))
+    return [{"way": way, "seconds": taken, "times_as_long": taken / first} for way, taken in seconds.items()]
 
 
 def run(
@@ -100,7 +127,7 @@ def at_scale(num_samples: int, num_predicted: int, folder: Path) -> tuple[list[R
         "--model.pretrained=model",
         "--data.dataset={train: train.parquet, test: test.parquet}",
         "--data.validation_split=null",
-        "--data.max_length=64",
+        f"--data.max_length={_MAX_LENGTH}",
         "--data.batch_size=64",
         "--trainer.accelerator=cpu",
         "--trainer.logger=false",
@@ -139,11 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="See the first lines of the file.")
     parser.add_argument("--samples", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--predicted", type=int, default=1_000_000)
+    parser.add_argument("--tokenized", type=int, default=200_000, help="samples of the comparison with Rust alone")
+    parser.add_argument("--repeats", type=int, default=5, help="of that comparison")
     args = parser.parse_args()
-    tables: dict[str, list[Row]] = {"parts": [], "kill and disk": []}
+    with TemporaryDirectory() as name:
+        tables = {"tokenizing": tokenizing(args.tokenized, args.repeats, Path(name)), "parts": [], "kill and disk": []}
     for num_samples in args.samples:
-        with TemporaryDirectory() as folder:
-            rows, facts = at_scale(num_samples, args.predicted, Path(folder))
+        with TemporaryDirectory() as name:
+            rows, facts = at_scale(num_samples, args.predicted, Path(name))
         tables["parts"] += rows
         tables["kill and disk"].append(facts)
     report("scale", tables)

@@ -52,11 +52,11 @@ def list_cache(folder: str | None = None) -> None:
     root = _root(folder)
     rows = [
         {
-            "folder": entry.name,
+            "content": _about(entry).read_text(encoding="utf-8") if _about(entry).exists() else "unknown",
             "size": decimal(_size(entry)),
             "last used": f"{datetime.fromtimestamp(_last_used(entry)):%Y-%m-%d %H:%M}",
             "in use": "yes" if _is_in_use(entry) else "",
-            "what": _about(entry).read_text(encoding="utf-8") if _about(entry).exists() else "",
+            "folder": entry.name,
         }
         for entry in _entries(root)
     ]

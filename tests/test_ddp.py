@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import run_evaluation
 import run_ranks
+import run_slow_preparation
 import run_unequal_batches as unequal
 import torch
 from datasets import load_dataset
@@ -124,8 +125,14 @@ def test_two_jobs_preparing_the_same_data_at_once_both_end_with_one_whole_file(t
     bars = [job.communicate(timeout=200)[1].count("Tokenizing: 100%") > 0 for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert any(bars)
-    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
-    assert not list((tmp_path / "cache").glob("*.unfinished"))
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2
+    assert not list((tmp_path / "cache").rglob("*.unfinished"))
+
+
+@pytest.mark.slow
+def test_ranks_wait_longer_for_the_data_than_for_each_other(tmp_path: Path) -> None:
+    finish(Fork(tmp_path, 2, run_slow_preparation.main, tmp_path), tmp_path)
+    assert (tmp_path / "steps").read_text() == "2"
 
 
 @pytest.mark.slow

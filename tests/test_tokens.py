@@ -16,8 +16,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
-from smartbatch_lightning.data.encoding import TextEncoder
-from smartbatch_lightning.data.token_cache import _blocks, tokenize_to_cache
+from smartbatch_lightning.data.encoding import TextEncoder, stored_texts, text_blocks
+from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable
 
 TEXTS = ["A fine film.", "", "Dull 😀 and ☃ long " * 30, "naïve café — 日本語", "word " * 900]
@@ -96,11 +96,11 @@ def _tokenize_slowly(folder: Path, minilm: str, made: Path) -> None:
     """Tokenizes 30 shards of ten rows, a twentieth of a second each, and notes which it begins."""
 
     class Slow(TextEncoder):
-        def __call__(self, texts, first_row=0):
+        def __call__(self, texts, rows):
             with made.open("a") as note:
-                note.write(f"{first_row}\n")
+                note.write(f"{rows[0]}\n")
             time.sleep(0.05)
-            return super().__call__(texts, first_row)
+            return super().__call__(texts, rows)
 
     encoder = Slow(AutoTokenizer.from_pretrained(minilm), ("text",), None, 64)
     data = Dataset.from_dict({"text": [f"film {number}" for number in range(300)]})
@@ -152,7 +152,7 @@ def test_processes_share_the_shards_and_take_over_those_of_one_that_is_killed(tm
 def test_blocks_hold_few_bytes_of_text_however_long_texts_are() -> None:
     sizes = [10, 3_000_000, 3_000_000, 9_000_000, *[1000] * 9000]
     data = Dataset.from_dict({"text": ["x" * size for size in sizes]})
-    blocks = list(_blocks(data, range(1, len(sizes)), ["text"]))
+    blocks = list(text_blocks(stored_texts(data, ["text"]), range(1, len(sizes))))
     rows = [(first, len(texts)) for first, texts in blocks]
     assert [first for first, _ in rows] == [1, *(first + count for first, count in rows[:-1])]
     assert sum(count for _, count in rows) == len(sizes) - 1

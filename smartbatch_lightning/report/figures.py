@@ -32,7 +32,7 @@ def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     return figure
 
 
-def lengths(tokens: NDArray[np.int64], max_length: int) -> Figure:
+def lengths(tokens: NDArray[np.integer], max_length: int) -> Figure:
     """Lengths of the samples, in order of arrival and sorted; of very many samples every so many-th."""
     figure, panels = _figure(2)
     every = -(-len(tokens) // _MOST_POINTS)

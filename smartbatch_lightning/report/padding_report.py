@@ -52,7 +52,7 @@ class PaddingReport:
     splits: list[Split]
     strategies: list[Strategy]
     examples: list[tuple[str, str]]
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.integer]
     widths: dict[str, NDArray[np.int64]]
     max_length: int
     ranks: int
