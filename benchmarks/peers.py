@@ -87,6 +87,7 @@ from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import Flops, peak_flops, training_flops
+from smartbatch_lightning.models.packing import reads_one_token
 from smartbatch_lightning.tasks import Task
 
 Int64s = NDArray[np.int64]
@@ -243,7 +244,7 @@ class Contestant:
             inside = lengths[batch] if self.padding == "packed" else np.full(len(batch), self.width(lengths[batch]))
             tokens += int(inside.sum())
             squares += int((inside**2).sum())
-        flops = training_flops(setting.config, packed=self.padding == "packed")
+        flops = training_flops(setting.config, one_token=reads_one_token(model))
         return {
             "steps": len(timed),
             "samples": sum(map(len, timed)),

@@ -197,12 +197,14 @@ def test_the_operations_of_training_are_those_of_the_matrix_products() -> None:
     assert per_square == pytest.approx(12 * config.num_hidden_layers * config.hidden_size, rel=0.01)
 
 
-def test_packed_batches_are_spared_the_last_layers_operations_on_tokens_that_no_head_reads() -> None:
+def test_the_last_layers_operations_on_tokens_that_no_head_reads_are_not_counted() -> None:
     config = BertConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=99
     )
-    (_, token, square), (_, packed_token, packed_square) = (training_flops(config, packed=one) for one in (False, True))
+    (_, token, square), (_, spared_token, spared_square) = (
+        training_flops(config, one_token=one) for one in (False, True)
+    )
     query, output, up, down = 64 * 64, 64 * 64, 64 * 128, 128 * 64
     attended = 2 * 2 * 64  # scores and sums of one query with one key, all heads
-    assert token - packed_token == 6 * (query + output + up + down) - 3 * attended
-    assert (square, packed_square) == (2 * 3 * attended, 3 * attended)
+    assert token - spared_token == 6 * (query + output + up + down) - 3 * attended
+    assert (square, spared_square) == (2 * 3 * attended, 3 * attended)

@@ -21,6 +21,7 @@ from smartbatch_lightning.data.collators import window_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
+from smartbatch_lightning.models.packing import reads_one_token
 from smartbatch_lightning.progress import between_steps, stands_in_epoch
 
 
@@ -116,8 +117,7 @@ class TrainingMonitor(Callback):
         self._flops = None
         if self._peak and model is not None:
             with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
-                data = text_data_of(trainer)
-                self._flops = training_flops(model.config, packed=data is not None and data.packed)
+                self._flops = training_flops(model.config, one_token=reads_one_token(model))
         self._start = perf_counter()
         self._data_wait = 0.0
         self._loader = _loader(trainer)

@@ -45,7 +45,7 @@ from smartbatch_lightning.models.optimizer import (
     check_callbacks,
     check_same_groups,
 )
-from smartbatch_lightning.models.packing import attention_dropout, avoid_mask_sync, enable_packing
+from smartbatch_lightning.models.packing import TRANSFORMERS_OWN, attention_dropout, enable_packing, skip_unread_tokens
 from smartbatch_lightning.models.schedule import (
     Schedule,
     adds_parameters,
@@ -684,10 +684,13 @@ class SequenceClassifier(L.LightningModule):
 
     def _enable_packing(self) -> None:
         asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
+        if self.model_kwargs.get("attn_implementation") not in (None, *TRANSFORMERS_OWN):
+            asked.remove("attn_implementation")  # a kernel that knows them
         if asked:
             raise UsageError(
                 f"model_kwargs has {join_quoted(asked)}, but packed batches take the attention of this package, which "
-                "gives out no weights. Leave that out, or set --data.padding=longest."
+                "gives out no weights, or a kernel such as flash_attention_2. Leave that out, or set "
+                "--data.padding=longest."
             )
         enable_packing(self._transformer)
 
@@ -697,7 +700,7 @@ class SequenceClassifier(L.LightningModule):
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
         if "attn_implementation" not in self.model_kwargs:
-            avoid_mask_sync(model)
+            skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
         if self.gradient_checkpointing:
             checkpoint_gradients(model)

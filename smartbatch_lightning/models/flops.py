@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from smartbatch_lightning.models.packing import first_token_layer
+from smartbatch_lightning.models.packing import supply_attention, takes_attention
 
 # Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
 _PEAK_FLOPS = {
@@ -55,7 +54,7 @@ class Flops(NamedTuple):
         return self.per_sample * samples + self.per_token * tokens + self.per_square * sum_squared_lengths
 
 
-def training_flops(config: PretrainedConfig, *, packed: bool = False) -> Flops:
+def training_flops(config: PretrainedConfig, *, one_token: bool = False) -> Flops:
     """Floating point operations of training on a sample.
 
     A forward pass takes `a + b * length + c * length**2`, solved for three lengths; with the backward pass it is three
@@ -63,7 +62,7 @@ def training_flops(config: PretrainedConfig, *, packed: bool = False) -> Flops:
 
     Args:
         config: Of a model for sequence classification.
-        packed: Batches are packed, where the last layer may compute only what the head reads.
+        one_token: The last layer computes only the tokens that the head reads, as `reads_one_token` says of a model.
     """
     config = copy.deepcopy(config)  # it takes up the kind of attention
     with torch.device("meta"):
@@ -71,19 +70,17 @@ def training_flops(config: PretrainedConfig, *, packed: bool = False) -> Flops:
             config, attn_implementation="eager"
         )
     counted = []
+    by_mask = takes_attention(shadow)
+    if by_mask:
+        supply_attention(shadow, one_token=one_token)
     for length in (_LENGTH, 2 * _LENGTH, 3 * _LENGTH):
+        inputs = {"input_ids": torch.zeros(1, length, dtype=torch.int64, device="meta")}
+        if by_mask:  # without one, positions would be looked at, which are not there
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with FlopCounterMode(display=False) as counter:
-            shadow(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"))
+            shadow(**inputs)
         counted.append(counter.get_total_flops())
     per_square = (counted[2] - 2 * counted[1] + counted[0]) / (2 * _LENGTH**2)
     per_token = (counted[1] - counted[0]) / _LENGTH - 3 * _LENGTH * per_square
     per_sample = counted[0] - _LENGTH * per_token - _LENGTH**2 * per_square
-    layer = first_token_layer(shadow) if packed else None
-    if layer is not None:
-        products = {module for module in layer.modules() if isinstance(module, nn.Linear)}
-        spared = 2 * sum(
-            module.weight.numel() for module in products - {layer.attention.self.key, layer.attention.self.value}
-        )
-        of_layer = per_square / config.num_hidden_layers
-        per_sample, per_token, per_square = per_sample + spared, per_token - spared + of_layer, per_square - of_layer
     return Flops(3 * per_sample, 3 * per_token, 3 * per_square)

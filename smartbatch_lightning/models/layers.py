@@ -16,13 +16,19 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ValueError: It has none, or two stacks of them, an encoder's and a decoder's.
     """
-    found = [] if model.config.is_encoder_decoder else list(_outermost_lists(model.base_model))
-    if not found:
+    found = find_layers(model)
+    if found is None:
         raise UsageError(
             f"{type(model).__name__} has no single stack of layers that could be frozen or given rates of their own. "
             "Leave out layer_decay, freeze_layers and freeze_embeddings."
         )
-    return max(found, key=len)
+    return found
+
+
+def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """As `encoder_layers`; None where there are none."""
+    found = [] if model.config.is_encoder_decoder else list(_outermost_lists(model.base_model))
+    return max(found, key=len, default=None)
 
 
 def parameter_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:

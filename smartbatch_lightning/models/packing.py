@@ -1,169 +1,306 @@
-"""Packed batches for unchanged `transformers` classifiers.
+"""Packed batches, and a last layer for the tokens alone that are read, for unchanged `transformers` classifiers.
 
 `transformers` lets attention be supplied by name (`AttentionInterface`) and hands on to it what a model is called with.
-Three things more make a classifier take the flat row of tokens that `PackCollator` makes: no mask; position ids from
-the model's own first position on; and the first token of each sample where the heads, which classify by token 0, look
-for it.
+So any classifier takes the flat row of tokens that `PackCollator` makes whose attention comes in by that interface and
+whose positions are those of `position_ids`; whether it does is tried out on two samples. To its head each sample is
+then a text of one token, the one that it reads.
 """
 
-from collections.abc import Callable
+import inspect
+import sys
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from smartbatch_lightning.contract import TAKES_PACKED_BATCHES
-from smartbatch_lightning.errors import UsageError
-from smartbatch_lightning.models.attention import ATTENTION, attention_forward
-from smartbatch_lightning.models.pooling import POOLINGS, first_token
+from smartbatch_lightning.errors import UsageError, root_cause_message
+from smartbatch_lightning.families import pad_token_of
+from smartbatch_lightning.models.attention import ATTENTION
+from smartbatch_lightning.models.deberta import hook_deberta, is_deberta
+from smartbatch_lightning.models.last_layer import read_one_token
+from smartbatch_lightning.models.layers import find_layers
+from smartbatch_lightning.models.pooling import head_pooling, mean, pad, padding_mask, pick, tokens_read
 
-# Families by `model_type`, and the part of the base model whose output the head, or a pooler before it, reads.
-_ENCODERS = {
-    "albert": "encoder",
-    "bert": "encoder",
-    "camembert": "encoder",
-    "distilbert": "transformer",
-    "electra": "encoder",
-    "modernbert": "",
-    "roberta": "encoder",
-    "xlm-roberta": "encoder",
-}
+_HOOKS = "smartbatch_hooks"  # attribute of a model that has some
+_READS_ONE = "reads_one_token"  # attribute of a model whose last layer computes the tokens that are read
+_LENGTHS = (5, 9)  # of the samples on which a model is tried
+TRANSFORMERS_OWN = ("eager", "sdpa", "flex_attention")  # which know no packed batches of these keywords
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a model is of a family whose batches can be packed."""
-    return model.config.model_type in _ENCODERS
+    """Whether batches of a model may be packed: it takes attention from outside, or is a DeBERTa."""
+    return is_deberta(model) or takes_attention(model)
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Refuses a model of a family whose batches cannot be packed.
+    """Refuses a model whose batches cannot be packed.
 
     Raises:
-        ValueError: It is of another family.
+        ValueError: Its attention cannot be supplied.
     """
     if not can_pack(model):
-        family = model.config.model_type
-        raise UsageError(
-            f"batches of {family} models cannot be packed; those of {', '.join(_ENCODERS)} models can. Set "
-            "--data.padding=longest."
-        )
+        raise _cannot_be_packed(model, "have attention of their own, which knows no samples in a row")
 
 
 def enable_packing(model: PreTrainedModel) -> None:
     """Lets a model for sequence classification take the batches of `PackCollator`; padded ones it takes as before.
 
-    Attention is `torch.nn.attention.varlen` on a GPU in half precision, which knows no dropout of attention weights;
-    elsewhere it is `scaled_dot_product_attention`, sample by sample, with dropout as the model's configuration says.
-    Doing it twice does no harm.
+    These are the keywords of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`. A model that
+    was given an attention of its own choice that knows them, such as `flash_attention_2` or a kernel of the Hub, keeps
+    it. Else attention is `torch.nn.attention.varlen` on a GPU in half precision, which knows no dropout of attention
+    weights, and elsewhere `scaled_dot_product_attention`, sample by sample, with dropout as the model's configuration
+    says. Doing it twice does no harm.
 
     Args:
-        model: Of the ALBERT, BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, RoBERTa or XLM-RoBERTa family.
+        model: Any whose attention comes in by transformers' `AttentionInterface`, or DeBERTa. It is tried on two short
+            samples, unless its weights are not there yet or are sharded, or its attention wants a GPU.
 
     Raises:
-        ValueError: It is of another family.
+        ValueError: It is no such model, or gives something else of packed samples than of each by itself.
     """
-    check_packing(model)
     if TAKES_PACKED_BATCHES in model.__dict__:
         return
+    check_packing(model)
+    tried = _can_be_tried(model) and not (_has_other_attention(model) and model.device.type == "cpu")
+    alone = [_padded([sample], 0) for sample in _samples(model)] if tried else []
+    expected = [_logits(model, batch) for batch in alone]
+    problem = ""
+    for one_token in (True, False) if tried else (False,):
+        supply_attention(model, one_token=one_token)
+        problem = _difference(model, _packed(_samples(model)), torch.cat(expected)) if tried else ""
+        if not problem:
+            break
+    if problem:
+        _remove(model)
+        raise _cannot_be_packed(model, problem)
     model.__dict__[TAKES_PACKED_BATCHES] = True
-    model.set_attn_implementation(ATTENTION)
-    model.register_forward_pre_hook(_shift_positions, with_kwargs=True)
-    encoder = model.base_model.get_submodule(_ENCODERS[model.config.model_type])
-    pooling = POOLINGS[getattr(model.config, "classifier_pooling", "cls")]  # ModernBERT's choice
-    layer = first_token_layer(model)
-    if layer is not None:
-        layer.attention.forward = partial(_attention_of_first_tokens, layer.attention.forward)
-        pooling = _as_it_is
-    encoder.register_forward_hook(partial(_pool, pooling), with_kwargs=True)
 
 
-def first_token_layer(model: PreTrainedModel) -> Any | None:
-    """The last layer where it is BERT's, and everything after its attention is read at the first tokens alone."""
-    if not can_pack(model):
-        return None
-    layers: Any = getattr(model.base_model.get_submodule(_ENCODERS[model.config.model_type]), "layer", None)
-    attention = None if layers is None else getattr(layers[-1], "attention", None)
-    return layers[-1] if hasattr(attention, "self") and hasattr(attention, "output") else None
+def skip_unread_tokens(model: PreTrainedModel) -> None:
+    """Spares padded batches what no head reads, and a wait for the GPU, where attention is transformers' default, SDPA.
+
+    In the last layer only the tokens are computed that the head reads, unless hidden states or attention weights are
+    asked for. A model that then gives something else of two short samples, or cannot be tried on them, is left as it
+    is.
+    """
+    if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not _can_be_tried(model):
+        return
+    with suppress(Exception):  # families are many
+        batch = _padded(_samples(model), pad_token_of(model.config) or 0)
+        expected = _logits(model, batch)
+        supply_attention(model, one_token=True)
+        if not _difference(model, batch, expected):
+            return
+    _remove(model)
+    model.set_attn_implementation("sdpa")
 
 
-def _attention_of_first_tokens(
-    forward: Callable[..., Any], hidden: Tensor, *args: Any, cu_seq_lens_q: Tensor | None = None, **options: Any
-) -> Any:
-    """BERT's attention block in the last layer, where the head reads one token of each sample.
+def reads_one_token(model: nn.Module) -> bool:
+    """Whether the last layer of a model, or of the one that it wraps, computes only the tokens that the head reads."""
+    return any(_READS_ONE in vars(part) for part in model.modules())
 
-    Keys and values are those of all tokens; queries, and with them everything that follows, only of the first ones:
-    7 % fewer operations for BERT-base at 254 tokens. As in MLPerf's BERT, *Boosting distributed training performance
-    of the unpadded BERT model* (Zeng et al., 2022).
+
+def takes_attention(model: PreTrainedModel) -> bool:
+    """Whether the layers of a model take attention from outside, by transformers' `AttentionInterface`."""
+    layers = find_layers(model)
+    modules = [] if layers is None else [sys.modules[type(module).__module__] for module in layers[-1].modules()]
+    return any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules)
+
+
+def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
+    """Lets a model take packed batches, without trying them; and compute one token of each sample in the last layer.
 
     Args:
-        forward: What padded batches go through.
-        hidden: (1, tokens, hidden).
-        args: What else `forward` takes.
-        cu_seq_lens_q: Where each sample starts, and the end. Shape (batch + 1,), int32.
-        options: What else attention takes.
-
-    Returns:
-        (1, batch, hidden), and no attention weights.
+        model: As `can_pack` says. An attention that was chosen for it stays.
+        one_token: Do the latter, where its head reads one token, and where hidden states or attention weights are not
+            asked for.
     """
-    if cu_seq_lens_q is None:
-        return forward(hidden, *args, **options)
-    block = forward.__self__  # type: ignore[attr-defined]
-    first = first_token(hidden[0], cu_seq_lens_q)[None]
-    heads = (block.self.num_attention_heads, block.self.attention_head_size)
-    query, key, value = (
-        project(of).unflatten(-1, heads).transpose(1, 2)
-        for project, of in ((block.self.query, first), (block.self.key, hidden), (block.self.value, hidden))
-    )
-    one_each = torch.arange(len(cu_seq_lens_q), dtype=torch.int32, device=hidden.device)
-    attended, _ = attention_forward(
-        block.self,
-        query,
-        key,
-        value,
-        None,
-        dropout=block.self.dropout.p if block.training else 0.0,
-        scaling=block.self.scaling,
-        **{**options, "cu_seq_lens_q": one_each, "max_length_q": 1},
-    )
-    return block.output(attended.flatten(-2), first), None
-
-
-def _as_it_is(hidden: Tensor, cu_seq_lens: Tensor) -> Tensor:
-    return hidden
-
-
-def avoid_mask_sync(model: PreTrainedModel) -> None:
-    """Spares padded batches a wait for the GPU in every forward, where attention is transformers' default, SDPA."""
-    if can_pack(model) and model.config._attn_implementation == "sdpa":
+    _remove(model)
+    if is_deberta(model):
+        model.__dict__[_HOOKS] = hook_deberta(model)
+        return
+    if _has_other_attention(model):
+        one_token = False
+    else:
         model.set_attn_implementation(ATTENTION)
+    layers, pooling = find_layers(model), head_pooling(model)
+    layer = _one_token_layer(model) if one_token else None
+    parents = [module for module in model.base_model.modules() if any(child is layers for child in module.children())]
+    names = [list(inspect.signature(type(part).forward).parameters)[1:] for part in (model, model.base_model)]
+    model.__dict__[_HOOKS] = [
+        model.register_forward_pre_hook(partial(_before_model, names[0], pooling, layer is not None), with_kwargs=True),
+        model.base_model.register_forward_pre_hook(partial(_before_base_model, names[1]), with_kwargs=True),
+        parents[0].register_forward_hook(partial(_after_layers, pooling), with_kwargs=True),
+    ]
+    if layer is not None:
+        model.__dict__[_HOOKS].append(read_one_token(layer))
+        model.__dict__[_READS_ONE] = True
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
     """Dropout of attention weights in training that a model's configuration asks for."""
     config = model.config.to_dict()
-    names = ("attention_probs_dropout_prob", "attention_dropout")
+    names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     return float(next((config[name] for name in names if name in config), 0.0))
 
 
-def _shift_positions(model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+# --- what is done to a model ---
+
+
+def _has_other_attention(model: PreTrainedModel) -> bool:
+    """Whether a kernel was chosen that takes packed batches by their keywords, as FlashAttention's do."""
+    return model.config._attn_implementation not in (*TRANSFORMERS_OWN, ATTENTION)
+
+
+def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The last layer, where it is called once and its head reads one token; the layers of ALBERT are one."""
+    layers = find_layers(model)
+    if layers is None or len(layers) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
+        return None
+    return layers[-1] if head_pooling(model) in ("first", "last") else None
+
+
+def _remove(model: PreTrainedModel) -> None:
+    model.__dict__.pop(_READS_ONE, None)
+    for hook in model.__dict__.pop(_HOOKS, ()):
+        hook.remove()
+
+
+def _before_model(
+    names: list[str], pooling: str, one_token: bool, model: Any, args: Any, inputs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Says which tokens are read, and shows a head that looks for the last one of each sample nothing but that one."""
+    inputs = {**dict(zip(names, args, strict=False)), **inputs}
+    cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
+    wanted = ("output_hidden_states", "output_attentions")
+    one_token &= not any(inputs.get(name, getattr(model.config, name, False)) for name in wanted)
+    if cu_seq_lens is None:
+        mask = inputs.get("attention_mask")
+        one_token &= input_ids is not None and not inputs.get("use_cache") and (mask is None or mask.ndim == 2)
+        if not one_token:
+            return (), inputs
+    else:
+        inputs["position_ids"] = inputs["position_ids"] + _first_position(model)
+    if pooling in ("first", "last"):
+        assert input_ids is not None, "packed batches hold input_ids"
+        tokens = tokens_read(pooling, input_ids, pad_token_of(model.config), cu_seq_lens)
+        inputs["tokens_read" if one_token else "tokens_pooled"] = tokens
+        if pooling == "last":
+            inputs = {**inputs, "input_ids": pick(input_ids, tokens), "all_input_ids": input_ids, "use_cache": False}
+    elif pooling == "all":
+        inputs["attention_mask"] = padding_mask(inputs["cu_seq_lens_q"], inputs["max_length_q"])
+    return (), inputs
+
+
+def _first_position(model: Any) -> int:
     """RoBERTa and models like it count positions from the padding index on."""
-    padding_idx = None
+    embeddings = dict(getattr(model.base_model, "embeddings", nn.Module()).named_modules())
+    padding_idx = getattr(embeddings.get("position_embeddings"), "padding_idx", None)
+    return 0 if padding_idx is None else padding_idx + 1
+
+
+def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dict[str, Any]) -> Any:
+    """Gives the layers the tokens of all samples again."""
+    inputs = {**dict(zip(names, args, strict=False)), **inputs}
+    if "all_input_ids" in inputs:
+        inputs["input_ids"] = inputs.pop("all_input_ids")
     if "cu_seq_lens_q" in inputs:
-        embeddings = dict(model.base_model.embeddings.named_modules())
-        table = embeddings.get("position_embeddings")
-        padding_idx = None if table is None else table.padding_idx
-    if padding_idx is not None:
-        inputs = {**inputs, "position_ids": inputs["position_ids"] + padding_idx + 1}
-    return args, inputs
+        inputs["attention_mask"] = None
+    return (), inputs
 
 
-def _pool(
-    pooling: Callable[[Tensor, Tensor], Tensor], encoder: Any, args: Any, inputs: dict[str, Any], output: Any
-) -> Any:
-    """Turns hidden states of a packed batch, (1, tokens, hidden), into what the heads read, (batch, 1, hidden)."""
+def _after_layers(pooling: str, stack: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
+    """Turns hidden states of a packed batch, (1, tokens, hidden), into what the head reads, (batch, 1, hidden)."""
     cu_seq_lens = inputs.get("cu_seq_lens_q")
-    if cu_seq_lens is not None:
-        output.last_hidden_state = pooling(output.last_hidden_state[0], cu_seq_lens)[:, None]
+    if cu_seq_lens is None or "tokens_read" in inputs:
+        return output
+    hidden = output.last_hidden_state
+    if pooling == "mean":
+        hidden = mean(hidden[0], cu_seq_lens)[:, None]
+    elif pooling == "all":
+        hidden = pad(hidden[0], cu_seq_lens, inputs["max_length_q"])
+    else:
+        hidden = pick(hidden, inputs["tokens_pooled"])
+    output.last_hidden_state = hidden
     return output
+
+
+# --- whether it gives what it gave before ---
+
+
+def _cannot_be_packed(model: PreTrainedModel, reason: str) -> UsageError:
+    return UsageError(
+        f"batches of {model.config.model_type} models cannot be packed: they {reason.rstrip('.')}. Set "
+        "--data.padding=longest."
+    )
+
+
+def _can_be_tried(model: PreTrainedModel) -> bool:
+    """Whether a model can be called here: its weights are there, and whole."""
+    return not any(weight.is_meta or isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def _samples(model: PreTrainedModel) -> list[Tensor]:
+    """Short samples of any tokens but padding."""
+    embeddings: Any = model.get_input_embeddings()
+    size, padding = len(embeddings.weight), pad_token_of(model.config)
+    drawn = torch.randint(size - 1, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0), device="cpu")
+    drawn = drawn if padding is None else drawn + (drawn >= padding)
+    return list(torch.split(drawn.to(model.device), list(_LENGTHS)))
+
+
+def _padded(samples: list[Tensor], pad_token_id: int) -> dict[str, Any]:
+    mask = [torch.ones_like(sample) for sample in samples]
+    return {
+        "input_ids": pad_sequence(samples, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence(mask, batch_first=True),
+    }
+
+
+def _packed(samples: list[Tensor]) -> dict[str, Any]:
+    device = samples[0].device
+    cu_seq_lens = torch.tensor([0, *_LENGTHS], device=device).cumsum(0, dtype=torch.int32)
+    return {
+        "input_ids": torch.cat(samples)[None],
+        "position_ids": torch.cat([torch.arange(length, device=device) for length in _LENGTHS])[None],
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max(_LENGTHS),
+        "max_length_k": max(_LENGTHS),
+    }
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Logits in evaluation mode, uncompiled; modes are left as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    compiled = any(module._compiled_call_impl is not None for module, _ in modes)
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            model.train(False)
+            logits: Tensor = model(**inputs).logits
+    finally:
+        for module, training in modes:
+            module.training = training
+    return logits.float()
+
+
+def _difference(model: PreTrainedModel, batch: dict[str, Any], expected: Tensor) -> str:
+    """What is wrong with the logits that a model gives of a batch, as far as its precision goes; empty if nothing."""
+    try:
+        given = _logits(model, batch)
+    except Exception as error:
+        return f"fail on them: {root_cause_message(error)}"
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    tolerance = 0.1 if half else 1e-4 if model.device.type == "cpu" else 1e-2  # a GPU may round float32 to 10 bits
+    if given.shape != expected.shape:
+        return f"give {len(given)} rows of logits for {len(expected)} samples"
+    off = float((given - expected).abs().max())
+    within = off <= tolerance * max(1.0, float(expected.abs().max()))
+    return "" if within else f"give logits that are {off:.2g} off those of the samples one by one"
