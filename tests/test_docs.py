@@ -146,6 +146,13 @@ def test_the_snippets_that_do_not_run_are_few_and_say_why() -> None:
     assert len(everything) - NOT_RUN.total() >= 30
 
 
+def test_the_tour_of_the_code_has_a_line_for_every_module() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text()
+    modules = [*ROOT.glob("smartbatch_lightning/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert len(modules) > 80
+    assert [str(path) for path in modules if path.name != "__init__.py" and f" {path.name} " not in tour] == []
+
+
 def test_the_command_line_reference_has_every_option_of_data_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
     from cli_reference import cli_reference

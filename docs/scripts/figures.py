@@ -26,7 +26,6 @@ Batch = list[list[str]]  # words by sentence
 
 def main() -> None:
     """Writes the figures beside the pages."""
-    plt.rcParams["svg.hashsalt"] = "smartbatch"  # the same file every time
     folder = Path(__file__).parents[1]
     tokens = [sentence.split() for sentence in SENTENCES]
     by_length = sorted(tokens, key=len)
@@ -41,18 +40,18 @@ def main() -> None:
     for name, (batches, widths) in figures.items():
         figure, axes = plt.subplots(figsize=(10, 3.6))
         _draw(axes, batches, widths, longest, words=True)
-        _save(figure, folder / f"{name}.svg")
+        _save(figure, folder / f"{name}.png")
 
     figure, axes = plt.subplots(figsize=(10, 2.1))
     _draw_packed(axes, shuffled)
-    _save(figure, folder / "packed.svg")
+    _save(figure, folder / "packed.png")
 
     figure, panels = plt.subplots(1, 3, figsize=(10, 2.4))
     names = {"fixed": "fixed padding", "dynamic": "dynamic padding", "uniform": "uniform length"}
     for axes, (name, (batches, widths)) in zip(panels, figures.items(), strict=True):
         _draw(axes, batches, widths, longest, words=False)
         axes.set_title(f"{names[name]}\n{axes.get_title()}", fontsize=9)
-    _save(figure, folder / "padding.svg")
+    _save(figure, folder / "padding.png")
 
 
 def _batches(tokens: list[list[str]]) -> list[Batch]:
@@ -101,7 +100,7 @@ def _frame(axes: Axes, width: float, height: float) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None}, facecolor="white")
+    figure.savefig(path, bbox_inches="tight", dpi=150)
     plt.close(figure)
 
 
