@@ -27,6 +27,8 @@ from smartbatch_lightning import (
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.data.collators import batch_lengths, window_lengths
 from smartbatch_lightning.data.encoding import TextEncoder
+from smartbatch_lightning.data.tokenizers import check_end_tokens
+from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 
 TEXT = "one two three four five six seven eight nine ten film [SEP] eleven twelve"
@@ -322,3 +324,13 @@ def test_a_fit_on_windows_is_resumed_exactly_and_refuses_another_pooling(tmp_pat
         trainer(tmp_path, **options).fit(
             SequenceClassifier(MODEL, lr_scheduler="constant"), other, ckpt_path=str(tmp_path / "a.ckpt")
         )
+
+
+def test_of_a_model_that_reads_the_last_end_token_each_window_has_one(tokenizer) -> None:
+    rows = TokenTable.from_rows([[5, 2, 6, 2], [7, 2], [8, 2]])
+    windows = np.array([2, 1, 1])
+    ended = copy.deepcopy(tokenizer)
+    ended.eos_token = ended.convert_ids_to_tokens(2)
+    check_end_tokens(rows, range(3), ended, windows)
+    with pytest.raises(ValueError, match="row 0 .counted from 0. has 2 of the token"):
+        check_end_tokens(rows, range(3), ended, np.ones(3, int))

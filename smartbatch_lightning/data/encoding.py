@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
@@ -210,11 +210,14 @@ def _rust_encoder(
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    identity = json.dumps([backend.to_str(), tokenizer.split_special_tokens])
-    truncating = Tokenizer.from_str(backend.to_str())
-    truncating.encode_special_tokens = tokenizer.split_special_tokens
-    if truncation.side is not None:
-        truncating.enable_truncation(max_length, direction=truncation.side)
+
+    @cache
+    def truncating() -> Tokenizer:
+        """For pairs alone; a copy, since threads share the other one."""
+        copied = Tokenizer.from_str(backend.to_str())
+        copied.encode_special_tokens = backend.encode_special_tokens
+        copied.enable_truncation(max_length, direction=truncation.side or "right")
+        return copied
 
     def encode(texts: Texts) -> list[EncodedText]:
         # a pair without a second text is one text to transformers, where it is not in a list
@@ -227,13 +230,13 @@ def _rust_encoder(
                 special = encodings[row].special_tokens_mask
                 first, end = (special.index(0), len(special) - special[::-1].index(0)) if 0 in special else (0, 0)
                 samples[row] = _cut(samples[row], first, end, truncation, max_length)
-        pairs = [row for row in longer if not isinstance(texts[row], str)]
-        for row, shorter in zip(pairs, truncating.encode_batch_fast([texts[row] for row in pairs]), strict=True):
-            lost_tokens = len(samples[row].ids) - len(shorter.ids)
-            samples[row] = EncodedText(shorter.ids, shorter.type_ids, lost_tokens)
+        if pairs := [row for row in longer if not isinstance(texts[row], str)]:
+            for row, shorter in zip(pairs, truncating().encode_batch_fast([texts[row] for row in pairs]), strict=True):
+                lost_tokens = len(samples[row].ids) - len(shorter.ids)
+                samples[row] = EncodedText(shorter.ids, shorter.type_ids, lost_tokens)
         return samples
 
-    return identity, encode
+    return json.dumps([backend.to_str(), tokenizer.split_special_tokens]), encode
 
 
 def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> tuple[str, Encode]:
