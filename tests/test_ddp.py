@@ -28,7 +28,8 @@ ROOT = TESTS.parent
 
 
 @pytest.mark.parametrize(
-    ("batching", "accumulate", "tokenization"), [slow("smart", 1, "ahead"), slow("random", 2, "ahead"), slow("smart", 1, "lazy")]
+    ("batching", "accumulate", "tokenization"),
+    [slow("smart", 1, "ahead"), slow("random", 2, "ahead"), slow("smart", 1, "lazy")],
 )
 def test_two_ranks_share_every_epoch_and_step_together(batching, accumulate, tokenization, tmp_path: Path) -> None:
     options = {"batching": batching, "accumulate": accumulate, "tokenization": tokenization, "workers": 1}
