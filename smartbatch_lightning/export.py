@@ -21,6 +21,7 @@ from smartbatch_lightning.models.head import find_output_layer, rescale_logits
 from smartbatch_lightning.storage import check_writable, write_into
 from smartbatch_lightning.tasks import SingleLabelClassification
 from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization
+from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE
 
 _SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
@@ -90,7 +91,7 @@ def export_model(
         tokenizer.save_pretrained(tmp_folder)
         card.save(tmp_folder / "README.md")
 
-    write_into(folder, write)
+    write_into(folder, write, outdated=[THRESHOLDS_FILE])  # of other weights
     echo(f"Wrote the model to {folder}")
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -148,12 +148,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     tmp_path.replace(path)
 
 
-def write_into(folder: Path, write: Callable[[Path], object]) -> list[Path]:
+def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable[str] = ()) -> list[Path]:
     """Writes files into a folder, where others may be: each replaces its like when all have been written.
 
     Args:
         folder: The folder.
         write: Writes them into the folder that it is given.
+        outdated: Names of files that are removed then, unless they have been written.
 
     Returns:
         Their paths.
@@ -166,6 +167,8 @@ def write_into(folder: Path, write: Callable[[Path], object]) -> list[Path]:
         tmp_path = _written(folder / "files", write)
         paths = [path.replace(folder / path.name) for path in sorted(tmp_path.iterdir())]
         tmp_path.rmdir()
+        for name in set(outdated) - {path.name for path in paths}:
+            (folder / name).unlink(missing_ok=True)
     return paths
 
 

@@ -35,8 +35,9 @@ from smartbatch_lightning import (
 )
 from smartbatch_lightning.cli import main
 from smartbatch_lightning.evaluation.samples import Lengths
+from smartbatch_lightning.evaluation.sections import FIGURES
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
-from smartbatch_lightning.tasks.thresholds import predict_labels, read_thresholds, write_thresholds
+from smartbatch_lightning.tasks.thresholds import read_thresholds, write_thresholds
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -155,7 +156,7 @@ def test_the_fitted_temperature_has_the_least_loss_and_calibrates(make) -> None:
 def test_no_threshold_has_a_better_f1_than_the_best(evaluation: Evaluation) -> None:
     thresholds = evaluation.results.thresholds
     assert list(thresholds) == (names(3) if evaluation.labels.ndim == 2 else ["class 1"])
-    predicted = predict_labels(evaluation.task, evaluation.scores, thresholds)
+    predicted = evaluation.task.predict_labels(evaluation.scores, thresholds)
     for one in evaluation.results.classes:
         if one.name in thresholds:
             number = evaluation.task.label_names.index(one.name)
@@ -514,7 +515,7 @@ def test_classes_that_look_like_something_else_are_read_from_csv_by_name(classes
 
 def test_what_was_predicted_by_thresholds_is_evaluated_as_it_was_predicted(tmp_path: Path) -> None:
     evaluation = single(2)
-    strict = predict_labels(evaluation.task, evaluation.scores, {"class 1": 0.9})
+    strict = evaluation.task.predict_labels(evaluation.scores, {"class 1": 0.9})
     assert (strict != evaluation.predicted).any()
     predicted = Evaluation(evaluation.task, evaluation.scores, evaluation.labels, strict)
     pq.write_table(labelled(predicted), tmp_path / "p.parquet")
@@ -554,6 +555,7 @@ def changed(column: str, value) -> pa.Table:
         (changed("probability_class 1", None), {}, "row 7 .*has None in 'probability_class 1'"),
         (changed("probability_class 1", 1.2), {}, "row 7 has 1.2 for 'class 1', which is no probability"),
         (changed("probability_class 1", 0.999), {}, "probabilities of row 7 sum to 1"),
+        (changed("label", "class 0, class 2"), {}, "row 7 .*If these are several labels, set label_delimiter=','"),
         (labelled(single(3))[:0], {}, "has no rows"),
         (table_of(single(3), label=[0] * 500), {}, "has whole numbers, but the classes are 'class 0'.*Set label_names"),
         (table_of(single(3), label=[0] * 500), {"label_names": ["a", "b"]}, "has probabilities of 'class 0', 'class 1'"),
@@ -598,7 +600,7 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         ('{"a": 1.5}', "have 1.5 for 'a'; give a number from 0 to 1"),
         ('{"a": true}', "have True for 'a'"),
         ('{"a": NaN}', "have nan for 'a'"),
-        ('{"z": 0.5}', "are for 'z'; labels that a threshold decides on are 'a', 'b'"),
+        ('{"z": 0.5}', "are for 'z'; labels that a threshold decides on here are 'a', 'b'"),
         ("[0.5]", "hold list; give numbers by label"),
         ("{", "cannot be read"),
     ],
@@ -628,8 +630,8 @@ def test_thresholds_decide_on_the_second_of_two_classes_and_on_none_of_three(tmp
     two = SingleLabelClassification.from_names(["a", "b"])
     thresholds = read_thresholds(tmp_path / "thresholds.json", two)
     scores = np.array([[0.75, 0.25], [0.65, 0.35], [0.1, 0.9]])
-    assert predict_labels(two, scores, thresholds).tolist() == [0, 1, 1]
-    with pytest.raises(ValueError, match="labels that a threshold decides on are none"):
+    assert two.predict_labels(scores, thresholds).tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="labels that a threshold decides on are several a sample"):
         read_thresholds(tmp_path, SingleLabelClassification.from_names(["a", "b", "c"]))
 
 
@@ -649,7 +651,7 @@ def test_predict_takes_thresholds_and_evaluate_reads_what_it_wrote(data, tmp_pat
     right = strict["prediction"] == np.array(classes)[strict["label"]]
     assert found.results.summary["accuracy"] == pytest.approx(right.mean())
     write_thresholds({"weird": 0.5}, tmp_path / "model" / "thresholds.json")
-    with pytest.raises(ValueError, match="are for 'weird'; labels that a threshold decides on are 'positive'"):
+    with pytest.raises(ValueError, match="are for 'weird'; labels that a threshold decides on here are 'positive'"):
         trainer(tmp_path, callbacks=[PredictionWriter("x.parquet", thresholds="model")]).predict(
             SequenceClassifier(str(demo.model_dir())), data
         )
@@ -682,6 +684,16 @@ def test_the_command_prints_tables_and_writes_a_page_json_figures_and_thresholds
     smartbatch(monkeypatch, "evaluate", "--predictions=predictions.parquet", "--thresholds=told", "--folder=again")
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert [one["f1"] for one in again["classes"]] == pytest.approx([one["best_f1"] for one in told["classes"]])
+
+
+def test_a_report_leaves_nothing_of_an_earlier_one_and_other_files_where_they_are(tmp_path: Path) -> None:
+    """Its thresholds would be taken for those of the newer predictions."""
+    (tmp_path / "mine.png").write_bytes(b"a picture")
+    for evaluation, thresholds in ((several(3), {"class 0": 0.3}), (single(3), None)):
+        paths = evaluation.save(tmp_path, thresholds)
+        assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths} | {"mine.png"}
+    for evaluation in (several(3, lengths=Lengths(np.arange(500), "tokens")), single(3), numbers(1), numbers(5)):
+        assert evaluation.figures().keys() <= set(FIGURES)
 
 
 @pytest.mark.parametrize(

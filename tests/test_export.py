@@ -143,7 +143,12 @@ def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(
     data = SmartBatchDataModule({"train": str(tmp_path / "train.parquet")}, validation_split=0.25)
     model, folder = SequenceClassifier(minilm), tmp_path / "model"
     trainer(tmp_path, limit_train_batches=1).fit(model, data)
+    folder.mkdir()
+    (folder / "thresholds.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
     export_model(model, data, folder, {"val_loss": 0.5}, "smartbatch fit ```")
+    assert not (folder / "thresholds.json").exists(), "they are those of other weights"
+    assert (folder / "notes.txt").exists()
     card = (folder / "README.md").read_text()
     body = card.partition("\n---\n")[2]
     assert r"\<script\>alert(1)\</script\>" in body

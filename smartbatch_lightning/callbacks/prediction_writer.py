@@ -26,7 +26,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
-from smartbatch_lightning.tasks.thresholds import predict_labels, read_thresholds
+from smartbatch_lightning.tasks.thresholds import read_thresholds
 
 _REMEDY = "Give another --predictions.path, or replace what is there by --predictions.overwrite=true."
 
@@ -201,7 +201,7 @@ class PredictionWriter(BasePredictionWriter):
         self._pending = []
         index, columns = predicted.pop("index"), module.task.prediction_columns(predicted)
         if self._by_label:
-            labels = predict_labels(module.task, predicted["probabilities"], self._by_label)
+            labels = module.task.predict_labels(predicted["probabilities"], self._by_label)
             columns["prediction"] = module.task.decode(labels)
         table = pa.table({"index": index, **columns})
         self._shards.write(table, self._shard, trainer.global_rank, trainer.world_size)

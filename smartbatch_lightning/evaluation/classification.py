@@ -31,7 +31,6 @@ from torchmetrics.functional.classification import (
 
 from smartbatch_lightning.evaluation.calibration import Calibration, Logits, fit_temperature
 from smartbatch_lightning.evaluation.samples import Group, Mistake, text_at
-from smartbatch_lightning.tasks.thresholds import names_with_threshold
 
 if TYPE_CHECKING:
     from smartbatch_lightning.evaluation.evaluation import Evaluation
@@ -247,7 +246,7 @@ class _Measured:
             metric(self.predicted, self.labels, len(self.names), average="none", validate_args=False).tolist()
             for metric in metrics
         )
-        decided = names_with_threshold(self.evaluation.task)
+        decided = self.evaluation.task.names_with_threshold
         results = []
         for number, name in enumerate(self.names):
             scores, truth = self._one_against_all(number)

@@ -9,7 +9,7 @@ from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.storage import check_writable
 from smartbatch_lightning.tasks.config import label_names_from_config
-from smartbatch_lightning.tasks.thresholds import FILE_NAME, names_with_threshold, write_thresholds
+from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, read_thresholds, write_thresholds
 
 
 def evaluate(
@@ -34,7 +34,8 @@ def evaluate(
         label_delimiter: What stands between the labels of a text that has several.
         label_names: Names of the classes in the order in which whole numbers in the label column count them.
         thresholds: `best` writes for each label the threshold of the best F1 to thresholds.json in the folder; or a
-            file of such thresholds, by which to predict. Take other samples for the one than for the other.
+            file of such thresholds, by which to predict, which then lie in the folder too. Take other samples for the
+            one than for the other.
         model_folder: Folder of an exported model, beside whose config.json thresholds.json is written too.
         temperature: By which to divide the logits, to see how well calibrated probabilities are then; `fit` for that
             of the least loss on these samples.
@@ -61,20 +62,24 @@ def evaluate(
         temperature=temperature,
         title=title,
     )
-    if thresholds == "best" and not names_with_threshold(evaluation.task):
+    if thresholds == "best" and not evaluation.task.names_with_threshold:
         raise UsageError(
             "thresholds=best is for several labels a sample or two classes, but here the outputs are "
             f"{join_quoted(evaluation.task.label_names)}. Leave it out."
         )
     if model_folder is not None:
         _check_model(model_folder, evaluation.task.label_names)
-    evaluation.show()
-    paths = evaluation.save(folder)
+    by_label = None
     if thresholds == "best":
         assert isinstance(evaluation.results, ClassificationResults)
-        for one in [folder] if model_folder is None else [folder, model_folder]:
-            paths.append(Path(one) / FILE_NAME)
-            write_thresholds(evaluation.results.thresholds, paths[-1])
+        by_label = evaluation.results.thresholds
+    elif thresholds is not None:
+        by_label = read_thresholds(thresholds, evaluation.task)
+    evaluation.show()
+    paths = evaluation.save(folder, by_label)
+    if model_folder is not None and by_label is not None:
+        paths.append(Path(model_folder) / THRESHOLDS_FILE)
+        write_thresholds(by_label, paths[-1])
     echo("Wrote " + ", ".join(map(str, paths)))
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from smartbatch_lightning.evaluation.regression import RegressionResults, regres
 from smartbatch_lightning.evaluation.samples import Lengths
 from smartbatch_lightning.storage import write_into
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification, Task
-from smartbatch_lightning.tasks.thresholds import predict_labels
+from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, write_thresholds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +103,7 @@ class Evaluation:
         """Numbers of the labels that are predicted, of the shape of `labels`."""
         if self.predicted_labels is not None:
             return self.predicted_labels
-        return predict_labels(self.task, self.scores)
+        return self.task.predict_labels(self.scores)
 
     @cached_property
     def results(self) -> ClassificationResults | RegressionResults:
@@ -144,8 +144,14 @@ class Evaluation:
 
         return page(self)
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, thresholds: Mapping[str, float] | None = None) -> list[Path]:
         """Writes `evaluation.json`, `evaluation.html` and a PNG for each figure; returns their paths.
+
+        What an earlier report has left in the folder is removed.
+
+        Args:
+            folder: Where to.
+            thresholds: By label, for `predict`; they are written to `thresholds.json`.
 
         Raises:
             ValueError: The folder cannot be written.
@@ -159,8 +165,10 @@ class Evaluation:
             (tmp_folder / "evaluation.html").write_text(self.html(), encoding="utf-8")
             for name, figure in self.figures().items():
                 as_png(figure, tmp_folder / f"{name}.png")
+            if thresholds is not None:
+                write_thresholds(thresholds, tmp_folder / THRESHOLDS_FILE)
 
-        return write_into(Path(folder), write)
+        return write_into(Path(folder), write, [THRESHOLDS_FILE, *(f"{name}.png" for name in sections.FIGURES)])
 
     def show(self) -> None:
         """Prints the tables and the worst mistakes."""

@@ -20,7 +20,7 @@ from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
 from smartbatch_lightning.tasks.labels import LabelEncoder, whole_numbers
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource, is_list, is_text
-from smartbatch_lightning.tasks.thresholds import predict_labels, read_thresholds
+from smartbatch_lightning.tasks.thresholds import read_thresholds
 
 _PROBABILITY, _PREDICTION, _INDEX = "probability_", "prediction", "index"
 
@@ -63,7 +63,7 @@ def read_predictions(
     predicted: NDArray[Any] | None = None
     scores = table.scores(task)
     if thresholds is not None:
-        predicted = predict_labels(task, scores, read_thresholds(thresholds, task))
+        predicted = task.predict_labels(scores, read_thresholds(thresholds, task))
     elif _PREDICTION in table.names and not isinstance(task, Regression):
         predicted = task.encode(table.columns(LabelSource((_PREDICTION,), label_delimiter)))
     return Evaluation(

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_TARGETS = 4  # with figures of their own
+_OF_TARGETS = ("scatter", "residuals", "quantiles")
+# All names of figures that a report may have.
+FIGURES = (
+    *("labels", "confusion", "roc", "precision_recall", "reliability", "lengths", *_OF_TARGETS),
+    *(f"{name}_{number}" for name in _OF_TARGETS for number in range(_MOST_TARGETS)),
+)
 
 
 @dataclass(frozen=True)

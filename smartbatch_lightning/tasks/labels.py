@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.source import LabelColumns, first_true, is_text
 
+DELIMITERS = (",", ";", "|")  # that are looked for between labels
+
 LabelType = Literal["text", "integer", "boolean"]
 
 
@@ -100,7 +102,10 @@ class LabelEncoder:
         numbers = pc.index_in(labels.names, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
             unknown = first_true(numbers.is_null())
-            hint = ""
+            met, hint = labels.names[unknown].as_py(), ""
+            for delimiter in DELIMITERS:
+                if delimiter in met and {part.strip() for part in met.split(delimiter)} <= set(self.names):
+                    hint = f" If these are several labels, set label_delimiter={delimiter!r}."
             if counted is not None:
                 hint = (
                     f" Whole numbers count the classes here, from 0 to {len(known) - 1}; give a name for each number."
@@ -108,7 +113,7 @@ class LabelEncoder:
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If whole numbers count the classes, set --data.label_names to the names in that order."
             raise UsageError(
-                f"{labels.row(unknown)} has the label {join_quoted([labels.names[unknown].as_py()])}, which is none of "
+                f"{labels.row(unknown)} has the label {join_quoted([met])}, which is none of "
                 f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
                 f"predict, which needs no labels.{hint}"
             )

@@ -1,6 +1,6 @@
 """Multi-label classification: every sample has any number of labels, or none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from smartbatch_lightning.tasks.task import Task
 _PROBLEM_TYPE = "multi_label_classification"
 _DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
 _INDICATORS = "labels_are_indicators"
-THRESHOLD = 0.5  # of probabilities, above which a label is predicted
+_THRESHOLD = 0.5  # of probabilities, above which a label is predicted
 
 
 @dataclass(frozen=True)
@@ -188,15 +188,24 @@ class MultiLabelClassification:
         num_labels = len(self.label_names)
         return MetricCollection(
             {
-                "f1": MultilabelF1Score(num_labels, THRESHOLD, average="macro"),
-                "f1_micro": MultilabelF1Score(num_labels, THRESHOLD, average="micro"),
-                "exact_match": MultilabelExactMatch(num_labels, THRESHOLD),
+                "f1": MultilabelF1Score(num_labels, _THRESHOLD, average="macro"),
+                "f1_micro": MultilabelF1Score(num_labels, _THRESHOLD, average="micro"),
+                "exact_match": MultilabelExactMatch(num_labels, _THRESHOLD),
             }
         )
 
     def metric_labels(self, labels: Tensor) -> Tensor:
         """As torchmetrics takes them, (batch, num_labels), whole numbers."""
         return labels.long()
+
+    @property
+    def names_with_threshold(self) -> list[str]:
+        """All."""
+        return self.label_names
+
+    def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[np.bool_]:
+        """Whether each label is predicted, (num_samples, num_labels); by default above 0.5."""
+        return np.asarray(scores > [(thresholds or {}).get(name, _THRESHOLD) for name in self.label_names])
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
         """Probabilities of the labels, (batch, num_labels)."""
@@ -206,7 +215,7 @@ class MultiLabelClassification:
         """The labels that are likelier than not as they stand in the data, and each one's probability."""
         probabilities = predicted["probabilities"]
         return {
-            "prediction": self.decode(probabilities > THRESHOLD),
+            "prediction": self.decode(self.predict_labels(probabilities)),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,6 +221,15 @@ class Regression:
     def metric_labels(self, labels: Tensor) -> Tensor:
         """In the data's unit, as torchmetrics takes them: floats."""
         return labels.float() if self.standardization is None else self.standardization.restore_tensor(labels)
+
+    @property
+    def names_with_threshold(self) -> list[str]:
+        """None."""
+        return []
+
+    def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
+        """The scores."""
+        return scores
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
         """Predicted targets, as `predictions`."""

@@ -1,6 +1,6 @@
 """Single-label classification: every sample is of one class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +15,13 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import if_config_does_not_say, labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import LabelEncoder, Labels, labels_in
+from smartbatch_lightning.tasks.labels import DELIMITERS, LabelEncoder, Labels, labels_in
 from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 from smartbatch_lightning.tasks.task import Task
 
 _PROBLEM_TYPE = "single_label_classification"
 _MANY_CLASSES = 50
-_DELIMITERS = (",", ";", "|")
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,17 @@ class SingleLabelClassification:
         """Numbers of the classes, (batch,)."""
         return labels
 
+    @property
+    def names_with_threshold(self) -> list[str]:
+        """Of two classes the second; of more none."""
+        return self.label_names[1:] if len(self.label_names) == 2 else []
+
+    def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[np.int64]:
+        """Number of the likeliest class, or by a threshold of the second, (num_samples,)."""
+        if thresholds:
+            return np.asarray(scores[:, 1] > thresholds[self.label_names[1]], np.int64)
+        return np.asarray(scores.argmax(axis=1))
+
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
         """Probabilities of the classes, (batch, num_labels)."""
         return {"probabilities": self.scores(logits).float()}
@@ -135,7 +145,7 @@ class SingleLabelClassification:
         """The likeliest class as it stands in the data, and each one's probability."""
         probabilities = predicted["probabilities"]
         return {
-            "prediction": self.decode(probabilities.argmax(axis=1)),
+            "prediction": self.decode(self.predict_labels(probabilities)),
             **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
         }
 
@@ -157,7 +167,7 @@ def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
     """Tells of classes that look like several labels in one text, or that hardly ever recur."""
     recur = len(names) <= _MANY_CLASSES or 2 * len(names) <= num_samples
     numbers = "numbers to predict, write them as in 1234.5 and set --data.problem_type=regression"
-    for delimiter in _DELIMITERS:
+    for delimiter in DELIMITERS:
         parts = [part for name in names for part in name.split(delimiter)]
         several = sum(delimiter in name for name in names)
         if 2 * several > len(names) and 2 * len(set(parts)) <= len(parts):

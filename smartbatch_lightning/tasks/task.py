@@ -1,6 +1,6 @@
 """What a data module and a model know of a task; everything else about it stays behind this."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,6 +117,20 @@ class Task(Protocol):
     @property
     def monitored(self) -> str:
         """The metric of these that tells which weights are best."""
+        ...
+
+    @property
+    def names_with_threshold(self) -> list[str]:
+        """Labels that are predicted where their probability is above a threshold; there may be none."""
+        ...
+
+    def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
+        """What is predicted, as `decode` takes it.
+
+        Args:
+            scores: As `scores` gives them.
+            thresholds: By label, in place of the usual decision.
+        """
         ...
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
