@@ -102,6 +102,7 @@ def test_weights_first_asked_for_in_inference_mode_are_trained_with_afterwards()
     [
         ({"class_weights": "even"}, "class_weights is 'even'; give 'balanced'"),
         ({"class_weights": [1.0, 5.0]}, "class_weights is the list .*; give numbers by name"),
+        ({"class_weights": {1: 2.0, "1": 3.0}}, "class_weights has a name twice: 1, '1'"),
         ({"class_weights": {"bad": 0}}, "class_weights is 0 for bad; give a number above 0"),
         ({"class_weights": {"bad": float("nan")}}, "class_weights is nan for bad"),
         ({"pos_weight": -1.0}, "pos_weight is -1.0 for all labels"),

@@ -8,6 +8,8 @@ import torch
 import torchmetrics.functional.classification as tm
 from helpers import trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassRecall
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
@@ -55,6 +57,34 @@ def test_a_binary_metric_of_two_classes_is_of_the_second() -> None:
     values = computed({"f1": "BinaryF1Score", "auc": "BinaryAUROC"}, TWO, scores, labels)
     assert values["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))  # right twice, once too much, once missed
     assert values["auc"] == pytest.approx(5 / 6)  # of 6 pairs one stands the wrong way round
+
+
+def test_of_two_classes_it_is_said_once_which_is_the_second(caplog: pytest.LogCaptureFixture) -> None:
+    task = SingleLabelClassification.from_names(["wanted", "spam"])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        for _ in range(2):
+            build_metrics(["f1", "BinaryF1Score"], task)
+    [message] = caplog.messages
+    assert message.startswith("BinaryF1Score is that of 'spam', the second class. --data.label_names")
+
+
+def test_metrics_that_an_override_leaves_out_are_refused(tmp_path: Path) -> None:
+    class Own(SequenceClassifier):
+        def configure_metrics(self, num_labels: int) -> MetricCollection:
+            return MetricCollection({"mine": MulticlassRecall(num_labels)})
+
+    class More(Own):
+        def configure_metrics(self, num_labels: int) -> MetricCollection:
+            return MetricCollection(
+                [super().configure_metrics(num_labels), SequenceClassifier.configure_metrics(self, 2)]
+            )
+
+    data = SmartBatchDataModule(max_length=16)
+    with pytest.raises(ValueError, match="metrics has 'accuracy', but Own overrides configure_metrics without them"):
+        trainer(tmp_path, fast_dev_run=True).fit(Own(metrics=["accuracy"]), data)
+    run = trainer(tmp_path, fast_dev_run=True)
+    run.fit(More(metrics=["accuracy"]), data)
+    assert {"val_mine", "val_accuracy"} <= run.callback_metrics.keys()
 
 
 def test_several_labels_and_targets_have_theirs() -> None:

@@ -48,6 +48,20 @@ def data() -> SmartBatchDataModule:
     return SmartBatchDataModule(max_length=64, seed=1)
 
 
+@pytest.mark.parametrize("stage", ["test", slow("validate")])
+def test_an_evaluation_of_weights_that_are_not_finite_is_refused(stage: str, tmp_path: Path) -> None:
+    class Spoilt(SequenceClassifier):
+        def configure_model(self) -> None:
+            super().configure_model()
+            torch.nn.init.constant_(self.model.classifier.weight, torch.nan)
+
+    run = getattr(trainer(tmp_path, limit_test_batches=1, limit_val_batches=1), stage)
+    with pytest.raises(
+        ValueError, match="_loss is nan, and the other metrics say nothing. Take a checkpoint of before"
+    ):
+        run(Spoilt(), SmartBatchDataModule(max_length=16), verbose=False)
+
+
 @pytest.mark.parametrize(
     "precision",
     [

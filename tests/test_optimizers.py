@@ -476,6 +476,13 @@ def test_a_plateau_lowers_the_rate_after_the_validation_that_is_no_better(tmp_pa
     assert fit(tmp_path, by_class, **{**options, "max_epochs": 3}).first == pytest.approx([1e-3, 1e-3, 1e-4])
 
 
+def test_a_plateau_goes_by_the_loss_of_the_first_of_several_validation_sets(tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_val_batches=1)
+    run.fit(SequenceClassifier(lr_scheduler="reduce_lr_on_plateau"), data(validation_split=["test", "train"]))
+    [config] = run.lr_scheduler_configs
+    assert (config.monitor, config.scheduler.best) == ("val_loss/test", float(run.callback_metrics["val_loss/test"]))
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
 @pytest.mark.parametrize("hook", ["validation", slow("epoch end"), slow("step")])
 def test_a_plateau_is_resumed_as_if_nothing_had_happened(hook: str, tmp_path: Path) -> None:

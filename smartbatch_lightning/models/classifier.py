@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, fingerprin
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
-from smartbatch_lightning.models.finite import check_losses, check_weights
+from smartbatch_lightning.models.finite import REMEDY, check_losses, check_weights
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import (
@@ -37,6 +37,7 @@ from smartbatch_lightning.models.metrics import (
     Stage,
     StageMetrics,
     find_monitored,
+    name_in_first_set,
     summed_in_float32,
 )
 from smartbatch_lightning.models.optimizer import (
@@ -44,6 +45,7 @@ from smartbatch_lightning.models.optimizer import (
     build_optimizer,
     check_callbacks,
     check_same_groups,
+    check_settings,
 )
 from smartbatch_lightning.models.packing import TRANSFORMERS_OWN, attention_dropout, enable_packing, skip_unread_tokens
 from smartbatch_lightning.models.schedule import (
@@ -94,7 +96,7 @@ class SequenceClassifier(L.LightningModule):
         lr_scheduler: A schedule of transformers by its name there (`lr_scheduler_type`), such as `cosine`,
             `constant_with_warmup` or `reduce_lr_on_plateau`; or one of torch by `class_path` and `init_args`, in Python
             also what makes one of an optimizer. It goes by optimizer step, and ends with training unless an argument
-            says otherwise; `ReduceLROnPlateau` goes by validation and its argument `monitor`, by default `val_loss`.
+            says otherwise; `ReduceLROnPlateau` goes by validation and its argument `monitor`, by default the loss.
         lr_scheduler_kwargs: Further arguments of a schedule that is given by name.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         warmup_ratio: The same as a share of all optimizer steps; give one of the two.
@@ -156,38 +158,8 @@ class SequenceClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if warmup_steps and warmup_ratio:
-            raise UsageError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
-        if warmup_steps < 0 or not 0 <= warmup_ratio <= 1:
-            raise UsageError(
-                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
-                "between 0 and 1."
-            )
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("adam_epsilon", adam_epsilon),
-            ("weight_decay", weight_decay),
-            ("head_learning_rate", head_learning_rate),
-        ):
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
-        if not 0 < layer_decay <= 1:
-            raise UsageError(f"layer_decay is {layer_decay}; give a factor above 0 that is 1, for none, or less.")
         check_at_least(0, freeze_layers=freeze_layers)
-        if optimizer is not None and (learning_rate is not None or adam_epsilon != 1e-8 or weight_decay):
-            raise UsageError(
-                f"learning_rate is {learning_rate}, adam_epsilon {adam_epsilon} and weight_decay {weight_decay}, which "
-                "are AdamW's, but optimizer is given. Set its own lr, eps and weight_decay in its init_args, and "
-                "learning_rate to null."
-            )
-        if optimizer is None and learning_rate is None:
-            learning_rate = 5e-5
-            self.hparams.update({"learning_rate": learning_rate} if "learning_rate" in self.hparams else {})
-        check_mode(compile)
-        if compile and gradient_checkpointing:
-            raise UsageError(
-                f"compile is {compile!r}, but gradient_checkpointing takes uncompiled layers. Use one of them."
-            )
+        check_mode(compile, gradient_checkpointing)
         self.pretrained = pretrained
         self.num_labels = num_labels
         self.learning_rate = learning_rate
@@ -207,11 +179,10 @@ class SequenceClassifier(L.LightningModule):
         self.freeze_embeddings = freeze_embeddings
         self.freeze_layers = freeze_layers
         self.gradient_checkpointing = gradient_checkpointing
-        if self._schedule.sets_rates and (layer_decay != 1 or head_learning_rate is not None):
-            raise UsageError(
-                "lr_scheduler has max_lr, one learning rate for all parameters, beside layer_decay or "
-                "head_learning_rate. Leave it out, and each group rises to its own."
-            )
+        check_settings(self, self._schedule)
+        if optimizer is None and learning_rate is None:
+            self.learning_rate = 5e-5
+            self.hparams.update({"learning_rate": self.learning_rate} if "learning_rate" in self.hparams else {})
         self.compiled = compile
         self.model_kwargs = model_kwargs or {}
         self.architecture = architecture
@@ -376,7 +347,8 @@ class SequenceClassifier(L.LightningModule):
             )
         optimizer = self.configure_optimizer()
         scheduler = self.configure_scheduler(optimizer, None if endless else int(num_steps))
-        return {"optimizer": optimizer, "lr_scheduler": lightning_config(scheduler, self._schedule.monitor)}  # type: ignore[return-value]
+        monitor = self._schedule.monitor or name_in_first_set("val_loss", self._validation_sets)
+        return {"optimizer": optimizer, "lr_scheduler": lightning_config(scheduler, monitor)}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
         """Lets schedule and loaders stand where training goes on after a checkpoint or in a second `fit`."""
@@ -492,8 +464,7 @@ class SequenceClassifier(L.LightningModule):
         logits = self(**forward_kwargs(batch)).logits
         if not logits.isfinite().all():  # Lightning fetches predictions from the device in any case
             raise UsageError(
-                "the model's logits are nan or infinite, and nothing can be predicted from them. Take a checkpoint of "
-                "before training diverged, or --trainer.precision=32-true where it is half precision that is left."
+                f"the model's logits are nan or infinite, and nothing can be predicted from them. {REMEDY}"
             )
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, **self.task.predict(logits)}
@@ -593,9 +564,12 @@ class SequenceClassifier(L.LightningModule):
         """
         metrics = self._make_metrics().metrics
         first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
+        return find_monitored(metrics, self._validation_sets, first, name, mode, others=self._logs_others())
+
+    @property
+    def _validation_sets(self) -> Sequence[str]:
         data = text_data_of(self._trainer)
-        splits = [] if data is None else data.evaluation_splits.get("val", [])
-        return find_monitored(metrics, splits, first, name, mode, others=self._logs_others())
+        return [] if data is None else data.evaluation_splits.get("val", [])
 
     def _logs_others(self) -> bool:
         """Whether metrics may be logged in validation that are not this class's: by a subclass, or by a callback."""
@@ -615,7 +589,13 @@ class SequenceClassifier(L.LightningModule):
 
     def _make_metrics(self) -> StageMetrics:
         with summed_in_float32():
-            return StageMetrics(self.configure_metrics(len(self.label_names)), self.task).to(self.device)
+            metrics = self.configure_metrics(len(self.label_names))
+            if ignored := [name for name in named_specs(self.metrics or []) if name not in metrics]:
+                raise UsageError(
+                    f"metrics has {join_quoted(ignored)}, but {type(self).__name__} overrides configure_metrics "
+                    "without them. Leave metrics out, or add there what super().configure_metrics gives."
+                )
+            return StageMetrics(metrics, self.task).to(self.device)
 
     @property
     def _source(self) -> ModelSource:

@@ -26,12 +26,14 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
         module.compile(dynamic=True)
 
 
-def check_mode(how: bool | str) -> None:
-    """Refuses a mode that `torch.compile` does not have.
+def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
+    """Refuses a mode that `torch.compile` does not have, or layers that are computed twice beside it.
 
     Raises:
         ValueError: It is none.
     """
+    if how and gradient_checkpointing:
+        raise UsageError(f"compile is {how!r}, but gradient_checkpointing takes uncompiled layers. Use one of them.")
     if isinstance(how, str):
         from torch._inductor import list_mode_options  # a second of imports
 

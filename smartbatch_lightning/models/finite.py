@@ -1,13 +1,21 @@
 """Where numbers are no longer finite, training ends, and nothing is saved, exported or predicted."""
 
+import math
 from collections.abc import Iterable
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor
 
 from smartbatch_lightning.errors import UsageError
+
+# Where a trained model's numbers are not finite.
+REMEDY = (
+    "Take a checkpoint of before training diverged, or --trainer.precision=32-true where it is half precision that is "
+    "left."
+)
 
 
 def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: str) -> None:
@@ -31,6 +39,19 @@ def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: s
     first = int(trainer.strategy.reduce(steps.where(~values.isfinite(), none).min(), reduce_op="min"))
     if first < none:
         raise UsageError(f"the loss of step {first} is nan or infinite. {remedy}")
+
+
+def check_evaluated(trainer: L.Trainer) -> None:
+    """Refuses what `validate` or `test` has found where a loss is not finite, on all ranks alike.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if trainer.state.fn == TrainerFn.FITTING:
+        return
+    for name, value in trainer.callback_metrics.items():
+        if name.partition("/")[0] in ("val_loss", "test_loss") and not math.isfinite(value):
+            raise UsageError(f"{name} is {float(value)}, and the other metrics say nothing. {REMEDY}")
 
 
 def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:

@@ -65,7 +65,10 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
         return
     found = len(encoder_layers(model))
     if layers > found:
-        raise UsageError(f"freeze_layers is {layers}, but the model has {found} layers with weights of their own.")
+        raise UsageError(
+            f"freeze_layers is {layers}, but the model has {found} layers with weights of their own. Give so many, or "
+            "less."
+        )
     for parameter, depth in parameter_depths(model).items():
         if depth <= layers:
             parameter.requires_grad_(False)

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 
+from smartbatch_lightning.models.finite import check_evaluated
 from smartbatch_lightning.models.schedule import step_by_validation
 from smartbatch_lightning.progress import nothing_was_left
 
@@ -59,7 +60,12 @@ class ModelLifecycle(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lets a schedule that goes by validation step before checkpoints are written, which then hold that step."""
+        check_evaluated(trainer)
         step_by_validation(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses what is not finite before anything is reported of it."""
+        check_evaluated(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the model its averaged weights also where a restarted run has nothing left to train."""

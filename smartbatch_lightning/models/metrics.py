@@ -134,6 +134,11 @@ class EpochMetrics(nn.ModuleDict):
         return [key for key in self if key.startswith(f"{stage}_")]
 
 
+def name_in_first_set(name: str, splits: Sequence[str]) -> str:
+    """Name under which a metric is logged, of several data sets that of the first one."""
+    return f"{name}/{splits[0]}" if len(splits) > 1 else name
+
+
 def find_monitored(
     metrics: MetricCollection,
     splits: Sequence[str],
@@ -161,7 +166,7 @@ def find_monitored(
     """
     suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
     logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in ("loss", *metrics)}
-    name = name or f"val_{first if first in metrics else 'loss'}{suffixes[0]}"
+    name = name or name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
     if name not in logged and not others:
         raise UsageError(f"the metric {name!r} is to be monitored, but what is logged is {join_quoted(logged)}.")
     better = False if logged.get(name) == "loss" else None

@@ -1,5 +1,6 @@
 """Optimizers over parameter groups: what is not decayed, and the learning rate of each part of a model."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.layers import encoder_layers, parameter_depths
+from smartbatch_lightning.models.schedule import Schedule
 
 # What LightningCLI makes of `class_path` and `init_args`; in Python a class, or a `functools.partial` of one.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -86,11 +88,41 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
     # schedules add settings to groups, and newer versions of torch do to optimizers
     other_kind = saved[0].keys() - fresh.keys() and optimizer.defaults.keys() - saved[0].keys()
     if not fitting or other_kind:
+        differs = f"has parameter groups of {sizes[0]} parameters, where this run has {sizes[1]}"
+        if fitting:
+            differs = f"is of another kind than the {type(optimizer).__name__} of this run"
         raise UsageError(
-            f"the checkpoint's optimizer is not the {type(optimizer).__name__} of this run, or has other parameter "
-            f"groups: of {sizes[0]} parameters, where this run has {sizes[1]}. Set optimizer, layer_decay and "
-            "head_learning_rate as they were; or start from the checkpoint's weights with "
-            "SequenceClassifier.load_from_checkpoint."
+            f"the checkpoint's optimizer {differs}. Set optimizer, layer_decay and head_learning_rate as they were; or "
+            "start from the checkpoint's weights with SequenceClassifier.load_from_checkpoint."
+        )
+
+
+def check_settings(settings: Any, schedule: Schedule) -> None:
+    """Refuses learning rates and the like that are out of range or exclude each other.
+
+    Args:
+        settings: Has the arguments of a `SequenceClassifier` as attributes.
+        schedule: That of the learning rates.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name in ("learning_rate", "adam_epsilon", "weight_decay", "head_learning_rate"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
+    if not 0 < settings.layer_decay <= 1:
+        raise UsageError(f"layer_decay is {settings.layer_decay}; give a factor above 0 that is 1, for none, or less.")
+    adam = (settings.learning_rate, settings.adam_epsilon, settings.weight_decay)
+    if settings.optimizer is not None and adam != (None, 1e-8, 0):
+        raise UsageError(
+            "learning_rate is {}, adam_epsilon {} and weight_decay {}, which are AdamW's, but optimizer is given. Set "
+            "its own lr, eps and weight_decay in its init_args, and learning_rate to null.".format(*adam)
+        )
+    if schedule.sets_rates and (settings.layer_decay != 1 or settings.head_learning_rate is not None):
+        raise UsageError(
+            "lr_scheduler has max_lr, one learning rate for all parameters, beside layer_decay or head_learning_rate. "
+            "Leave it out, and each group rises to its own."
         )
 
 

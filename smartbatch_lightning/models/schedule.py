@@ -49,7 +49,7 @@ class Schedule:
         warmup_ratio: The same as a share of all optimizer steps.
 
     Attributes:
-        monitor: Metric by which a `ReduceLROnPlateau` goes.
+        monitor: Metric by which a `ReduceLROnPlateau` goes; None for the loss.
 
     Raises:
         ValueError: There is no such schedule, or it does not take the arguments or a warm-up.
@@ -62,6 +62,13 @@ class Schedule:
         warmup_steps: int = 0,
         warmup_ratio: float = 0.0,
     ) -> None:
+        if warmup_steps and warmup_ratio:
+            raise UsageError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
+        if warmup_steps < 0 or not 0 <= warmup_ratio <= 1:
+            raise UsageError(
+                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
+                "between 0 and 1."
+            )
         chosen: Any = lr_scheduler
         if isinstance(chosen, Mapping):
             if arguments or "class_path" not in chosen:
@@ -80,7 +87,7 @@ class Schedule:
         self._arguments = dict(arguments)
         self._warmup_steps, self._warmup_ratio = warmup_steps, warmup_ratio
         self.by_validation = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
-        self.monitor = "val_loss"
+        self.monitor: str | None = None
         try:
             signature = inspect.signature(make)
             self._parameters = signature.parameters
@@ -150,7 +157,7 @@ class Schedule:
             if not str(monitored).startswith("val_loss"):
                 raise TypeError(f"mode is missing: max where a higher {monitored} is better, else min")
         if "monitor" not in self._parameters:
-            self.monitor = self._arguments.pop("monitor", self.monitor)
+            self.monitor = self._arguments.pop("monitor", None)
 
 
 def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:

@@ -53,6 +53,8 @@ class LossOptions:
             numbers: dict[Any, Any] = {"all labels": weights}
             if isinstance(weights, Mapping):
                 numbers = dict(weights)
+            if len(set(map(str, numbers))) < len(numbers):  # as YAML tells the name 1 from "1"
+                raise UsageError(f"{argument} has a name twice: {join_quoted(numbers)}. Give each once.")
             for name, number in numbers.items() if weights not in (None, "balanced") else ():
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
                     raise UsageError(f"{argument} is {number!r} for {name}; give a number above 0.")

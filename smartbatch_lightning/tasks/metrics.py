@@ -3,10 +3,12 @@
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torchmetrics
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -119,7 +121,10 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as that it will save all predictions
             binary = kind.__name__.startswith("Binary") and problem_type == "single_label_classification"
-            built = (_of_second_class(kind) if binary and num_labels == 2 else kind)(**options)
+            if binary and num_labels == 2:
+                _announce_second(kind.__name__, task.label_names[1])
+                kind = _of_second_class(kind)
+            built = kind(**options)
             _try(built, task, problem_type)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UsageError(
@@ -127,6 +132,11 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
             f"{root_cause_message(error)} Give another, or other init_args."
         ) from error
     return built
+
+
+@cache
+def _announce_second(metric: str, name: str) -> None:
+    rank_zero_info(f"{metric} is that of {name!r}, the second class. --data.label_names gives classes another order.")
 
 
 def _of_second_class(kind: type[Metric]) -> type[Metric]:
