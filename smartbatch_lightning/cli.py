@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace, auto_cli
@@ -205,6 +205,15 @@ class ConfigSaver(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
+class _Parser(LightningArgumentParser):
+    """Refuses a value of another type in one line; jsonargparse tells of every type why it is not of that one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process."""
+        message = re.sub(r"\n\s*Errors:.*\n\s*(?=Given value: )", ". ", message, flags=re.DOTALL)
+        super().error(" ".join(message.split()), ex)
+
+
 class SmartBatchCLI(LightningCLI):
     """`LightningCLI` with this package's classes, or subclasses of them by `class_path`.
 
@@ -236,6 +245,7 @@ class SmartBatchCLI(LightningCLI):
             "seed_everything_default": 321,
             "save_config_callback": ConfigSaver,
             "save_config_kwargs": {"overwrite": True},  # which it never does, but Lightning would stop at its own file
+            "parser_class": _Parser,
             "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
@@ -398,6 +408,7 @@ def main() -> None:
                 as_positional=False,
                 prog=f"smartbatch {name}",
                 usage="%(prog)s [options]" if name == "evaluate" else None,
+                parser_class=_Parser,
             )
     else:
         SmartBatchCLI()

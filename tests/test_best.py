@@ -1,15 +1,18 @@
 """The best weights: kept by default, tested, exported and named, beside the last; and training that ends in time."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import FAST, cli, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.callbacks.best import BestCheckpoint, EarlyStop
+from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -76,6 +79,44 @@ def test_early_stopping_waits_as_many_validations_as_it_is_told(tmp_path: Path) 
         _, run = planned(tmp_path, EarlyStop(patience, "val_planned", "max"), max_epochs=5, enable_checkpointing=False)
         assert run.current_epoch == epochs
     Planned.PLAN = (0.2, 0.9, 0.5)
+
+
+def test_validations_after_every_batch_are_looked_at_one_by_one(tmp_path: Path) -> None:
+    """Lightning takes val_check_interval=1 for 1.0, one validation an epoch."""
+
+    class ByBatch(Planned):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_planned", torch.tensor([0.2, 0.9, 0.5, 0.4][self.global_step - 1]))
+
+    saver = BestCheckpoint("val_planned", "max", str(tmp_path / "kept"))
+    run = trainer(
+        tmp_path,
+        callbacks=[saver, EarlyStop(1, "val_planned", "max")],
+        enable_checkpointing=True,
+        val_check_interval=1,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+    )
+    run.fit(ByBatch(), SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1))
+    assert run.global_step == 3
+    assert torch.load(saver.best_model_path, weights_only=True)["global_step"] == 2
+
+
+def test_a_signal_leaves_the_last_checkpoint_of_another_run(tmp_path: Path) -> None:
+    class Signal(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("another's")
+    saver = BestCheckpoint("val_planned", "max")
+    with pytest.raises(SystemExit) as stop:
+        planned(tmp_path, saver, Signal(), StopOnSignal())
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "checkpoints" / "last.ckpt").read_text() == "another's"
+    assert torch.load(tmp_path / "checkpoints" / "last-v1.ckpt", weights_only=True)["global_step"] == 1
 
 
 def test_a_callback_that_a_second_trainer_takes_knows_nothing_of_the_first_ones_run(tmp_path: Path) -> None:

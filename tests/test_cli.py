@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -287,6 +288,29 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
         main()
     assert str(stop.value).startswith(message)
     assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--model.learning_rate=abc"], 'error: Parser key ".*learning_rate.*abc.*'),
+        slow(["fit", "--data.batch_size=abc"], 'error: Parser key ".*batch_size.*abc.*'),
+        slow(["fit", "--model=Nope"], 'error: Parser key "model": .* Given value: Nope'),
+        slow(
+            ["evaluate", "--predictions=p", "--temperature=warm"],
+            'error: Parser key "temperature": .*Given value: warm',
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_told_in_one_line(arguments, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["smartbatch", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    usage, tip, error = capsys.readouterr().err.splitlines()
+    assert (usage[:6], tip[:4]) == ("usage:", "tip:")
+    assert re.fullmatch(message, error)
 
 
 @pytest.mark.parametrize(

@@ -419,6 +419,16 @@ def test_a_configuration_that_a_folder_has_not_is_named(tmp_path: Path) -> None:
         SmartBatchDataModule(str(tmp_path), dataset_config="mrpc").load_dataset()
 
 
+def test_a_configuration_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\ngood,1\nbad,0\n")
+    rows = Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]})
+    rows.save_to_disk(tmp_path / "saved")
+    path = str(tmp_path / "train.csv")
+    for dataset in (path, [path], {"train": path}, rows, str(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="dataset_config is 'mrpc', but dataset is .*which has no configurations"):
+            SmartBatchDataModule(dataset, dataset_config="mrpc").load_dataset()
+
+
 def test_a_hub_name_without_a_network_says_how_to_use_local_files(module) -> None:
     with pytest.raises(
         ValueError, match="'stanfordnlp/imdb' was not found locally or on the Hub.*set --data.dataset to a local"

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import trainer
+from helpers import Fork, finish, trainer
 from test_tasks import HAS, SCORES, TEXTS, csv, module
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, GPT2Config, pipeline
 
@@ -130,6 +130,30 @@ FAMILIES = [
     "roberta",
     "xlnet",
 ]
+
+
+def fit_and_test_on_two_ranks(folder: Path, dataset: str, base: str) -> None:
+    torch.set_num_threads(1)
+    data = standardized({"train": dataset, "test": dataset}, label_column="price", validation_split=0.25)
+    run, model = trainer(folder, max_epochs=2, devices=2, strategy="ddp"), SequenceClassifier(base, learning_rate=1e-2)
+    run.fit(model, data)
+    run.save_checkpoint(folder / "run.ckpt")
+    [tested] = run.test(model, data)
+    if run.is_global_zero:
+        (folder / "metrics.json").write_text(json.dumps(tested))
+
+
+@pytest.mark.slow
+def test_two_ranks_standardise_and_measure_as_one_does(base: str, tmp_path: Path) -> None:
+    dataset = frame(tmp_path)
+    finish(Fork(tmp_path, 2, fit_and_test_on_two_ranks, tmp_path, dataset, base), tmp_path)
+    model = SequenceClassifier.load_from_checkpoint(tmp_path / "run.ckpt")
+    [alone] = trainer(tmp_path).test(model, module({"test": dataset}, label_column="price"), verbose=False)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(alone)
+    data = standardized(dataset, base, label_column="price", validation_split=0.25)
+    data.prepare_data()
+    data.setup("fit")
+    assert model.task.standardization == data.task.standardization
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,6 +66,7 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.global_step == 0:  # else this fit goes on where the Trainer's last one ended
             self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
             self.best_model_score, self.last_model_path = None, ""
+        self._save_on_train_epoch_end = _at_epoch_end(trainer)
         found = _monitored(trainer, pl_module, *self._given)
         self.monitor, self.mode = found or (None, "min")
         self.save_top_k = 1 if found else 0
@@ -94,13 +95,13 @@ class BestCheckpoint(ModelCheckpoint):
         """Writes `last.ckpt` every so many steps."""
         every = self._steps_between
         if every and between_steps(trainer) and trainer.global_step % every == 0:
-            self._write_last(trainer)
+            self.write_last(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes `best.ckpt` where there is a better one, and `last.ckpt`, which tells of it."""
         if self.monitor in trainer.callback_metrics:  # else the epoch ended before its validation
             super().on_train_epoch_end(trainer, pl_module)
-        self._write_last(trainer)
+        self.write_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes `best.ckpt` where an epoch has several validations.
@@ -117,7 +118,8 @@ class BestCheckpoint(ModelCheckpoint):
             )
         super().on_validation_end(trainer, pl_module)
 
-    def _write_last(self, trainer: L.Trainer) -> None:
+    def write_last(self, trainer: L.Trainer) -> None:
+        """Writes `last.ckpt`, on all ranks together."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not self.last_model_path:
@@ -177,7 +179,9 @@ class EarlyStop(EarlyStopping):
                     "--early_stopping.patience."
                 )
             monitor, mode = found
-            super().__init__(monitor, self._given_delta, self.patience, mode=mode)
+            super().__init__(
+                monitor, self._given_delta, self.patience, mode=mode, check_on_train_epoch_end=_at_epoch_end(trainer)
+            )
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,6 +198,14 @@ class EarlyStop(EarlyStopping):
 
     def _should_skip_check(self, trainer: L.Trainer) -> bool:
         return self.patience is None or super()._should_skip_check(trainer)
+
+
+def _at_epoch_end(trainer: L.Trainer) -> bool | None:
+    """Whether to look at metrics when an epoch ends; None where Lightning knows.
+
+    It takes a validation after every batch, `val_check_interval=1`, for one after every epoch, `1.0`.
+    """
+    return False if isinstance(trainer.val_check_interval, int) else None
 
 
 def _monitored(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from smartbatch_lightning.callbacks.best import BestCheckpoint
 from smartbatch_lightning.console import command_to_go_on, echo
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.progress import between_steps
@@ -134,10 +135,13 @@ def _save_last(trainer: L.Trainer) -> str | None:
     tried = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or tried:
         return None
-    path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
-    saver.last_model_path = path  # or it would take the file for another's and write last-v1 from then on
-    trainer.save_checkpoint(path)
-    return path
+    if isinstance(saver, BestCheckpoint):
+        saver.write_last(trainer)
+    else:
+        # where it is not noted, Lightning takes the file for another's and writes last-v1 from then on
+        saver.last_model_path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
+        trainer.save_checkpoint(saver.last_model_path)
+    return saver.last_model_path
 
 
 def _announce(trainer: L.Trainer, what: str, checkpoint: str | None) -> None:

@@ -89,6 +89,11 @@ def read_dataset(
         ValueError: There is no such data set, or it cannot be read.
     """
     options = dict(reader_kwargs or {})
+    if config is not None and not (isinstance(dataset, str) and _may_have_configs(dataset)):
+        raise UsageError(
+            f"dataset_config is {config!r}, but dataset is {describe_source(dataset)}, which has no configurations. "
+            "Set --data.dataset_config=null."
+        )
     if not is_named(dataset):
         if options:
             raise UsageError(
@@ -132,11 +137,20 @@ def read_dataset(
         ) from error
 
 
+def _may_have_configs(name: str) -> bool:
+    """Whether it is a name on the Hub, or a folder that `datasets` reads, rather than files or what it has saved."""
+    return not (is_file_name(name) or _is_saved(Path(name).expanduser()))
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
 def _read_folder(
     path: Path, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
 ) -> DatasetDict:
     """Reads a folder; `datasets` tells by names or a README which files are of which split."""
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if _is_saved(path):
         return splits_of(load_from_disk(str(path)))
     builder = load_dataset_builder(str(path), config)
     files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
