@@ -38,7 +38,7 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 FLOORS = [
     ["errors"],
     ["registry", "storage", "console", "progress", "seeds", "families"],
-    ["batching", "demo", "checkpointing", "shards"],
+    ["batching", "demo", "checkpointing", "shards", "cache"],
     ["tasks"],
     ["contract"],
     ["data", "models"],
