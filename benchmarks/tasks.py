@@ -208,11 +208,12 @@ def theirs(task: str, splits: DatasetDict, epochs: int, seed: int, max_steps: in
             seed=seed,
         )
         rate, head_rate = RATES[task]
-        encoder = list(model.base_model.parameters())
-        head = [
-            parameter for name, parameter in model.named_parameters() if not name.startswith(model.base_model_prefix)
+        head = [one for name, one in model.named_parameters() if not name.startswith(model.base_model_prefix)]
+        groups: list[dict[str, Any]] = [
+            {"params": list(model.base_model.parameters())},
+            {"params": head, "lr": head_rate},
         ]
-        optimizer = torch.optim.AdamW([{"params": encoder}, {"params": head, "lr": head_rate}], rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, rate, weight_decay=0.0)
         trainer = Trainer(
             model,
             arguments,
