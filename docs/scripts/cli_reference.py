@@ -3,15 +3,14 @@
 import inspect
 import re
 from argparse import SUPPRESS, Action
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from smartbatch_lightning.cli import SmartBatchCLI, SmartBatchTrainer
+from smartbatch_lightning.cli import _WITHOUT_MODEL, SmartBatchCLI, SmartBatchTrainer
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
 _INTRODUCTION = """# Command line
@@ -64,20 +63,32 @@ def cli_reference() -> str:
     text = _INTRODUCTION
     for command in parsers:
         text += f"| [`{command}`](#{command}) | {_first_sentence(getattr(SmartBatchTrainer, command))} |\n"
-    text += f"| [`evaluate`](#evaluate) | {_first_sentence(evaluate)} |\n"
+    for command, function in (alone := _commands_without_model()).items():
+        text += f"| [`{command}`](#{_anchor(command)}) | {_first_sentence(function)} |\n"
     for name, options in by_section.items():
         if options:
             text += f"\n## {_SECTIONS.get(name, name)}\n\n" + _table(options)
     for command, parser in parsers.items():
         own = [option for option in _options(parser) if "." not in option.dest]
         text += f"\n## `{command}` {{#{command}}}\n\nThe options above, and\n\n" + _table(own)
-    parser = LightningArgumentParser()
-    parser.add_function_arguments(evaluate)
-    return (
-        text
-        + "\n## `evaluate` {#evaluate}\n\nNeeds neither model nor data, and has these options alone:\n\n"
-        + _table(_options(parser))
-    )
+    for command, function in alone.items():
+        parser = LightningArgumentParser()
+        parser.add_function_arguments(function)
+        text += f"\n## `{command}` {{#{_anchor(command)}}}\n\nHas these options alone:\n\n" + _table(_options(parser))
+    return text
+
+
+def _commands_without_model() -> dict[str, Callable[..., None]]:
+    """Functions by command, such as `evaluate` and `cache list`."""
+    found = {}
+    for name, given in _WITHOUT_MODEL.items():
+        functions = given if isinstance(given, dict) else {"": given}
+        found.update({f"{name} {function}".strip(): one for function, one in functions.items()})
+    return found
+
+
+def _anchor(command: str) -> str:
+    return command.replace(" ", "-")
 
 
 def _of_class(of: type, name: str) -> list[Action]:
