@@ -3,12 +3,14 @@
 `pytest -m slow tests/test_families.py -n 0` tries them all; `python tests/test_families.py` writes docs/families.md.
 """
 
+import copy
 import importlib.util
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,9 +30,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
+from smartbatch_lightning import PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import export_model
+from smartbatch_lightning.families import drop_caches, pad_token_of
+from smartbatch_lightning.models.packing import enable_packing
 
 QUICK = ("bert", "roberta", "xlnet", "gpt2", "llama", "modernbert")
 
@@ -132,6 +136,16 @@ EOS_HEADS = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "
 # What they compute depends on the width, which is therefore held the same; or they train at one width alone.
 FIXED_WIDTH = (
     "canine", "convbert", "fnet", "funnel", "nystromformer", "reformer", "t5gemma", "t5gemma2", "yoso"
+)  # fmt: skip
+
+# Their batches cannot be packed: attention of their own, layers that do not hand on what tells samples apart, attention
+# with sinks or a cap, or something else that goes over neighbouring tokens.
+NOT_PACKED = (
+    *EOS_HEADS, *(family for family in FIXED_WIDTH if family != "modernbert"),
+    "axk2", "big_bird", "biogpt", "bloom", "doge", "falcon", "flaubert", "gemma2", "gpt_neo", "gpt_oss", "ibert", "jamba",
+    "layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "megatron-bert", "minimax", "mobilebert", "mpnet",
+    "mpt", "nemotron", "openai-gpt", "perceiver", "qwen3_5", "qwen3_5_text", "qwen3_next", "rembert", "roformer",
+    "squeezebert", "stablelm", "xlm", "xlnet", "zamba", "zamba2",
 )  # fmt: skip
 
 # What cannot be made of sizes alone, and why.
@@ -377,6 +391,64 @@ def test_a_family_that_reads_padding_is_named_with_the_remedy(family: str, tmp_p
     assert max(found.values()) > 1e-4  # else the warning would be a false one
 
 
+# --- packed ---
+
+Errors = tuple[float, float]  # of logits and of gradients, each over the largest
+
+
+def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
+    """How far padded and packed samples are from each by itself in float32."""
+    config, _ = tiny_config(family)
+    drop_caches(config)
+    for part in (config, config.get_text_config()):
+        part.pad_token_id = pad_token_of(config) or 0
+        for window in ("sliding_window", "local_attention"):
+            if isinstance(getattr(part, window, None), int):
+                setattr(part, window, 8)  # narrower than samples are
+    torch.manual_seed(0)
+    alone = AutoModelForSequenceClassification.from_config(config).eval()
+    random = np.random.default_rng(0)
+    rows = [{"input_ids": random.integers(5, 200, length)} for length in (3, 40, 17, 30, 16)]
+
+    def measured(model: Any, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = torch.cat([model(**batch).logits for batch in batches]).float()
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        parameters = {name: value for name, value in model.named_parameters() if value.grad is not None}
+        return logits.detach(), {name: value.grad.float() for name, value in parameters.items()}
+
+    padding = PadCollator(alone.config.pad_token_id)
+    padded, packed = (copy.deepcopy(alone).to(dtype) for _ in range(2))
+    enable_packing(packed)
+    logits, gradients = measured(alone, [padding([row]) for row in rows])
+    largest = max(gradient.norm() for gradient in gradients.values())
+    errors = []
+    for model, batch in ((padded, padding(rows)), (packed, PackCollator()(rows))):
+        given, found = measured(model, [batch])
+        assert found.keys() == gradients.keys()
+        off = max((found[name] - gradients[name]).norm() for name in gradients)
+        errors.append((float((given - logits).abs().max() / logits.abs().max()), float(off / largest)))
+    return errors[0], errors[1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family in ("llama", "deberta-v2") else slow(family) for family in FAMILIES if family not in NOT_PACKED],
+)
+def test_packed_samples_have_the_logits_and_gradients_of_each_by_itself(family: str) -> None:
+    _, (logits, gradients) = packed_errors(family, torch.float32)
+    assert logits < 1e-5
+    assert gradients < 1e-4
+    padded, packed = packed_errors(family, torch.bfloat16)
+    assert all(mine < 1.5 * theirs + 0.01 for mine, theirs in zip(packed, padded, strict=True)), (packed, padded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NOT_PACKED)
+def test_families_that_cannot_be_packed_are_refused(family: str) -> None:
+    with pytest.raises(UsageError, match="models cannot be packed: .* Set --data.padding=longest"):
+        packed_errors(family, torch.float32)
+
+
 # --- the token to pad with ---
 
 
@@ -518,7 +590,7 @@ def test_a_package_that_a_tokenizer_needs_is_named(
 
 def write_table(path: Path) -> None:
     """Tries every family and writes what came out."""
-    lines, right = [], 0
+    lines, right, number = [], 0, 0
     for family in FAMILIES:
         fixed = family in FIXED_WIDTH
         with tempfile.TemporaryDirectory() as folder:
@@ -528,7 +600,12 @@ def write_table(path: Path) -> None:
                 right += max(found.values()) < 1e-5
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}".splitlines()[0]
-        lines.append(f"| {family} | {'`max_length`' if fixed else '`longest`'} | {outcome} |")
+        try:
+            packed = "{:.0e}, {:.0e}".format(*packed_errors(family, torch.float32)[1])
+            number += 1
+        except UsageError:
+            packed = "-"
+        lines.append(f"| {family} | {'`max_length`' if fixed else '`longest`'} | {outcome} | {packed} |")
         print(lines[-1], flush=True)
     left_out = [f"| {family} | {reason} |" for family, reason in LEFT_OUT.items()]
     path.write_text(
@@ -537,13 +614,16 @@ def write_table(path: Path) -> None:
                 "# Families of transformers that were tried",
                 "",
                 f"`python tests/test_families.py` wrote this table with transformers {transformers.__version__}: each "
-                "family of its sequence classifiers, tiny, trained for three steps. The last column is the largest "
+                "family of its sequence classifiers, tiny, trained for three steps. The third column is the largest "
                 "difference of a probability between the exported model, given one text at a time, and `predict` or the "
                 "exported pipeline at batch sizes 1 and 8, for texts and for pairs, empty ones and cut ones among them. "
                 f"{right} of {len(FAMILIES)} agree to 1e-5.",
                 "",
-                "| family | `padding` | largest difference |",
-                "| --- | --- | --- |",
+                f"Batches of {number} families can be packed. The last column is what then differs from samples one by "
+                "one in float32: logits, and the gradient that differs most, each over the largest.",
+                "",
+                "| family | `padding` | largest difference | packed: logits, gradients |",
+                "| --- | --- | --- | --- |",
                 *lines,
                 "",
                 "Families with `max_length` compute something else of a text in a batch of another width, in "

@@ -11,7 +11,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import QUIET, trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, BertConfig, DataCollatorWithPadding, ModernBertConfig
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    DataCollatorWithPadding,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto import AutoModelForSequenceClassification
 
 import smartbatch_lightning
@@ -28,7 +35,6 @@ from smartbatch_lightning.contract import SupportsTextData, SupportsTextModel
 from smartbatch_lightning.data import files
 from smartbatch_lightning.data.collators import COLLATORS
 from smartbatch_lightning.models.packing import enable_packing
-from smartbatch_lightning.models.pooling import POOLINGS
 from smartbatch_lightning.tasks import TASKS, SingleLabelClassification
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -168,18 +174,23 @@ def test_a_new_padding_mode_is_its_width_and_its_collator(monkeypatch: pytest.Mo
     assert set(widths) == {64, 128}
 
 
-def test_a_new_pooling_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    def last_token(hidden, cu_seq_lens):
-        return hidden[cu_seq_lens[1:] - 1]
+class LargestOfAll(ModernBertForSequenceClassification):
+    """Reads the largest of each feature over the tokens of a text."""
 
-    monkeypatch.setitem(POOLINGS, "cls", last_token)
+    def forward(self, input_ids, attention_mask=None, **options):
+        hidden = self.model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        if attention_mask is not None:
+            hidden = hidden.masked_fill(attention_mask[..., None] == 0, -torch.inf)
+        return SequenceClassifierOutput(logits=self.classifier(hidden.amax(1)))
+
+
+def test_a_head_that_pools_in_a_way_of_its_own_takes_packed_batches_as_it_is() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-    config = ModernBertConfig(**sizes, **special, vocab_size=50, classifier_pooling="cls")
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model = LargestOfAll(ModernBertConfig(**sizes, **special, vocab_size=50)).eval()
+    model.config.classifier_pooling = "largest"
     rows = [{"input_ids": [1, 7, 8, 9]}, {"input_ids": [5, 6]}]
-    hidden = [model.base_model(torch.tensor([row["input_ids"]])).last_hidden_state[0, -1] for row in rows]
-    expected = model.classifier(model.drop(model.head(torch.stack(hidden))))
+    expected = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in rows])
     enable_packing(model)
     torch.testing.assert_close(model(**PackCollator()(rows)).logits, expected, atol=1e-6, rtol=0)
 

@@ -52,8 +52,8 @@ class SmartBatchDataModule(TextDataModule):
             samples or many short ones.
         batching: How batches are chosen: `smart`, `tutorial`, `random`, or a strategy of one's own by name or import
             path.
-        padding: How a batch becomes tensors: `longest`, `max_length`, or `packed` without padding, for models of the
-            ALBERT, BERT, CamemBERT, DistilBERT, ELECTRA, ModernBERT, RoBERTa and XLM-RoBERTa families.
+        padding: How a batch becomes tensors: `longest`, `max_length`, or `packed` without padding, for models that take
+            attention by transformers' `AttentionInterface`, which are most encoders and decoders, and for DeBERTa.
         jitter: Tokens by which `smart` moves lengths at random before sorting, which mixes batches; `auto` chooses it.
         pad_to_multiple_of: Rounds the width of a batch up, or the row of a packed one; 8 suits tensor cores, and the
             token budget makes all packed rows alike, for CUDA graphs.

@@ -26,17 +26,19 @@ _QUERIES = ("query", "q_proj", "q_lin")  # names of layers that make queries alo
 
 def read_one_token(layer: nn.Module) -> RemovableHandle:
     """Lets the last layer of a model compute (batch, 1, hidden) where it is called with `tokens_read`, (batch,)."""
-    forward = inspect.unwrap(type(layer).forward)  # without gradient checkpointing, which would run it twice
-    names = list(inspect.signature(forward).parameters)[1:]
-    return layer.register_forward_pre_hook(partial(_before, partial(forward), names), with_kwargs=True)
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    return layer.register_forward_pre_hook(partial(_before, names), with_kwargs=True)
 
 
-def _before(forward: Any, names: list[str], layer: Any, args: Any, inputs: dict[str, Any]) -> Any:
+def _before(names: list[str], layer: Any, args: Any, inputs: dict[str, Any]) -> Any:
     tokens = inputs.get("tokens_read")
     if tokens is None:
         return None
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     hidden = inputs.pop(names[0])
+    forward = type(layer).forward
+    while hasattr(forward, "__wrapped__"):  # by gradient checkpointing, for one, which would call it again
+        forward = forward.__wrapped__
     try:
         with _without_queries(layer):
             forward(layer, hidden, **inputs, only_keys_and_values=True)

@@ -45,7 +45,7 @@ def check_packing(model: PreTrainedModel) -> None:
         ValueError: Its attention cannot be supplied.
     """
     if not can_pack(model):
-        raise _cannot_be_packed(model, "have attention of their own, which knows no samples in a row")
+        raise _cannot_be_packed(model, "have no single stack of layers whose attention can be supplied")
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -132,10 +132,12 @@ def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
     layers, pooling = find_layers(model), head_pooling(model)
     layer = _one_token_layer(model) if one_token else None
     parents = [module for module in model.base_model.modules() if any(child is layers for child in module.children())]
-    names = [list(inspect.signature(type(part).forward).parameters)[1:] for part in (model, model.base_model)]
+    before_model = partial(_before_model, _names(model), pooling, _first_position(model), layer is not None)
     model.__dict__[_HOOKS] = [
-        model.register_forward_pre_hook(partial(_before_model, names[0], pooling, layer is not None), with_kwargs=True),
-        model.base_model.register_forward_pre_hook(partial(_before_base_model, names[1]), with_kwargs=True),
+        model.register_forward_pre_hook(before_model, with_kwargs=True),
+        model.base_model.register_forward_pre_hook(
+            partial(_before_base_model, _names(model.base_model)), with_kwargs=True
+        ),
         parents[0].register_forward_hook(partial(_after_layers, pooling), with_kwargs=True),
     ]
     if layer is not None:
@@ -166,6 +168,18 @@ def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
     return layers[-1] if head_pooling(model) in ("first", "last") else None
 
 
+def _first_position(model: PreTrainedModel) -> int:
+    """RoBERTa and models like it count positions from the padding index on."""
+    embeddings = dict(model.base_model.named_modules()).get("embeddings.position_embeddings")
+    padding_idx: int | None = getattr(embeddings, "padding_idx", None)
+    return 0 if padding_idx is None else padding_idx + 1
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Of the arguments that a model takes, in their order."""
+    return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
 def _remove(model: PreTrainedModel) -> None:
     model.__dict__.pop(_READS_ONE, None)
     for hook in model.__dict__.pop(_HOOKS, ()):
@@ -173,7 +187,13 @@ def _remove(model: PreTrainedModel) -> None:
 
 
 def _before_model(
-    names: list[str], pooling: str, one_token: bool, model: Any, args: Any, inputs: dict[str, Any]
+    names: list[str],
+    pooling: str,
+    first_position: int,
+    one_token: bool,
+    model: Any,
+    args: Any,
+    inputs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """Says which tokens are read, and shows a head that looks for the last one of each sample nothing but that one."""
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
@@ -186,7 +206,7 @@ def _before_model(
         if not one_token:
             return (), inputs
     else:
-        inputs["position_ids"] = inputs["position_ids"] + _first_position(model)
+        inputs["position_ids"] = inputs["position_ids"] + first_position
     if pooling in ("first", "last"):
         assert input_ids is not None, "packed batches hold input_ids"
         tokens = tokens_read(pooling, input_ids, pad_token_of(model.config), cu_seq_lens)
@@ -196,13 +216,6 @@ def _before_model(
     elif pooling == "all":
         inputs["attention_mask"] = padding_mask(inputs["cu_seq_lens_q"], inputs["max_length_q"])
     return (), inputs
-
-
-def _first_position(model: Any) -> int:
-    """RoBERTa and models like it count positions from the padding index on."""
-    embeddings = dict(getattr(model.base_model, "embeddings", nn.Module()).named_modules())
-    padding_idx = getattr(embeddings.get("position_embeddings"), "padding_idx", None)
-    return 0 if padding_idx is None else padding_idx + 1
 
 
 def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dict[str, Any]) -> Any:
