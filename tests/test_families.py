@@ -408,7 +408,8 @@ def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
     torch.manual_seed(0)
     alone = AutoModelForSequenceClassification.from_config(config).eval()
     random = np.random.default_rng(0)
-    rows = [{"input_ids": random.integers(5, 200, length)} for length in (3, 40, 17, 30, 16)]
+    highest = min(200, config.get_text_config().vocab_size)
+    rows = [{"input_ids": random.integers(5, highest, length)} for length in (3, 40, 17, 30, 16)]
 
     def measured(model: Any, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logits = torch.cat([model(**batch).logits for batch in batches]).float()

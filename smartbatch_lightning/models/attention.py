@@ -27,7 +27,7 @@ class KeysAndValues(Exception):  # noqa: N818 - it is no error
 
 
 def attention_forward(
-    module: nn.Module,
+    layer: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -48,7 +48,7 @@ def attention_forward(
     """Attention as `transformers` calls it.
 
     Args:
-        module: The attention layer.
+        layer: The attention layer.
         query: (batch, heads, tokens, head_size), the batch being 1 if it is packed.
         key: As `query`, perhaps with fewer heads.
         value: As `key`, perhaps with another head size.
@@ -75,7 +75,7 @@ def attention_forward(
     """
     if only_keys_and_values:
         raise KeysAndValues(key, value)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(layer, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None and attention_mask.ndim == 2:  # of `_mask`, in place of none
         sliding_window = sliding_window or attention_mask.shape[1] + (not causal)  # counted without the token itself
         attention_mask = None
@@ -90,7 +90,7 @@ def attention_forward(
             attention_mask = _visible(place if tokens_read is None else tokens_read[:, None], place, radius, causal)
             attention_mask = attention_mask.view(-1, 1, query.shape[2], len(place))
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **options
+            layer, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **options
         )
         return output, None
     assert cu_seq_lens_k is not None
@@ -98,7 +98,7 @@ def attention_forward(
     assert max_length_k is not None
     asked = {**options, "attention_mask": attention_mask}
     if met := [name for name in _NOT_PACKED if asked.get(name) is not None]:
-        raise UsageError(f"{type(module).__name__} has {join_quoted(met)}, which attention in packed batches knows not")
+        raise UsageError(f"{type(layer).__name__} has {join_quoted(met)}, which attention in packed batches knows not")
     cu_seq_lens, max_lengths = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
     if tokens_read is None:
         return _packed(query, key, value, cu_seq_lens, max_lengths, dropout, scaling, radius, causal), None

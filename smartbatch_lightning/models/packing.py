@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.contract import TAKES_PACKED_BATCHES
 from smartbatch_lightning.errors import UsageError, root_cause_message
-from smartbatch_lightning.families import pad_token_of
+from smartbatch_lightning.families import pad_token_of, setting
 from smartbatch_lightning.models.attention import ATTENTION
 from smartbatch_lightning.models.deberta import hook_deberta, is_deberta
 from smartbatch_lightning.models.last_layer import read_one_token
@@ -163,7 +163,7 @@ def _has_other_attention(model: PreTrainedModel) -> bool:
 def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
     """The last layer, where it is called once and its head reads one token; the layers of ALBERT are one."""
     layers = find_layers(model)
-    if layers is None or len(layers) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
+    if layers is None or len(layers) != setting(model.config.get_text_config(), "num_hidden_layers"):
         return None
     return layers[-1] if head_pooling(model) in ("first", "last") else None
 
@@ -199,7 +199,7 @@ def _before_model(
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
     wanted = ("output_hidden_states", "output_attentions")
-    one_token &= not any(inputs.get(name, getattr(model.config, name, False)) for name in wanted)
+    one_token &= not any(inputs.get(name, setting(model.config, name, False)) for name in wanted)
     if cu_seq_lens is None:
         mask = inputs.get("attention_mask")
         one_token &= input_ids is not None and not inputs.get("use_cache") and (mask is None or mask.ndim == 2)
@@ -262,9 +262,9 @@ def _can_be_tried(model: PreTrainedModel) -> bool:
 def _samples(model: PreTrainedModel) -> list[Tensor]:
     """Short samples of any tokens but padding."""
     embeddings: Any = model.get_input_embeddings()
-    size, padding = len(embeddings.weight), pad_token_of(model.config)
+    size, unused = len(embeddings.weight), pad_token_of(model.config)
     drawn = torch.randint(size - 1, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0), device="cpu")
-    drawn = drawn if padding is None else drawn + (drawn >= padding)
+    drawn = drawn if unused is None else drawn + (drawn >= unused)
     return list(torch.split(drawn.to(model.device), list(_LENGTHS)))
 
 

@@ -5,6 +5,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from smartbatch_lightning.families import setting
+
 # By the `classifier_pooling` of a configuration.
 _NAMED = {"cls": "first", "bos": "first", "mean": "mean", "late": "all"}
 
@@ -16,10 +18,10 @@ def head_pooling(model: PreTrainedModel) -> str:
         `first`, its first token; `last`, its last token that is not padding, as decoders do; `mean`, the mean over its
         tokens; or `all` of its tokens.
     """
-    named = getattr(model.config.get_text_config(), "classifier_pooling", None)
+    named = setting(model.config.get_text_config(), "classifier_pooling")
     if named is not None:
         return _NAMED.get(named, "all")
-    causal = any(getattr(module, "is_causal", False) for module in model.base_model.modules())
+    causal = any(getattr(layer, "is_causal", False) for layer in model.base_model.modules())
     return "last" if causal or isinstance(model, GenericForSequenceClassification) else "first"
 
 
