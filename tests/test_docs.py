@@ -54,8 +54,8 @@ SNIPPETS = {
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
     if (found := snippets(page))
 }
-CHEAP = ["batching", "data", "extending", "long_texts", "loss_and_metrics", "models", "optimizers", "tasks"]
-TRAINING = [page for page, found in SNIPPETS.items() if page not in CHEAP and any(not one.not_run for one in found)]
+QUICK = ["batching", "data", "models"]
+SLOW = [page for page, found in SNIPPETS.items() if page not in QUICK and any(not one.not_run for one in found)]
 
 
 def with_stand_ins(text: str) -> str:
@@ -128,9 +128,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:.*but there is no last checkpoint available")
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
-@pytest.mark.parametrize("page", [*CHEAP, *map(slow, TRAINING)])
+@pytest.mark.parametrize("page", [*QUICK, *map(slow, SLOW)])
 def test_every_snippet_of_a_page_runs(page: str, request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page in TRAINING:
+    if page in SLOW:
         shutil.copytree(request.getfixturevalue("folder"), tmp_path, dirs_exist_ok=True)
         if page in ("README", "quickstart"):
             shutil.rmtree("runs")
@@ -154,6 +154,7 @@ def test_the_tour_of_the_code_has_a_line_for_every_module() -> None:
     assert [str(path) for path in modules if path.name != "__init__.py" and f" {path.name} " not in tour] == []
 
 
+@pytest.mark.slow
 def test_the_command_line_reference_has_every_option_of_data_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
     from cli_reference import cli_reference
@@ -167,4 +168,4 @@ def test_the_command_line_reference_has_every_option_of_data_and_model(monkeypat
         "--ranks",
         "--config",
     ):
-        assert f"| `{option}` |" in page
+        assert f"\n- `{option}`" in page

@@ -67,14 +67,14 @@ def cli_reference() -> str:
         text += f"| [`{command}`](#{_anchor(command)}) | {_first_sentence(function)} |\n"
     for name, options in by_section.items():
         if options:
-            text += f"\n## {_SECTIONS.get(name, name)}\n\n" + _table(options)
+            text += f"\n## {_SECTIONS.get(name, name)}\n\n" + _list(options)
     for command, parser in parsers.items():
         own = [option for option in _options(parser) if "." not in option.dest]
-        text += f"\n## `{command}` {{#{command}}}\n\nThe options above, and\n\n" + _table(own)
+        text += f"\n## `{command}` {{#{command}}}\n\nThe options above, and\n\n" + _list(own)
     for command, function in alone.items():
         parser = LightningArgumentParser()
         parser.add_function_arguments(function)
-        text += f"\n## `{command}` {{#{_anchor(command)}}}\n\nHas these options alone:\n\n" + _table(_options(parser))
+        text += f"\n## `{command}` {{#{_anchor(command)}}}\n\nHas these options alone:\n\n" + _list(_options(parser))
     return text
 
 
@@ -106,11 +106,11 @@ def _options(parser: LightningArgumentParser) -> list[Action]:
     ]
 
 
-def _table(options: Iterable[Action]) -> str:
-    rows = "".join(
-        f"| `{_name(option)}` | {_default(option.default)} | {_cell(option.help or '')} |\n" for option in options
+def _list(options: Iterable[Action]) -> str:
+    """A list rather than a table, which narrow screens would cut off."""
+    return "".join(
+        f"- `{_name(option)}`{_default(option.default)}: {_one_line(option.help or '')}\n" for option in options
     )
-    return f"| option | default | |\n| --- | --- | --- |\n{rows}"
 
 
 def _name(option: Action) -> str:
@@ -118,14 +118,14 @@ def _name(option: Action) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "" if value is None else f" = `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def _cell(text: str) -> str:
+def _one_line(text: str) -> str:
     """One line of Markdown, with the roles of reStructuredText in Lightning's docstrings taken out."""
     text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text).replace("``", "`")
     return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
 
 
 def _first_sentence(of: Any) -> str:
-    return re.split(r"(?<=\.)\s", _cell(inspect.getdoc(of) or ""))[0]
+    return re.split(r"(?<=\.)\s", _one_line(inspect.getdoc(of) or ""))[0]
