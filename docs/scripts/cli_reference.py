@@ -124,7 +124,7 @@ def _default(value: Any) -> str:
 def _one_line(text: str) -> str:
     """One line of Markdown, with the roles of reStructuredText in Lightning's docstrings taken out."""
     text = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", text).replace("``", "`")
-    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _first_sentence(of: Any) -> str:
