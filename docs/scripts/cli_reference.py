@@ -118,7 +118,7 @@ def _name(option: Action) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None else f" = `{str(value).lower() if isinstance(value, bool) else value}`"
+    return "" if value is None else f" (default `{str(value).lower() if isinstance(value, bool) else value}`)"
 
 
 def _one_line(text: str) -> str:
