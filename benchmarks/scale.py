@@ -109,13 +109,15 @@ def run(
     seconds = perf_counter() - start
     if command.wait() and until is None:
         raise SystemExit((folder / "log.txt").read_text()[-3000:])
-    return {
+    row = {
         "part": part,
         "samples": num_samples,
         "seconds": seconds,
         "memory_gb": memory / 1e9,
         "resident_gb": resident / 1e9,
     }
+    print(row, flush=True)
+    return row
 
 
 def at_scale(num_samples: int, num_predicted: int, folder: Path) -> tuple[list[Row], Row]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from smartbatch_lightning.data.collators import PackCollator, PadCollator
     from smartbatch_lightning.data.datamodule import SmartBatchDataModule
     from smartbatch_lightning.data.sampler import SmartBatchSampler
+    from smartbatch_lightning.data.stream import StreamDataModule
     from smartbatch_lightning.evaluation.evaluation import Evaluation
     from smartbatch_lightning.models.classifier import SequenceClassifier
     from smartbatch_lightning.report.padding_report import PaddingReport
@@ -29,6 +30,7 @@ _LAZY_EXPORTS = {
     "SmartBatchCLI": "cli",
     "SmartBatchDataModule": "data.datamodule",
     "SmartBatchSampler": "data.sampler",
+    "StreamDataModule": "data.stream",
     "TrainingMonitor": "callbacks.training_monitor",
     "plan_epoch": "batching",
     "register_strategy": "batching",
@@ -47,6 +49,7 @@ __all__ = [
     "SmartBatchCLI",
     "SmartBatchDataModule",
     "SmartBatchSampler",
+    "StreamDataModule",
     "TrainingMonitor",
     "plan_epoch",
     "register_strategy",

@@ -186,7 +186,7 @@ def _as_dataset(data: Any) -> Dataset:
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise UsageError(
             f"the data set is an {type(data).__name__}, whose rows come one after another, while batches are chosen "
-            "among all. Load it without streaming."
+            "among all. Load it without streaming, or train on it by StreamDataModule."
         )
     try:
         if isinstance(data, Dataset):

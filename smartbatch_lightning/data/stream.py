@@ -1,0 +1,193 @@
+"""A stream of rows that is not there as a whole -> batches, chosen among the rows of a buffer."""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from lightning.pytorch.trainer.states import TrainerFn
+
+from smartbatch_lightning import progress
+from smartbatch_lightning.batching import plan_epoch
+from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.data.resume import check_fingerprint, dataset_fingerprint
+from smartbatch_lightning.data.tokens import TokenDataset
+from smartbatch_lightning.errors import UsageError, check_at_least
+
+
+class StreamDataModule(SmartBatchDataModule):
+    """Trains on an `IterableDataset`, as of `load_dataset(..., streaming=True)`, for the Trainer's `max_steps`.
+
+    Its rows are read into a buffer, whose samples are planned as an epoch of their own and tokenized batch by batch;
+    then comes the next buffer, and after the last row the first, in the order of the stream's next epoch. Every rank
+    reads all rows, and encodes those of its own batches. So ranks take equally many steps, and no row is trained twice
+    before all have been. A run is resumed by the stream's own state, on as many ranks, exactly; but rows that
+    `IterableDataset.shuffle` held in its own buffer are lost then.
+
+    What is known of data that are there as a whole is known of the first buffer alone: classes (give `label_names`, or
+    a `ClassLabel`), their weights, the mean and deviation of targets. There are no epochs, samples are batched with
+    those of their buffer only, and none can be set aside to validate on: give `Dataset`s for the other splits.
+
+    Args:
+        dataset: An `IterableDataset` to train on; or data by split, where that of `train_split` is one.
+        tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
+        buffer_size: Rows of a buffer. The more, the less padding, and the longer a resume reads.
+        options: What else `SmartBatchDataModule` takes.
+
+    Raises:
+        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any = None, *, buffer_size: int = 2**14, **options: Any) -> None:
+        check_at_least(1, buffer_size=buffer_size)
+        super().__init__(dataset, tokenizer, **{"tokenization": "lazy", **options})
+        self.buffer_size = buffer_size
+        splits = dict(dataset) if isinstance(dataset, Mapping) else {self.train_split: dataset}
+        stream = splits.pop(self.train_split, None)
+        if not isinstance(stream, IterableDataset) or self.tokenization != "lazy":
+            raise UsageError(
+                f"the split {self.train_split!r} is {type(stream).__name__} and tokenization {self.tokenization!r}; a "
+                "stream is an IterableDataset and tokenized lazily. Use SmartBatchDataModule for other data."
+            )
+        self._stream = stream
+        self._others = {name: data for name, data in splits.items() if not isinstance(data, IterableDataset)}
+        if self.validation_split == "auto":
+            self.validation_split = self._names.validated(self._others) or None  # never a share
+        if self._names.validation_share(self._others):
+            raise UsageError(
+                f"validation_split is {self.validation_split}, but of a stream no share can be set aside. Give a "
+                "Dataset as another split, and its name."
+            )
+        self._first: Dataset | None = None
+        self._batches: _Batches | None = None
+
+    def load_dataset(self) -> dict[str, Any]:
+        """The first buffer as the split to train on, and the other splits."""
+        if self._first is None:
+            self._first = self._buffer(islice(self._stream, self.buffer_size))
+        return {self.train_split: self._first, **self._others}
+
+    def train_dataloader(self) -> "_Batches":  # type: ignore[override]
+        """The batches of all steps.
+
+        Raises:
+            ValueError: The Trainer has no `max_steps`.
+        """
+        self._batches = _Batches(self, self._num_batches, self._restored)
+        return self._batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training and the stream stand."""
+        if self.trainer is None or self._batches is None:
+            return {}
+        at = progress.position(self.trainer)
+        batches = self._num_batches if at.batches is None else at.batches
+        return {
+            "fingerprint": self._fingerprint,
+            "batches": batches,
+            "validation_due": at.validation_due,
+            **self._batches.mark(batches),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, on as many ranks.
+
+        Raises:
+            ValueError: The checkpoint is of another stream, other settings or another number of ranks.
+        """
+        if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._adopt_seed(state["fingerprint"]["seed"], "fit")
+        check_fingerprint(state["fingerprint"], self._fingerprint)
+        self._restored = state
+        at = progress.Position(0, min(state["batches"], self._num_batches), state["validation_due"])
+        progress.rewrite_checkpoint(self.trainer, at, self._num_batches)
+
+    @property
+    def _num_batches(self) -> int:
+        assert self.trainer is not None
+        if self.trainer.max_steps == -1:
+            raise UsageError("a stream has no epochs by which training could end. Set --trainer.max_steps.")
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        ranks = 1 if self.trainer is None else self.trainer.world_size
+        return {
+            **dataset_fingerprint(self.train_data, self.spec),
+            "buffer_size": self.buffer_size,
+            "number of ranks": ranks,
+        }
+
+    def _buffer(self, rows: Iterator[dict[str, Any]]) -> Dataset:
+        return Dataset.from_list(list(rows), features=self._stream.features)
+
+    def samples(self, rows: Iterator[dict[str, Any]]) -> TokenDataset:
+        """Labelled samples of some rows.
+
+        Raises:
+            ValueError: A text or a label is missing, or a label is none of the classes.
+        """
+        dataset = self._buffer(rows)
+        assert self.task is not None
+        labels = self.task.encode(self.label_source.read(dataset, self.train_split))
+        return TokenDataset(self.token_table(dataset), labels)
+
+
+class _Batches:
+    """One rank's batches of all steps, as Lightning takes a loader."""
+
+    def __init__(self, data: StreamDataModule, length: int, restored: dict[str, Any] | None) -> None:
+        self._data = data
+        self._length = length
+        self._start = restored or {"batches": 0, "first": 0, "buffer": 0, "stream": None}
+        self._marks: list[dict[str, Any]] = []  # for each buffer its number, first batch and state of the stream
+
+    def __len__(self) -> int:
+        return self._length
+
+    def mark(self, batches: int) -> dict[str, Any]:
+        """Where the buffer begins that is in use after so many batches, which only grow from call to call."""
+        while len(self._marks) > 1 and self._marks[1]["first"] <= batches:
+            self._marks.pop(0)
+        return self._marks[0] if self._marks else {name: self._start[name] for name in ("first", "buffer", "stream")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module's state tells; without this method Lightning warns that nothing does."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        data, trainer = self._data, self._data.trainer
+        assert trainer is not None
+        stream, collate = deepcopy(data._stream), data.configure_collator()
+        first, buffer = self._start["first"], self._start["buffer"]
+        if self._start["stream"] is not None:
+            stream.set_epoch(self._start["stream"]["epoch"])
+            stream.load_state_dict(self._start["stream"])
+        self._marks = []
+        rows = _endless(stream)
+        while first < self._length:
+            self._marks.append({"first": first, "buffer": buffer, "stream": deepcopy(stream.state_dict())})
+            samples = data.samples(islice(rows, data.buffer_size))
+            plan = plan_epoch(samples.lengths, data.spec, epoch=buffer, num_replicas=trainer.world_size)
+            for step, batch in enumerate(plan.rank_batches(trainer.global_rank), first):
+                if self._start["batches"] <= step < self._length:
+                    yield collate(samples.__getitems__(batch.tolist()))
+            first += len(plan) // trainer.world_size
+            buffer += 1
+
+
+def _endless(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of one epoch of a stream after another."""
+    rows, before = 1, 1
+    while rows or before:  # one that was resumed at its end has none
+        rows, before = 0, rows
+        for row in stream:
+            rows += 1
+            yield row
+        stream.set_epoch(stream.epoch + 1)
+    raise UsageError("the stream has no rows. Give one that has.")

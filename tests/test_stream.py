@@ -1,0 +1,53 @@
+"""Tests of training on a stream."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import run_stream
+from datasets import Dataset
+from helpers import Fork, assert_same, finish
+from run_stream import ROWS, fit, stream
+from transformers import AutoTokenizer
+
+from smartbatch_lightning import StreamDataModule, demo
+
+
+def counts(batches: list[list[list[int]]]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(ids) for batch in batches for ids in batch)
+
+
+def passes(number: int) -> Counter[tuple[int, ...]]:
+    """The samples of the first buffers of 16 rows of a stream that begins again and again."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
+    texts = [row["text"] for row in (ROWS * 9)[: 16 * number]]
+    return Counter(map(tuple, tokenizer(texts, truncation=True, max_length=24)["input_ids"]))
+
+
+def test_a_stream_is_batched_buffer_by_buffer_and_resumed_exactly(tmp_path: Path) -> None:
+    whole, batches = fit(tmp_path, 20)
+    assert len(batches) == 20
+    assert counts(batches) == passes(5)  # of four batches each
+    spread = [max(map(len, batch)) - min(map(len, batch)) for batch in batches[:4]]
+    assert sum(spread) < 30  # of any four rows it is about 15
+    resumed, rest = fit(tmp_path, 20, tmp_path / "step=7.ckpt")
+    assert rest == batches[7:]
+    assert_same(resumed.lightning_module.state_dict(), whole.lightning_module.state_dict())
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_rows_of_a_stream_in_equally_many_steps(tmp_path: Path) -> None:
+    finish(Fork(tmp_path, 2, run_stream.main, tmp_path), tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(first) == len(second) == 14
+    assert counts(first + second) == passes(7)  # of two steps each
+
+
+def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a stream has no epochs by which training could end. Set --trainer.max_steps"):
+        fit(tmp_path, -1)
+    with pytest.raises(ValueError, match="of a stream no share can be set aside"):
+        StreamDataModule(stream(), validation_split=0.1)
+    with pytest.raises(ValueError, match="the split 'train' is Dataset .* Use SmartBatchDataModule"):
+        StreamDataModule(Dataset.from_list(ROWS))
