@@ -582,6 +582,8 @@ def compare(args: argparse.Namespace, names: list[str]) -> list[Row]:
         for line in map(json.loads, args.rows.read_text().splitlines()):
             if line["name"] in runs:
                 runs[line["name"]].append(line["row"])
+    left = sum(max(0, args.repeats - len(done)) for done in runs.values())
+    print(f"{left} runs are left of {args.repeats * len(names)}; on a GPU one takes a minute or two.", file=sys.stderr)
     for turn in range(args.repeats):
         for name in names:
             if len(runs[name]) > turn:

@@ -38,6 +38,7 @@ from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.precision import with_precision
 from smartbatch_lightning.progress import check_flags
 from smartbatch_lightning.storage import check_writable
 
@@ -50,7 +51,7 @@ class SmartBatchTrainer(L.Trainer):
             are the starts of the run: what was logged before a requeue stays.
         callbacks: As Lightning's. The progress bar is drawn every few batches unless there is one among them: drawing
             takes about a millisecond. Of two that write checkpoints, the `BestCheckpoint` of every run goes.
-        options: Everything else that `Trainer` takes.
+        options: Everything else that `Trainer` takes; without `precision` it is the best that the GPU has.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SmartBatchTrainer(L.Trainer):
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
-        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
+        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **with_precision(options))
         check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # what was logged is there after a kill; by itself it is written every hundredth step

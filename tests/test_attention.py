@@ -1,6 +1,7 @@
 """Tests of packed batches: they give what padded ones give, in every family that can be packed."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import (
 
 from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.models import attention
 from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_from_torch
 from smartbatch_lightning.models.layers import checkpoint_gradients
 from smartbatch_lightning.models.packing import attention_dropout, enable_packing, reads_one_token, skip_unread_tokens
@@ -361,3 +363,47 @@ def test_a_compiler_takes_the_last_layer_into_one_graph_with_the_others(config) 
     expected = built(**batch).logits
     built.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(built(**batch).logits, expected)
+
+
+def test_a_family_that_cannot_be_packed_is_refused_with_those_that_can() -> None:
+    mpnet = model(MPNetConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"batches of mpnet models cannot be packed; those of albert, bert, .* can"):
+        enable_packing(mpnet)
+
+
+_SINCE_2_13 = ("enable_gqa", "seqused_k", "block_table", "num_splits")
+SIGNATURES = {
+    "2.11": ("return_aux", "scale", "window_size"),
+    "2.13": ("return_aux", "scale", "window_size", *_SINCE_2_13),
+    "2.14.1": ("return_aux", "scale", "window_size", *_SINCE_2_13),
+    "2.15.0": ("return_aux", "scale", "window_size", *_SINCE_2_13),
+}  # by release, what `varlen_attn` takes by name alone
+
+
+@pytest.mark.parametrize("release", [*SIGNATURES, "installed"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_packed_attention_is_called_as_each_release_of_torch_wants_it(release: str, grouped: bool, monkeypatch) -> None:
+    positional = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    kinds = inspect.Parameter
+    taken = inspect.signature(attention.varlen_attn)
+    if release != "installed":
+        by_place = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in positional]
+        taken = inspect.Signature(
+            [*by_place, *(kinds(name, kinds.KEYWORD_ONLY, default=None) for name in SIGNATURES[release])]
+        )
+    calls = []
+
+    def called(*args, **options):
+        calls.append(taken.bind(*args, **options).arguments)
+        return args[0]
+
+    monkeypatch.setattr(attention, "varlen_attn", called)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    monkeypatch.setattr(attention, "_TAKES_GROUPED_HEADS", "enable_gqa" in taken.parameters)
+    heads = 2 if grouped else 8
+    query, key, value = (torch.zeros(1, number, 30, 4) for number in (8, heads, heads))
+    starts, longest = (torch.tensor([0, 10, 30], dtype=torch.int32),) * 2, (20, 20)
+    attention._packed(query, key, value, starts, longest, 0.0, 0.5, -1, causal=False)
+    [call] = calls
+    assert (call["scale"], call["window_size"]) == (0.5, (20, 20))  # a window that hides nothing
+    assert call["key"].shape[1] == 8 or call["enable_gqa"]

@@ -1,5 +1,8 @@
 """Tests of the planner: what every plan promises, whatever the batching."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from smartbatch_lightning import BatchPlan, BatchSpec
 from smartbatch_lightning.batching import batch_overlap
 from smartbatch_lightning.batching import plan_epoch as plan_with_spec
+from smartbatch_lightning.batching.arrays import argsort
 from smartbatch_lightning.data.splits import stratified_split
 
 BATCHINGS = ["smart", "tutorial", "random"]
@@ -416,3 +420,46 @@ def test_a_split_depends_on_its_seed() -> None:
     labels = [0, 1] * 50
     assert stratified_split(labels, 0.2, 1)[1].tolist() == stratified_split(labels, 0.2, 1)[1].tolist()
     assert stratified_split(labels, 0.2, 1)[1].tolist() != stratified_split(labels, 0.2, 2)[1].tolist()
+
+
+PLAN_DIGEST = """
+import zlib
+import numpy as np
+from smartbatch_lightning.batching import BatchSpec, plan_epoch
+for batching, longest, ranks in (("smart", 400, 1), ("smart", 8192, 3), ("random", 400, 2), ("tutorial", 400, 1)):
+    lengths = np.random.PCG64(1).random_raw(70_000) % np.uint64(longest) + np.uint64(1)
+    plan = plan_epoch(lengths.astype(np.int64), BatchSpec(batching, 16, jitter=0.8, seed=3), num_replicas=ranks)
+    print(zlib.crc32(plan.order.tobytes()), zlib.crc32(plan.offsets.tobytes()))
+"""
+
+
+def test_a_plan_is_the_same_whatever_instructions_the_cpu_has_for_sorting() -> None:
+    features = " ".join(np._core._multiarray_umath.__cpu_dispatch__)  # those that this machine lacks are passed over
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", PLAN_DIGEST],
+            env={**os.environ, "NPY_DISABLE_CPU_FEATURES": disabled},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for disabled in ("", features)
+    ]  # fmt: skip
+    assert digests[0] == digests[1]
+    assert len(digests[0].splitlines()) == 4
+
+
+@pytest.mark.parametrize(("batching", "jitter"), [("smart", 0.0), ("smart", 1.0), ("random", 0.0)])
+def test_batches_of_samples_that_come_sorted_by_label_hold_both_labels(batching: str, jitter: float) -> None:
+    """Also where far more samples than a batch holds cannot be told apart by length and random number."""
+    lengths = np.full(2**18, 7) if batching == "smart" else review_lengths(2**18)
+    plan = plan_epoch(lengths, 8, batching, jitter=jitter, seed=5)
+    second_half = (plan.order.reshape(-1, 8) >= 2**17).sum(axis=1)
+    binomial = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1]) / 2**8
+    np.testing.assert_allclose(np.bincount(second_half, minlength=9) / len(second_half), binomial, atol=0.01)
+
+
+def test_jitter_moves_no_sample_past_one_that_is_longer_by_more() -> None:
+    for longest, jitter in ((400, 0.0), (400, 1.5), (30_000, 0.8)):
+        lengths = np.random.default_rng(0).integers(1, longest, 20_000)
+        order = argsort(lengths, np.random.PCG64(1), spread=2 * jitter)
+        assert (np.maximum.accumulate(lengths[order]) - lengths[order]).max() <= 2 * jitter
+        assert sorted(order.tolist()) == list(range(20_000))

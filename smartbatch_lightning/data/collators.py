@@ -18,6 +18,7 @@ Collator = Callable[[Rows], Any]
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids")
 _DEFAULT = BatchSpec()
 _LEAST_SLOTS = 32  # for samples in a row that is filled up
+_TOKENS_OF_A_SLOT = 128
 
 
 class PadCollator:
@@ -88,9 +89,9 @@ class PackCollator:
     `enable_packing` has prepared, as `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
 
     Where the row is to have a multiple of some tokens, samples of padding fill it up, and everything else about its
-    shape is held as constant: the number of samples is a power of two, the last of them empty, and the longest has
-    `max_length`. So a model that is compiled, CUDA graphs and plans of attention meet a shape or two. Of such a batch
-    the first `num_samples` outputs count.
+    shape is held as constant: the number of samples is a power of two, at least one for 128 tokens, the last of them
+    empty, and the longest has `max_length`. So a model that is compiled, CUDA graphs and plans of attention meet one
+    shape, or two where samples are short. Of such a batch the first `num_samples` outputs count.
 
     Args:
         pad_token_id: What the row is filled up with.
@@ -143,7 +144,8 @@ class PackCollator:
         """Lengths with those of the samples that fill the row up, then empty ones up to a power of two."""
         missing = -int(lengths.sum()) % self.spec.pad_to_multiple_of
         fillers = np.diff([*range(0, missing, longest), missing])
-        number = max(_LEAST_SLOTS, 1 << (len(lengths) + len(fillers) - 1).bit_length())
+        least = (int(lengths.sum()) + missing) // _TOKENS_OF_A_SLOT
+        number = 1 << (max(least, _LEAST_SLOTS, len(lengths) + len(fillers)) - 1).bit_length()
         empty = np.zeros(number - len(lengths) - len(fillers), np.int64)
         return np.concatenate((lengths, fillers, empty))
 

@@ -4,6 +4,7 @@ It takes padded batches too, where it differs from transformers' own SDPA in one
 hides anything, for which Python would wait for the GPU in every forward.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_from_torch
 
 ATTENTION = "smartbatch"
+_TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.13
+FLASH_CAPABILITY = (8, 0)  # of CUDA: Ampere; Volta and Turing have no FlashAttention
 
 _NOT_PACKED = ("softcap", "s_aux", "position_bias", "attention_mask")  # what some models ask of attention besides
 
@@ -129,6 +132,8 @@ def _packed(
     causal: bool,
 ) -> Tensor:
     """Attention inside each sample of a row, (1, tokens, heads, head_size)."""
+    if torch.is_autocast_enabled(query.device.type):  # as SDPA does; queries and keys that were rotated are float32
+        query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     if not has_varlen_kernel(query) or query.shape[-1] != value.shape[-1]:
         looped: Tensor = _sdpa_per_sample(query, key, value, *cu_seq_lens, dropout, scaling, radius, causal)
         return looped
@@ -137,6 +142,11 @@ def _packed(
     # A window as wide as the longest sample hides nothing, and keeps to FlashAttention: for full attention torch 2.14
     # and later take cuDNN on Hopper, which prepares a plan for every new number of tokens, some 50 ms long.
     reach = max_lengths[1] if radius < 0 else radius
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1] and _TAKES_GROUPED_HEADS:
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     attended = varlen_attn(
         q,
         k,
@@ -145,7 +155,7 @@ def _packed(
         *max_lengths,
         scale=scaling,
         window_size=(reach, 0 if causal else reach),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **options,
     )
     assert isinstance(attended, Tensor)
     return attended.unsqueeze(0)
@@ -158,7 +168,7 @@ def has_varlen_kernel(query: Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and torch.cuda.get_device_properties(query.device).major >= 8  # Ampere; Volta and Turing have none
+        and torch.cuda.get_device_properties(query.device).major >= FLASH_CAPABILITY[0]
     )
 
 

@@ -47,7 +47,12 @@ from smartbatch_lightning.models.optimizer import (
     check_same_groups,
     check_settings,
 )
-from smartbatch_lightning.models.packing import TRANSFORMERS_OWN, attention_dropout, enable_packing, skip_unread_tokens
+from smartbatch_lightning.models.packing import (
+    TRANSFORMERS_OWN,
+    enable_packing,
+    packed_attention,
+    skip_unread_tokens,
+)
 from smartbatch_lightning.models.schedule import (
     Schedule,
     adds_parameters,
@@ -321,19 +326,16 @@ class SequenceClassifier(L.LightningModule):
             self._enable_packing()
 
     def on_fit_start(self) -> None:
-        """Refuses metrics to monitor that are not there, and says so where packed batches go without a dropout."""
+        """Refuses metrics to monitor that are not there; says what computes attention of packed batches on a GPU."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
         data = text_data_of(self._trainer)
-        dropout = 0.0 if self.model is None else attention_dropout(self.model)
-        if data and data.packed and dropout and self.device.type == "cuda" and "16" in str(self.trainer.precision):
-            rank_zero_info(
-                f"The model's attention weights have a dropout of {dropout:g}, which packed batches on a GPU train "
-                "without; the other dropouts are as configured."
-            )
+        if data and data.packed and self.model is not None and self.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(self.device)
+            rank_zero_info(packed_attention(self._transformer, capability, str(self.trainer.precision)))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule over exactly the optimizer steps that will run."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from smartbatch_lightning.contract import TAKES_PACKED_BATCHES
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.families import pad_token_of, setting
-from smartbatch_lightning.models.attention import ATTENTION
+from smartbatch_lightning.models.attention import ATTENTION, FLASH_CAPABILITY
 from smartbatch_lightning.models.deberta import hook_deberta, is_deberta
 from smartbatch_lightning.models.last_layer import read_one_token
 from smartbatch_lightning.models.layers import find_layers
@@ -150,6 +150,26 @@ def attention_dropout(model: PreTrainedModel) -> float:
     config = model.config.to_dict()
     names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     return float(next((config[name] for name in names if name in config), 0.0))
+
+
+def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precision: str) -> str:
+    """What computes attention of packed batches on a GPU, and why: a line for the user.
+
+    Args:
+        model: Of a family that can be packed.
+        capability: Of CUDA.
+        precision: One of Lightning's.
+    """
+    reason = ""
+    if capability < FLASH_CAPABILITY:
+        reason = "the card has no FlashAttention. Padded batches, --data.padding=longest, may be faster."
+    elif "16" not in precision:
+        reason = f"FlashAttention does not take {precision}. Set --trainer.precision=bf16-mixed for it."
+    if reason:
+        return f"Attention of packed batches is computed sample by sample: {reason}"
+    dropout = attention_dropout(model)
+    without = f", without the dropout of {dropout:g} that the model's has; other dropouts stay" if dropout else ""
+    return f"Attention of packed batches is FlashAttention{without}."
 
 
 # --- what is done to a model ---

@@ -1,0 +1,57 @@
+"""The benchmarks for GPUs, as a dry run on a CPU with tiny sizes: every contestant trains, every part prints its rows."""
+
+import argparse
+import faulthandler
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, peers
+
+pytestmark = pytest.mark.slow  # .ci/run runs them
+
+LENGTHS = np.random.default_rng(0).integers(3, 25, 96).astype(np.int16)
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    np.save(tmp_path / "lengths.npy", LENGTHS)
+    return tmp_path / "lengths.npy"
+
+
+def arguments(lengths: Path, **options) -> argparse.Namespace:
+    defaults = {"device": "cpu", "dry_run": True, "reviews": 0, "test_reviews": 0, "batches": 2, "precision": None}
+    more = {"max_tokens_per_batch": 400, "attention_dropout": 0.0, "compile": False, "repeats": 1, "patience": 600}
+    return argparse.Namespace(lengths=lengths, rows=lengths.with_suffix(".jsonl"), **{**defaults, **more, **options})
+
+
+def test_every_contestant_trains_in_a_dry_run(lengths: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(peers, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(peers, "quiet", lambda: warnings.simplefilter("ignore"))  # what it does else lasts
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda *args, **options: None
+    )  # pytest has no stderr for it
+    args = arguments(lengths)
+    names = [one.name for one in peers.contestants(peers.made(args), args)]
+    assert len(names) == 20
+    rows = peers.compare(args, names)
+    assert [row[""] for row in rows] == names
+    assert all(row["real_tokens_per_second"] > 0 for row in rows)
+    assert f"{len(names)} runs are left of {len(names)}" in capsys.readouterr().err
+    args.rows.write_text("".join(args.rows.read_text().splitlines(keepends=True)[:-1]))
+    measured = [json.loads(line)["name"] for line in args.rows.read_text().splitlines()]
+    again = peers.compare(args, names)  # goes on where the file ends
+    assert [row["seconds"] for row in again[:-1]] == [row["seconds"] for row in rows[:-1]]
+    assert [json.loads(line)["name"] for line in args.rows.read_text().splitlines()] == [*measured, names[-1]]
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_every_part_of_the_gpu_benchmark_has_a_dry_run(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = gpu.Bench("cpu", np.full(200, 30), ways="eager")
+    gpu.PARTS[part](bench)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all(row["part"] == part and "error" not in row for row in rows)
+    assert rows or part in ("attention", "waits", "profile")  # which have no meaning on a CPU
