@@ -24,6 +24,7 @@ from smartbatch_lightning import (
     demo,
     plan_epoch,
 )
+from smartbatch_lightning.batching.jitter import MAX_OVERLAP, choose_jitter, measure_jitter
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.data.collators import batch_lengths, window_lengths
 from smartbatch_lightning.data.encoding import TextEncoder
@@ -226,6 +227,16 @@ def test_a_text_of_more_windows_than_the_budget_is_refused_with_the_option_that_
     spec = BatchSpec(max_tokens_per_batch=20, max_length=8, window_pooling="mean", padding="packed")
     with pytest.raises(ValueError, match="sample 1 takes 30 tokens, .* is 20. Set it to 30 or more, or max_windows to"):
         plan_epoch([5, 30], spec)
+
+
+def test_batches_of_windows_are_mixed_from_epoch_to_epoch_though_last_windows_are_padded_in_any_order() -> None:
+    lengths = np.random.default_rng(1).lognormal(5.5, 0.7, 2000).astype(int) + 3
+    for padding in ("longest", "packed"):
+        spec = BatchSpec(padding=padding, max_length=64, window_pooling="mean")
+        before, mixed = (measure_jitter(lengths, spec, jitter) for jitter in (0.0, choose_jitter(lengths, spec)))
+        assert before.batch_overlap > 0.5
+        assert mixed.batch_overlap < 1.1 * MAX_OVERLAP  # which is kept for the lengths in order
+        assert mixed.padding_ratio < before.padding_ratio + 0.01
 
 
 # --- windows in models ---
