@@ -431,8 +431,8 @@ class _Built(SequenceClassifier):
 
     setting: Setting
 
-    def _load_model(self, task: Task | None) -> PreTrainedModel:
-        return self.setting.model()
+    def _load_model(self, task: Task | None) -> tuple[PreTrainedModel, set[str]]:
+        return self.setting.model(), set()
 
 
 def lightning_trainer(

@@ -145,6 +145,7 @@ class SmartBatchTrainer(L.Trainer):
         datamodule: SmartBatchDataModule,
         ckpt_path: str,
         folder: str = "model",
+        adapter: bool = False,
         weights_only: bool | None = None,
     ) -> None:
         """Writes the model of a checkpoint as an ordinary `transformers` folder, with its tokenizer and a model card.
@@ -154,9 +155,10 @@ class SmartBatchTrainer(L.Trainer):
             datamodule: What it was trained on.
             ckpt_path: The checkpoint.
             folder: Where to.
+            adapter: Write adapters of peft and the head alone, instead of merging them into the model's weights.
             weights_only: Not used: a checkpoint is never loaded in a way that could run code.
         """
-        check_exportable(model, datamodule)
+        check_exportable(model, datamodule, adapter)
         check_export_folder(folder)
         datamodule.trainer = self
         self.strategy.connect(model)
@@ -165,7 +167,7 @@ class SmartBatchTrainer(L.Trainer):
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")
-        export_model(model, datamodule, folder, metrics_in(checkpoint), command)
+        export_model(model, datamodule, folder, metrics_in(checkpoint), command, adapter=adapter)
 
 
 def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:

@@ -34,7 +34,7 @@ _IN_PARTS = {  # what a pipeline cannot do, by `truncation`
 _MODEL_SETTINGS = (
     *("learning_rate", "adam_epsilon", "weight_decay", "optimizer", "lr_scheduler", "lr_scheduler_kwargs"),
     *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
-    *("class_weights", "pos_weight", "label_smoothing", "focal_gamma", "gradient_checkpointing"),
+    *("class_weights", "pos_weight", "label_smoothing", "focal_gamma", "gradient_checkpointing", "peft_config"),
 )
 
 
@@ -44,6 +44,8 @@ def export_model(
     folder: str | Path,
     metrics: dict[str, float] | None = None,
     command: str | None = None,
+    *,
+    adapter: bool = False,
 ) -> None:
     """Writes weights as safetensors, the configuration with the names of the classes, the tokenizer and a model card.
 
@@ -51,6 +53,7 @@ def export_model(
     longest input is set to the data's `max_length`, and the side that it cuts to that of the data's `truncation`. Of
     long texts of which both ends were kept, or windows, it reads the beginning alone, and the card says so. Mean and
     deviation of standardised targets go into the weights of the last layer, whose outputs are then in the data's unit.
+    Adapters are merged into the weights.
 
     Args:
         model: Trained, and built.
@@ -58,12 +61,14 @@ def export_model(
         folder: Where to.
         metrics: By name, for the card.
         command: That trained it, for the card.
+        adapter: Write adapters and head alone, as peft does, with the configuration in the folder `config` in it.
 
     Raises:
-        ValueError: As `check_export_folder`; or the model is wrapped, weights are not finite, there is no room, or the
-            last layer cannot take up the mean of standardised targets.
+        ValueError: As `check_adapter` and `check_export_folder`; or the model is wrapped, weights are not finite, there
+            is no room, or the last layer cannot take up the mean of standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"
+    check_adapter(model, adapter)
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(
             f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the names of the "
@@ -80,14 +85,19 @@ def export_model(
     tokenizer.model_max_length = data.max_length
     tokenizer.truncation_side = data.truncation_in_use.side or "right"
     tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # else it is not saved
-    card = _card(model, data, folder.resolve().name, metrics or {}, command)
-    exported = model.model
-    standardization = Standardization.from_fields(exported.config.to_dict())
+    card = _card(model, data, folder.resolve().name, metrics or {}, command, adapter)
+    standardization = Standardization.from_fields(model.model.config.to_dict())
+    exported: Any = (
+        model.model if model.adapters is None else model.adapters.detached([] if adapter else _sample_inputs(data))
+    )
+    if standardization is not None:
+        exported = exported if model.adapters is not None else copy.deepcopy(exported).cpu()
+        _fold(exported, standardization, _sample_inputs(data))
 
     def write(tmp_folder: Path) -> None:
         exported.save_pretrained(tmp_folder)
-        if standardization is not None:
-            _fold(tmp_folder, type(exported), standardization, _sample_inputs(data))
+        if adapter:  # not beside the adapter, where transformers would look for all weights then
+            exported.config.save_pretrained(tmp_folder / "config")
         tokenizer.save_pretrained(tmp_folder)
         card.save(tmp_folder / "README.md")
 
@@ -95,15 +105,13 @@ def export_model(
     echo(f"Wrote the model to {folder}")
 
 
-def _fold(
-    folder: Path, kind: type[PreTrainedModel], standardization: Standardization, inputs: list[dict[str, Tensor]]
-) -> None:
-    """Lets a model that was written give targets in the data's unit, of itself.
+def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list[dict[str, Tensor]]) -> None:
+    """Lets a model give targets in the data's unit, of itself.
 
     Raises:
         ValueError: Its last layer has no bias, or is not what gives the logits.
     """
-    model = kind.from_pretrained(folder, dtype="auto")
+    model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         expected = standardization.restore_tensor(torch.cat([model(**one).logits for one in inputs]))
         rescale_logits(model, standardization.std, standardization.mean)
@@ -111,13 +119,12 @@ def _fold(
     tolerance = _MOST_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
     if not ((logits - expected).abs() <= tolerance).all():
         raise UsageError(
-            f"the mean and the deviation of standardised targets cannot be put into the last layer of {kind.__name__}: "
-            f"its outputs would differ by {(logits - expected).abs().max():g}. Set --data.standardize_targets=false, "
-            "and train without."
+            f"the mean and the deviation of standardised targets cannot be put into the last layer of "
+            f"{type(model).__name__}: its outputs would differ by {(logits - expected).abs().max():g}. Set "
+            "--data.standardize_targets=false, and train without."
         )
     for name in STANDARDIZATION_FIELDS:
         delattr(model.config, name)
-    model.save_pretrained(folder)
 
 
 def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
@@ -125,15 +132,30 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
     rows = data.splits[data.used_splits[0]].select_columns(data.text_columns)[:_SAMPLES]
     texts = zip(*(rows[column] for column in data.text_columns), strict=True)
     options: dict[str, Any] = {"truncation": True, "max_length": data.max_length, "return_tensors": "pt"}
-    return [data.tokenizer(*text, **options) for text in texts]
+    inputs = [data.tokenizer(*text, **options) for text in texts]
+    return [one for one in inputs if one["input_ids"].shape[1]]
 
 
-def check_exportable(module: Any, datamodule: Any) -> None:
+def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
+    """Refuses adapters where there are none, and to merge them into weights that are not as precise.
+
+    Raises:
+        ValueError: It is one of these.
+    """
+    if adapter and model.peft_config is None:
+        raise UsageError("the model has no adapters, which --model.peft_config makes. Leave out adapter.")
+    if model.adapters is not None and not adapter and getattr(model.model, "is_quantized", False):
+        raise UsageError(
+            "adapters cannot be merged into weights in 8 or 4 bits without a loss. Export them alone by adapter=true."
+        )
+
+
+def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> None:
     """Refuses what `export_model` cannot write.
 
     Raises:
-        ValueError: It is no `SequenceClassifier` trained on a `SmartBatchDataModule`; or its last layer cannot take up
-            the mean of standardised targets.
+        ValueError: As `check_adapter`; or it is no `SequenceClassifier` trained on a `SmartBatchDataModule`; or its
+            last layer cannot take up the mean of standardised targets.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
@@ -141,6 +163,7 @@ def check_exportable(module: Any, datamodule: Any) -> None:
             f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of the "
             "tokenizer instead."
         )
+    check_adapter(module, adapter)
     if module.model is not None and Standardization.from_fields(module.model.config.to_dict()) is not None:
         find_output_layer(module.model)
 
@@ -158,14 +181,20 @@ def check_export_folder(folder: str | Path) -> None:
 
 
 def _card(
-    model: SequenceClassifier, data: SmartBatchDataModule, name: str, metrics: dict[str, float], command: str | None
+    model: SequenceClassifier,
+    data: SmartBatchDataModule,
+    name: str,
+    metrics: dict[str, float],
+    command: str | None,
+    adapter: bool,
 ) -> ModelCard:
     assert model.model is not None
     pretrained = Path(model.pretrained).name if Path(model.pretrained).is_dir() else model.pretrained
     splits = data.text_data().evaluation_splits
     evaluated = {name: value for name, value in metrics.items() if name.startswith(("val_", "test_"))}
     header = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
+        base_model=pretrained if adapter else None,
         pipeline_tag="text-classification",
         model_name=name,
         eval_results=[
@@ -201,12 +230,8 @@ def _card(
         f"# {_escaped(name)}",
         f"{_escaped(pretrained)} fine-tuned on {_escaped(data.source)} {_MARK}, to predict "
         f"{_escaped(model.task.description)}.",
-        _code(
-            "python",
-            "from transformers import pipeline\n\n"
-            f"classify = pipeline('text-classification', {name!r}, truncation=True{width}{all_scores})"
-            f"  # at {data.max_length} tokens",
-        ),
+        *([] if model.adapters is None else [_escaped(str(model.adapters))]),
+        _code("python", _usage(name, f"truncation=True{width}{all_scores}", data.max_length, adapter)),
         *([] if truncation.side else [_IN_PARTS[truncation.truncation].format(data.max_length)]),
         "## Metrics",
         _table("metric", evaluated) if evaluated else "Not measured.",
@@ -216,6 +241,21 @@ def _card(
     if command:
         sections += ["## Command", _code("bash", command)]
     return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _usage(name: str, options: str, max_length: int, adapter: bool) -> str:
+    """Code that gives what `predict` does."""
+    if not adapter:
+        return (
+            "from transformers import pipeline\n\n"
+            f"classify = pipeline('text-classification', {name!r}, {options})  # at {max_length} tokens"
+        )
+    return (
+        "from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline\n\n"
+        f"config = AutoConfig.from_pretrained({name!r}, subfolder='config')  # with the names of the classes\n"
+        f"model = AutoModelForSequenceClassification.from_pretrained({name!r}, config=config)\n"
+        f"classify = pipeline('text-classification', model, tokenizer={name!r}, {options})  # at {max_length} tokens"
+    )
 
 
 def _table(heading: str, values: dict[str, Any]) -> str:

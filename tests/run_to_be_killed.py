@@ -117,6 +117,7 @@ def main(folder: Path, *arguments: str) -> None:
         "tokenizing": 0,
         "schedule": "linear",
         "layer_decay": 1.0,
+        "adapters": 0,
     }
     options |= {name: type(options[name])(value) for name, value in (argument.split("=") for argument in arguments)}
     L.seed_everything(7 + options["seed_by_rank"] * int(os.environ.get("LOCAL_RANK", 0)))
@@ -175,7 +176,12 @@ def main(folder: Path, *arguments: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = Dropped(learning_rate=1e-3, lr_scheduler=options["schedule"], layer_decay=options["layer_decay"])
+    model = Dropped(
+        learning_rate=1e-3,
+        lr_scheduler=options["schedule"],
+        layer_decay=options["layer_decay"],
+        peft_config={"peft_type": "LORA", "lora_dropout": 0.1} if options["adapters"] else None,
+    )
     trainer.fit(model, data, ckpt_path="last")
     if trainer.is_global_zero:
         torch.save(model.state_dict(), folder / "weights.pt")

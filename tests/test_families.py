@@ -19,6 +19,7 @@ from helpers import slow, trainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     CanineTokenizer,
@@ -325,8 +326,15 @@ def one_at_a_time(folder: Path, texts: list[Any], **options: Any) -> torch.Tenso
     return torch.cat(said)
 
 
-def by_pipeline(folder: Path, texts: list[Any], batch_size: int, **options: Any) -> torch.Tensor:
-    classify = pipeline("text-classification", str(folder), truncation=True, top_k=None, device="cpu", **options)
+def by_pipeline(
+    folder: Path, texts: list[Any], batch_size: int, *, adapter: bool = False, **options: Any
+) -> torch.Tensor:
+    model: Any = str(folder)
+    if adapter:
+        config = AutoConfig.from_pretrained(folder, subfolder="config")
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+    options = {"tokenizer": str(folder), "truncation": True, "top_k": None, "device": "cpu", **options}
+    classify = pipeline("text-classification", model, **options)
     inputs = [{"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text for text in texts]
     answers = classify(inputs, batch_size=batch_size)
     scores = [{answer["label"]: answer["score"] for answer in row} for row in answers]
@@ -448,6 +456,48 @@ def test_packed_samples_have_the_logits_and_gradients_of_each_by_itself(family: 
 def test_families_that_cannot_be_packed_are_refused(family: str) -> None:
     with pytest.raises(UsageError, match="models cannot be packed: .* Set --data.padding=longest"):
         packed_errors(family, torch.float32)
+
+
+# --- adapters ---
+
+SHARED_LAYERS = ("zamba",)  # into which adapters cannot be merged
+NO_LINEAR_LAYERS = ("ibert",)  # but quantized ones of its own, which peft does not know
+
+
+def adapter_differences(family: str, folder: Path, padding: str) -> dict[str, float]:
+    """By what is compared with `predict`, the largest difference of a probability, where LoRA was trained."""
+    make_tiny(family, folder / "base")
+    options = {"max_length": MAX_LENGTH, "batch_size": 4, "cache_dir": str(folder / "cache")}
+    texts = [text for text in TEXTS if text]
+    data = GivenTexts(texts, padding=padding, **options)
+    model = SequenceClassifier(str(folder / "base"), learning_rate=0.1, peft_config={"peft_type": "LORA", "r": 4})
+    run = trainer(folder, max_steps=4)
+    run.fit(model, data)
+    assert any(weight.any() for name, weight in model.state_dict().items() if "lora_B" in name)
+    predicted = probabilities(run, model, data)
+    run.save_checkpoint(folder / "a.ckpt")
+    found = {}
+    again = SequenceClassifier.load_from_checkpoint(folder / "a.ckpt")
+    found["loaded"] = float((probabilities(run, again, data) - predicted).abs().max())
+    width = {"padding": "max_length"} if padding == "max_length" else {}
+    for name, adapter in (("merged", False), ("adapter", True)):
+        if not adapter and family in SHARED_LAYERS:
+            with pytest.raises(UsageError, match="merged into the weights of Zamba.* differ .*alone by adapter=true"):
+                export_model(model, data, folder / name)
+            continue
+        export_model(model, data, folder / name, adapter=adapter)
+        said = by_pipeline(folder / name, texts, 8, adapter=adapter, **width)
+        found[name] = float((said - predicted).abs().max())
+    return found
+
+
+ADAPTED = [family for family in FAMILIES if family not in NO_LINEAR_LAYERS]
+
+
+@pytest.mark.parametrize("family", [family if family in ("bert", "llama") else slow(family) for family in ADAPTED])
+def test_adapters_are_found_layers_for_and_say_the_same_merged_alone_and_loaded(family: str, tmp_path: Path) -> None:
+    found = adapter_differences(family, tmp_path, "max_length" if family in FIXED_WIDTH else "longest")
+    assert max(found.values()) < 1e-5, found
 
 
 # --- the token to pad with ---

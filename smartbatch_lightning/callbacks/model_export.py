@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import lightning as L
 import torch
@@ -25,17 +26,19 @@ class ModelExport(Callback):
 
     Args:
         folder: Where to; None for not at all.
+        adapter: Write adapters of peft and the head alone, instead of merging them into the model's weights.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str | None = None, adapter: bool = False) -> None:
         self.folder = folder
+        self.adapter = adapter
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds out before training whether this is a run that can be exported."""
         datamodule = datamodule_of(trainer)
         if self.folder is None:
             return
-        check_exportable(pl_module, datamodule)
+        check_exportable(pl_module, datamodule, self.adapter)
         if trainer.is_global_zero:
             check_export_folder(self.folder)
 
@@ -46,16 +49,17 @@ class ModelExport(Callback):
             return
         assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
+        export = partial(export_model, pl_module, datamodule, self.folder, command=command_line(), adapter=self.adapter)
         if (best := _best_path(trainer)) is not None:
             checkpoint = torch.load(verified_checkpoint(best), map_location="cpu", weights_only=True)
             with _weights(pl_module, checkpoint["state_dict"]):
-                export_model(pl_module, datamodule, self.folder, metrics_in(checkpoint), command_line())
+                export(metrics_in(checkpoint))
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not metrics and isinstance(callback, TrainingMonitor) and callback.epochs:
                 metrics = callback.epochs[-1][1]  # where a run that had ended was started again
-        export_model(pl_module, datamodule, self.folder, metrics, command_line())
+        export(metrics)
 
 
 def _best_path(trainer: L.Trainer) -> str | None:

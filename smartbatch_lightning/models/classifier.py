@@ -1,10 +1,11 @@
 """SequenceClassifier: a pretrained transformer with a classification head, its optimizer and schedule."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.models.adapters import (
+    FINGERPRINT,
+    Adapters,
+    add_adapters,
+    check_same_adapters,
+    check_same_base,
+    plain_peft_config,
+)
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import REMEDY, check_losses, check_weights
@@ -120,16 +129,20 @@ class SequenceClassifier(L.LightningModule):
         freeze_layers: Leave so many of the first layers as they are, and the embeddings.
         gradient_checkpointing: Compute layers again in the backward pass instead of keeping what they computed: less
             memory for a third more time; not beside `compile`.
+        peft_config: Adapters of peft, such as LoRA, to be trained with the head in place of the model's own weights:
+            `peft_type` and its options, such as `{peft_type: LORA, r: 8}`; or `class_path` and `init_args`, in Python
+            also a `peft.PeftConfig`. Checkpoints then hold what is trained, and `pretrained` gives the rest again.
         compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
             `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
             and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
         model_kwargs: What else `from_pretrained` takes, such as `revision`, `attn_implementation` or a dropout of the
-            configuration. Weights are float32 unless it says `dtype`.
+            configuration. Weights are float32 unless it says `dtype`, or with `peft_config` `quantization_config`.
         architecture: A model's configuration as `PretrainedConfig.to_dict` gives it, for fresh weights; checkpoints
             fill it in.
 
     Attributes:
         model: The `transformers` model; None until `configure_model`.
+        adapters: What `peft_config` has added to it; None where it is not given.
     """
 
     model: PreTrainedModel | None
@@ -157,6 +170,7 @@ class SequenceClassifier(L.LightningModule):
         freeze_embeddings: bool = False,
         freeze_layers: int = 0,
         gradient_checkpointing: bool = False,
+        peft_config: dict[str, Any] | Any | None = None,
         compile: bool | str = False,  # noqa: A002 - the field's word
         model_kwargs: dict[str, Any] | None = None,
         architecture: dict[str, Any] | None = None,
@@ -184,6 +198,9 @@ class SequenceClassifier(L.LightningModule):
         self.freeze_embeddings = freeze_embeddings
         self.freeze_layers = freeze_layers
         self.gradient_checkpointing = gradient_checkpointing
+        self.peft_config = None if peft_config is None else plain_peft_config(peft_config)
+        self.hparams.update({"peft_config": self.peft_config} if "peft_config" in self.hparams else {})
+        self.adapters: Adapters | None = None
         check_settings(self, self._schedule)
         if optimizer is None and learning_rate is None:
             self.learning_rate = 5e-5
@@ -252,7 +269,7 @@ class SequenceClassifier(L.LightningModule):
         It has frozen parameters too, which it passes over until they are unfrozen, unless a callback such as
         `BackboneFinetuning` is there to add them, all of which are then decayed.
         """
-        added = adds_parameters(self._trainer)
+        added = adds_parameters(self._trainer) or self.adapters is not None
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad or not added]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
         settings: Any = {"lr": self.learning_rate, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
@@ -330,6 +347,13 @@ class SequenceClassifier(L.LightningModule):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
+        if self.adapters is not None:
+            rank_zero_info(str(self.adapters))
+        elif self.model is self._transformer and getattr(self.model, "is_quantized", False):
+            raise UsageError(
+                "the model's weights are in 8 or 4 bits, in which they are not trained. Set --model.peft_config, such "
+                "as {peft_type: LORA}."
+            )
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
         data = text_data_of(self._trainer)
@@ -365,6 +389,8 @@ class SequenceClassifier(L.LightningModule):
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length).
 
+        Inputs that the model does not know by name are left out, but for flags such as `output_attentions`.
+
         Logits (batch, num_labels) are float32 where the model computes in half precision, and pooled where samples are
         windows.
         """
@@ -374,6 +400,8 @@ class SequenceClassifier(L.LightningModule):
             self._enable_packing()  # also where no data module has announced packed batches
         num_samples = inputs.pop("num_samples", None)
         window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
+        named = _named_inputs(type(self._transformer))
+        inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
         output: SequenceClassifierOutput = self.model(**inputs)
         if output.logits is not None:
             # losses and metrics of logits with two or three digits are noise; and CUDA graphs write over their outputs
@@ -483,8 +511,10 @@ class SequenceClassifier(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As torch's; from a process that was started for training, with the architecture."""
+        """As torch's, without what adapters leave as it was; with the architecture from a process that only trains."""
         state: dict[str, Any] = super().state_dict(*args, **options)
+        for name in self._pretrained_names(options.get("prefix", "")):
+            state.pop(name, None)
         if hands_weights_back(self._trainer):
             state[_ARCHITECTURE] = json.dumps(self.hparams["architecture"])
         return state
@@ -500,6 +530,23 @@ class SequenceClassifier(L.LightningModule):
                 self.configure_model()
                 self._trainer = trainer
         return super().load_state_dict(state_dict, *args, **options)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
+        """As torch's, of this module or a copy of it inside another one; adds what `state_dict` leaves out.
+
+        Raises:
+            ValueError: The weights that it leaves out are others than here.
+        """
+        fingerprint = state_dict.get(f"{prefix}{FINGERPRINT}")
+        if fingerprint is not None and self.adapters is not None:
+            check_same_base(fingerprint, self.adapters, self.pretrained)
+            own = dict(self.named_parameters(prefix.removesuffix("."), remove_duplicate=False))
+            state_dict |= {name: own[name] for name in self._pretrained_names(prefix)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+
+    def _pretrained_names(self, prefix: str) -> list[str]:
+        """Names of the parameters that adapters leave as they were, in a state under that prefix."""
+        return [] if self.adapters is None else [f"{prefix}model.{name}" for name in self.adapters.pretrained]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the seed of dropout, and refuses to save weights that are not finite."""
@@ -522,6 +569,7 @@ class SequenceClassifier(L.LightningModule):
         self._trained_on = fingerprint_in(checkpoint)
         self._task = None
         hyperparameters = checkpoint.get("hyper_parameters", {})
+        check_same_adapters(hyperparameters.get("peft_config"), self.peft_config)
         # with which an evaluation without training data goes on
         self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
         saved = hyperparameters.get("architecture")
@@ -601,7 +649,7 @@ class SequenceClassifier(L.LightningModule):
 
     @property
     def _source(self) -> ModelSource:
-        return ModelSource(self.pretrained, self.model_kwargs, self.architecture)
+        return ModelSource(self.pretrained, self.model_kwargs, self.architecture, bool(self.peft_config))
 
     def _own_config(self) -> PretrainedConfig | None:
         """Configuration of the built model, or of a checkpoint's."""
@@ -626,7 +674,7 @@ class SequenceClassifier(L.LightningModule):
             options = replace(options, **known)
         return task.with_loss(options)
 
-    def _load_model(self, task: Task | None) -> PreTrainedModel:
+    def _load_model(self, task: Task | None) -> tuple[PreTrainedModel, set[str]]:
         data = text_data_of(self._trainer)
         tokenizer = None if data is None else data.tokenizer
         return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
@@ -677,10 +725,13 @@ class SequenceClassifier(L.LightningModule):
         enable_packing(self._transformer)
 
     def _build(self, task: Task | None) -> PreTrainedModel:
-        model = self._load_model(task)
+        model, fresh = self._load_model(task)
         model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
+        if self.peft_config is not None:
+            self.adapters = add_adapters(model, self.peft_config, fresh)
+            self.register_buffer(FINGERPRINT, self.adapters.fingerprint)
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
@@ -689,6 +740,13 @@ class SequenceClassifier(L.LightningModule):
         if self.compiled:
             compile_model(model, self.compiled)
         return model
+
+
+@cache
+def _named_inputs(kind: type[PreTrainedModel]) -> frozenset[str]:
+    """What a model takes by name, and what its attention takes of packed batches."""
+    packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    return frozenset([*inspect.signature(kind.forward).parameters, *packed])
 
 
 def forward_kwargs(batch: Batch) -> Batch:

@@ -137,7 +137,7 @@ def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
         ValueError: There is one.
     """
     rates = {"layer_decay": settings.layer_decay != 1.0, "head_learning_rate": settings.head_learning_rate is not None}
-    frozen = {name: bool(getattr(settings, name)) for name in ("freeze_embeddings", "freeze_layers")}
+    frozen = {name: bool(getattr(settings, name)) for name in ("freeze_embeddings", "freeze_layers", "peft_config")}
     undone = {BaseFinetuning: rates | frozen, LearningRateFinder: rates | {"optimizer": settings.optimizer is not None}}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, options in undone.items():

@@ -25,7 +25,7 @@ from smartbatch_lightning.tasks.standardization import Standardization
 
 # What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
-_NOT_IN_CONFIG = ("attn_implementation", "dtype")
+_NOT_IN_CONFIG = ("attn_implementation", "dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class ModelSource:
         model_kwargs: As the argument of `SequenceClassifier`.
         architecture: A configuration as a dictionary, of a model whose weights a checkpoint holds; it goes before
             `pretrained`.
+        adapted: A checkpoint holds the weights of adapters alone, and `pretrained` all others.
     """
 
     pretrained: str
     model_kwargs: dict[str, Any]
     architecture: dict[str, Any] | None
+    adapted: bool = False
 
     def load(
         self,
@@ -50,8 +52,8 @@ class ModelSource:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         untrained_needs_labels: bool,
-    ) -> PreTrainedModel:
-        """The model, with its weights where it is pretrained, in `eval` mode.
+    ) -> tuple[PreTrainedModel, set[str]]:
+        """The model, with its weights where it is pretrained, in `eval` mode; and the names of those that are fresh.
 
         Args:
             num_labels: Number of classes where no task says it.
@@ -66,10 +68,12 @@ class ModelSource:
             options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
             config = self._architecture_config()
             adopt_padding(config, tokenizer)
+            if self.adapted:
+                return self._pretrained_model(config)
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
                 config, **options
             )
-            return model
+            return model, {name for name, _ in model.named_parameters()}
         config = self._pretrained_config()
         check_has_head(config)
         adopt_padding(config, tokenizer)  # before the model is built, where embeddings know the padding too
@@ -86,7 +90,8 @@ class ModelSource:
             config.update(task.config_fields())
             after = Standardization.from_fields(config.to_dict())
             if knows_targets and before is None and after is not None:
-                return _standardized(self._pretrained_model(config), after)
+                model, fresh = self._pretrained_model(config)
+                return _standardized(model, after), fresh
         elif num_labels is not None:
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
@@ -120,6 +125,8 @@ class ModelSource:
     def _architecture_config(self) -> PretrainedConfig:
         """Configuration of a checkpoint's model, with what `model_kwargs` changes of it, such as a dropout."""
         config = AutoConfig.for_model(**self.architecture or {})
+        if "quantization_config" in self.model_kwargs:
+            del config.quantization_config  # which would say that the pretrained weights are stored like that
         changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
@@ -143,14 +150,15 @@ class ModelSource:
         assert isinstance(config, PretrainedConfig)
         return config
 
-    def _pretrained_model(self, config: PretrainedConfig) -> PreTrainedModel:
+    def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
         passed = (*_WHERE, *_NOT_IN_CONFIG)
         options = {option: value for option, value in self.model_kwargs.items() if option in passed}
         try:
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
                 self._path,
                 config=config,
+                output_loading_info=True,
                 **{"dtype": torch.float32, "trust_remote_code": False, **options},
             )
         except (ValueError, ImportError) as error:
@@ -161,7 +169,7 @@ class ModelSource:
                 f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
-        return model
+        return model, found["missing_keys"]
 
 
 def _standardized(model: PreTrainedModel, by: Standardization) -> PreTrainedModel:

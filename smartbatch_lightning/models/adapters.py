@@ -1,0 +1,221 @@
+"""Adapters of `peft`, such as LoRA: a few weights that are trained in place of a model's own.
+
+The layers go into the `transformers` model itself, which stays what it is for packing, freezing and everything else.
+Its own weights stay as they were pretrained, so a checkpoint leaves them out.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from xxhash import xxh3_64
+
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.registry import look_up
+
+FINGERPRINT = "base_fingerprint"  # of the weights that a checkpoint leaves out, among those that it holds
+# Kinds that are trained, saved, merged and loaded by transformers alike. Others of peft add tokens or follow the
+# training step, or are wrong merged.
+_TRIED = ("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA")
+_NUMBERS = 1024  # of each weight, which tell it from others
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What `add_adapters` has made of a model.
+
+    Attributes:
+        peft_model: The wrapper of peft around the model, which saves and merges adapters.
+        pretrained: Names of the model's parameters that stay as they were loaded.
+        fingerprint: Of these, one number. Shape (), int64.
+    """
+
+    peft_model: Any
+    pretrained: frozenset[str]
+    fingerprint: Tensor
+
+    def __str__(self) -> str:
+        """What is trained, and how much of it."""
+        trained, total = self.peft_model.get_nb_trainable_parameters()
+        kind = self.peft_model.peft_type.value
+        return f"{kind} trains {trained:,} of {total:,} parameters, {trained / total:.2%}."
+
+    def detached(self, merged_for: Sequence[Mapping[str, Tensor]] = ()) -> Any:
+        """A copy on the CPU to be saved: peft's wrapper, or the model with the adapters merged into its weights.
+
+        Args:
+            merged_for: Inputs, each a batch, for which it then has to give the same logits as before; none to leave it
+                as it is.
+
+        Raises:
+            ValueError: It gives others, as where layers share their weights.
+        """
+        detached = copy.deepcopy(self.peft_model).cpu().eval()
+        if not merged_for:
+            return detached
+        expected = _logits(detached, merged_for)
+        merged = detached.merge_and_unload()
+        difference = (_logits(merged, merged_for) - expected).abs() / (1 + expected.abs())
+        if difference.max() > torch.finfo(expected.dtype).eps ** 0.5:
+            raise UsageError(
+                f"merged into the weights of {type(merged).__name__}, the adapters give logits that differ by up to "
+                f"{difference.max():.2g} from those that were trained. Export them alone by adapter=true."
+            )
+        return merged
+
+
+def read_peft_config(given: Any) -> Any:
+    """The `peft.PeftConfig` for a sequence classifier that `peft_config` describes.
+
+    Args:
+        given: `peft_type` and the arguments of its configuration; or `class_path` and `init_args`.
+
+    Raises:
+        ValueError: peft is not installed, or there is no such configuration, or one that was not tried.
+    """
+    peft = _import_peft()
+    if not isinstance(given, Mapping) or not {"peft_type", "class_path"} & given.keys():
+        raise UsageError(f"peft_config is {given!r}; give peft_type, such as {{peft_type: LORA, r: 8}}, or class_path.")
+    options = dict(given)
+    kind = options.pop("class_path", None) or options.pop("peft_type")
+    options = options.pop("init_args", options) or {}
+    makers = {name: peft.PEFT_TYPE_TO_CONFIG_MAPPING[name] for name in _TRIED}
+    make = look_up(kind, makers | {maker.__name__: maker for maker in makers.values()}, "peft_config")
+    try:
+        config: Any = make(**{**options, "task_type": "SEQ_CLS", "inference_mode": False})
+    except Exception as error:  # peft checks arguments in many ways
+        raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
+    if config.peft_type.value not in _TRIED:
+        raise UsageError(f"peft_config is {kind!r}, which was not tried here. Give one of {join_quoted(_TRIED)}.")
+    return config
+
+
+def plain_peft_config(given: Any) -> dict[str, Any]:
+    """What `peft_config` says, as a dictionary that a checkpoint can hold.
+
+    Raises:
+        ValueError: As `read_peft_config`.
+    """
+    if hasattr(given, "to_dict"):
+        given = json.loads(json.dumps(given.to_dict(), default=sorted))  # sets
+    read_peft_config(given)
+    return dict(given)
+
+
+def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Collection[str]) -> Adapters:
+    """Puts adapters into a model, of which they, the head and what the pretrained model lacks are trained.
+
+    Args:
+        model: Changed in place.
+        peft_config: As `plain_peft_config` gives it. Where it names no layers to adapt, these are what peft knows for
+            the model's family, else all linear ones.
+        fresh: Names of the weights that the pretrained model lacks.
+
+    Raises:
+        ValueError: Its layers are not there, or it changes pretrained weights.
+    """
+    peft = _import_peft()
+    config = read_peft_config(peft_config)
+    if config.target_modules is None and not getattr(config, "target_parameters", None):
+        known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", {})
+        if known:  # peft has IA3's elsewhere
+            config.target_modules = known.get(model.config.model_type, "all-linear")
+        if config.target_modules == "all-linear":
+            config.exclude_modules = _odd_linear_layers(model) or None
+    config.modules_to_save = [*(config.modules_to_save or []), *_trained_modules(model, fresh)]
+    before = {*model.parameters()}
+    of_base = {*model.base_model.parameters()}
+    compared = [one for name, one in model.named_parameters() if one in of_base and name not in fresh]
+    fingerprint = _fingerprint(compared)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's own affair
+            peft_model = peft.PeftModel(model, config)
+    except Exception as error:  # peft raises what its layers do
+        raise UsageError(
+            f"peft_config is {peft_config}, which does not fit {type(model).__name__}: {root_cause_message(error)} "
+            "Correct it."
+        ) from error
+    if not torch.equal(_fingerprint(compared), fingerprint):
+        raise UsageError(
+            f"peft_config is {peft_config}, which changes the pretrained weights, and checkpoints leave these out. Set "
+            "init_lora_weights to true."
+        )
+    names = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter in before and not parameter.requires_grad
+    ]
+    return Adapters(peft_model, frozenset(names), fingerprint)
+
+
+def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
+    """Refuses a checkpoint of a model with other adapters.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if saved != own and (saved is None or own is None or read_peft_config(saved) != read_peft_config(own)):
+        raise UsageError(
+            f"the checkpoint's peft_config is {saved}, but this model's is {own}. Set --model.peft_config as it was."
+        )
+
+
+def check_same_base(fingerprint: Tensor, adapters: Adapters, pretrained: str) -> None:
+    """Refuses adapters that were trained in a model with other weights.
+
+    Raises:
+        ValueError: They were.
+    """
+    if int(fingerprint) != int(adapters.fingerprint):
+        raise UsageError(
+            f"the checkpoint holds adapters of a model with other weights than {pretrained!r} has now. Set "
+            "--model.pretrained, its revision and model_kwargs to what they were."
+        )
+
+
+def _trained_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str]:
+    """The head, and modules of the base model with weights that the pretrained one lacks; none inside another."""
+    base = model.base_model
+    names = {
+        name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())
+    }
+    names = names if base is not model else set()
+    names |= {name.rpartition(".")[0] for name in fresh}
+    return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
+
+
+def _odd_linear_layers(model: PreTrainedModel) -> list[str]:
+    """Linear layers that give more than a product, as routers of experts do."""
+    linear = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, kind in linear.items() if kind.__module__.startswith("transformers.models.")]
+
+
+@torch.no_grad()
+def _logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    return torch.cat([model(**batch).logits for batch in batches])
+
+
+def _fingerprint(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A number that tells weights from others. Shape (), int64; those in 8 or 4 bits do not count."""
+    digest = xxh3_64()
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            digest.update(parameter.detach().reshape(-1)[:_NUMBERS].float().cpu().numpy().tobytes())
+    return torch.tensor(digest.intdigest() - 2**63)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError(
+            "peft_config is given, but peft is not installed. Run pip install 'smartbatch-lightning[peft]'."
+        ) from error
+    return peft
