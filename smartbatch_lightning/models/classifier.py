@@ -401,7 +401,8 @@ class SequenceClassifier(L.LightningModule):
         num_samples = inputs.pop("num_samples", None)
         window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
         named = _named_inputs(type(self._transformer))
-        inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
+        if "input_ids" in named:  # else it takes whatever it is given
+            inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
         output: SequenceClassifierOutput = self.model(**inputs)
         if output.logits is not None:
             # losses and metrics of logits with two or three digits are noise; and CUDA graphs write over their outputs
@@ -743,7 +744,7 @@ class SequenceClassifier(L.LightningModule):
 
 
 @cache
-def _named_inputs(kind: type[PreTrainedModel]) -> frozenset[str]:
+def _named_inputs(kind: Any) -> frozenset[str]:
     """What a model takes by name, and what its attention takes of packed batches."""
     packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     return frozenset([*inspect.signature(kind.forward).parameters, *packed])
