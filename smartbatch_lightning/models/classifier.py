@@ -400,7 +400,8 @@ class SequenceClassifier(L.LightningModule):
             self._enable_packing()  # also where no data module has announced packed batches
         num_samples = inputs.pop("num_samples", None)
         window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
-        named = _named_inputs(type(self._transformer))
+        kind: Any = type(self._transformer)
+        named = _named_inputs(kind)
         if "input_ids" in named:  # else it takes whatever it is given
             inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
         output: SequenceClassifierOutput = self.model(**inputs)
