@@ -64,7 +64,8 @@ class SmartBatchTrainer(L.Trainer):
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
-        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **with_precision(options))
+        options.update(with_precision(options))
+        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
         check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # what was logged is there after a kill; by itself it is written every hundredth step
