@@ -751,7 +751,7 @@ def test_a_test_is_reported_with_its_metrics_texts_and_lengths_and_logged(data, 
     for one in told["mistakes"]:
         assert table["text"][one["row"]].as_py().startswith(one["text"].removesuffix(" ..."))
         assert one["length"] == whole[one["row"]]
-    assert told["lengths"][-1]["name"].endswith(f" {max(whole)}")
+    assert told["lengths"][-1]["name"].endswith(f" {max(whole):,}")
     assert max(whole) > 24
     events = EventAccumulator(str(tmp_path / "logs" / "0"), size_guidance={"images": 0}).Reload()
     assert "evaluation/test/reliability" in events.Tags()["images"]
