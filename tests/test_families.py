@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from smartbatch_lightning import PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import export_model
-from smartbatch_lightning.families import drop_caches, pad_token_of
+from smartbatch_lightning.families import drop_caches, pad_token_of, setting
 from smartbatch_lightning.models.packing import enable_packing
 
 QUICK = ("bert", "roberta", "xlnet", "gpt2", "llama", "modernbert")
@@ -416,7 +416,7 @@ def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
     torch.manual_seed(0)
     alone = AutoModelForSequenceClassification.from_config(config).eval()
     random = np.random.default_rng(0)
-    highest = min(200, config.get_text_config().vocab_size)
+    highest = min(200, setting(config.get_text_config(), "vocab_size", 200))
     rows = [{"input_ids": random.integers(5, highest, length)} for length in (3, 40, 17, 30, 16)]
 
     def measured(model: Any, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -448,7 +448,7 @@ def test_packed_samples_have_the_logits_and_gradients_of_each_by_itself(family: 
     assert logits < 1e-5
     assert gradients < 1e-4
     padded, packed = packed_errors(family, torch.bfloat16)
-    assert all(mine < 1.5 * theirs + 0.01 for mine, theirs in zip(packed, padded, strict=True)), (packed, padded)
+    assert all(mine < 1.5 * theirs + 0.05 for mine, theirs in zip(packed, padded, strict=True)), (packed, padded)
 
 
 @pytest.mark.slow
