@@ -97,7 +97,10 @@ def export_model(
     def write(tmp_folder: Path) -> None:
         exported.save_pretrained(tmp_folder)
         if adapter:  # not beside the adapter, where transformers would look for all weights then
-            exported.config.save_pretrained(tmp_folder / "config")
+            config = copy.deepcopy(exported.config)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # else transformers takes the pretrained weights for stored like that
+            config.save_pretrained(tmp_folder / "config")
         tokenizer.save_pretrained(tmp_folder)
         card.save(tmp_folder / "README.md")
 

@@ -165,7 +165,11 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
     with refused(folder, "Make room, or give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         tmp_path = _written(folder / "files", write)
-        paths = [path.replace(folder / path.name) for path in sorted(tmp_path.iterdir())]
+        written = sorted(tmp_path.iterdir())
+        for path in written:
+            if path.is_dir():  # only an empty one is replaced
+                _remove(folder / path.name)
+        paths = [path.replace(folder / path.name) for path in written]
         tmp_path.rmdir()
         for name in set(outdated) - {path.name for path in paths}:
             (folder / name).unlink(missing_ok=True)

@@ -46,6 +46,11 @@ class Adapters:
         kind = self.peft_model.peft_type.value
         return f"{kind} trains {trained:,} of {total:,} parameters, {trained / total:.2%}."
 
+    def leaves_out(self, name: str) -> bool:
+        """Whether what has that name in the model's state is as it was loaded, with what bitsandbytes has beside it."""
+        module, found, _ = name.partition(".weight.")
+        return (f"{module}.weight" if found else name) in self.pretrained or name.endswith((".SCB", ".weight_format"))
+
     def detached(self, merged_for: Sequence[Mapping[str, Tensor]] = ()) -> Any:
         """A copy on the CPU to be saved: peft's wrapper, or the model with the adapters merged into its weights.
 

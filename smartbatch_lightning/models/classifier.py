@@ -515,8 +515,10 @@ class SequenceClassifier(L.LightningModule):
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """As torch's, without what adapters leave as it was; with the architecture from a process that only trains."""
         state: dict[str, Any] = super().state_dict(*args, **options)
-        for name in self._pretrained_names(options.get("prefix", "")):
-            state.pop(name, None)
+        if self.adapters is not None:
+            prefix = f"{options.get('prefix', '')}model."
+            for name in [name for name in state if self.adapters.leaves_out(name.removeprefix(prefix))]:
+                del state[name]
         if hands_weights_back(self._trainer):
             state[_ARCHITECTURE] = json.dumps(self.hparams["architecture"])
         return state
@@ -543,12 +545,9 @@ class SequenceClassifier(L.LightningModule):
         if fingerprint is not None and self.adapters is not None:
             check_same_base(fingerprint, self.adapters, self.pretrained)
             own = dict(self.named_parameters(prefix.removesuffix("."), remove_duplicate=False))
-            state_dict |= {name: own[name] for name in self._pretrained_names(prefix)}
+            names = [f"{prefix}model.{name}" for name in self.adapters.pretrained]
+            state_dict |= {name: own[name] for name in names}
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
-
-    def _pretrained_names(self, prefix: str) -> list[str]:
-        """Names of the parameters that adapters leave as they were, in a state under that prefix."""
-        return [] if self.adapters is None else [f"{prefix}model.{name}" for name in self.adapters.pretrained]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the seed of dropout, and refuses to save weights that are not finite."""
