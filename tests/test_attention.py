@@ -365,12 +365,6 @@ def test_a_compiler_takes_the_last_layer_into_one_graph_with_the_others(config) 
     torch.testing.assert_close(built(**batch).logits, expected)
 
 
-def test_a_family_that_cannot_be_packed_is_refused_with_those_that_can() -> None:
-    mpnet = model(MPNetConfig(**SIZES))
-    with pytest.raises(ValueError, match=r"batches of mpnet models cannot be packed; those of albert, bert, .* can"):
-        enable_packing(mpnet)
-
-
 _SINCE_2_13 = ("enable_gqa", "seqused_k", "block_table", "num_splits")
 SIGNATURES = {
     "2.11": ("return_aux", "scale", "window_size"),
