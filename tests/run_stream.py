@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from smartbatch_lightning import SequenceClassifier, StreamDataModule, demo
 
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-ROWS = [{"text": f"film {number} " * (1 + number * 7 % 11), "label": number % 2} for number in range(50)]
+ROWS = [{"text": f"film {number} " * (1 + number * 7 % 11), "label": number % 2} for number in range(48)]
 
 
 def stream() -> IterableDataset:
@@ -47,5 +47,5 @@ def fit(
 
 
 def main(folder: Path) -> None:
-    trainer, batches = fit(folder, 14, devices=2)
+    trainer, batches = fit(folder, 12, devices=2)
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(batches))

@@ -99,7 +99,8 @@ class StreamDataModule(SmartBatchDataModule):
         if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._adopt_seed(state["fingerprint"]["seed"], "fit")
-        check_fingerprint(state["fingerprint"], self._fingerprint)
+        if not self.ignore_fingerprint_mismatch:
+            check_fingerprint(state["fingerprint"], self._fingerprint)
         self._restored = state
         at = progress.Position(0, min(state["batches"], self._num_batches), state["validation_due"])
         progress.rewrite_checkpoint(self.trainer, at, self._num_batches)
