@@ -97,6 +97,19 @@ def test_a_batch_holds_what_the_tokenizer_makes_of_its_texts(
     assert list(tmp_path.iterdir()) == []  # nothing was tokenized ahead
 
 
+@pytest.mark.parametrize("truncation", [slow("tail"), slow("head_tail"), "windows"])
+def test_long_texts_are_cut_as_those_that_are_tokenized_ahead(truncation: str, tmp_path: Path) -> None:
+    base, samples = str(demo.model_dir()), []
+    for tokenization in ("ahead", "lazy"):
+        module = data(texts(60), tokenizer=base, max_length=24, truncation=truncation, tokenization=tokenization)
+        module.setup("fit")
+        samples.append([module.train_data[sample]["input_ids"].tolist() for sample in range(len(module.train_data))])
+        run = trainer(tmp_path, limit_val_batches=1, max_steps=2)
+        run.fit(SequenceClassifier(base), module)
+    assert samples[0] == samples[1]
+    assert (max(map(len, samples[0])) > 24) == (truncation == "windows")
+
+
 def test_threads_of_the_tokenizer_do_not_stop_a_forked_worker(minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # with which it would wait for threads that a fork lacks
     module = data(texts(40), tokenizer=minilm, num_workers=1, loader_kwargs={"timeout": 60})
@@ -193,6 +206,7 @@ def test_predictions_are_those_of_texts_that_are_tokenized_ahead(tmp_path: Path)
     pd.testing.assert_frame_equal(ahead, lazy, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
 def test_the_command_trains_lazily(tmp_path: Path) -> None:
     ran = cli(
