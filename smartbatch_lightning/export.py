@@ -15,6 +15,7 @@ from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.families import depends_on_width
+from smartbatch_lightning.models.adapters import is_quantized
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
 from smartbatch_lightning.models.head import find_output_layer, rescale_logits
@@ -147,7 +148,7 @@ def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
     """
     if adapter and model.peft_config is None:
         raise UsageError("the model has no adapters, which --model.peft_config makes. Leave out adapter.")
-    if model.adapters is not None and not adapter and getattr(model.model, "is_quantized", False):
+    if model.adapters is not None and not adapter and is_quantized(model.model):
         raise UsageError(
             "adapters cannot be merged into weights in 8 or 4 bits without a loss. Export them alone by adapter=true."
         )

@@ -263,7 +263,7 @@ def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", [slow("validate"), slow("test"), "predict"])
 def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(command: str, minilm: str) -> None:
     with pytest.raises(ValueError, match="'demo' has not been trained to classify.*--ckpt_path"):
         cli(command, "--data.max_length=24")

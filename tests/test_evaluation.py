@@ -314,7 +314,7 @@ def test_names_and_texts_stand_in_the_page_as_they_are_whatever_they_contain(tmp
         (Evaluation(SingleLabelClassification.from_names(names(2)), np.array([[0.4, 0.6]]), np.array([0])), "one"),
         (single(2, 1, temperature="fit"), "one, with a temperature"),
         (Evaluation(MultiLabelClassification.from_names(names(2)), np.array([[0.4, 0.6]]), np.zeros((1, 2), bool)), ""),
-        (several(28, 200, temperature="fit", lengths=Lengths(np.full(200, 7))), "28 labels"),
+        slow(several(28, 200, temperature="fit", lengths=Lengths(np.full(200, 7))), "28 labels"),
         (numbers(1, 1), "one number"),
         slow(numbers(5, 30, lengths=Lengths(np.arange(30) + 1)), "five targets"),
         (Evaluation(Regression(("y",)), np.full(9, 2.0), np.arange(9.0)), "the same prediction"),
@@ -368,6 +368,7 @@ def test_no_temperature_is_fitted_to_predictions_that_are_worse_than_none() -> N
     assert "equally likely" in upside_down.results.notes[0]
 
 
+@pytest.mark.slow
 def test_of_a_thousand_classes_the_most_confused_are_drawn_within_seconds(tmp_path: Path) -> None:
     evaluation = single(1000, 1000)
     start = time.process_time()
@@ -798,7 +799,7 @@ def test_each_of_several_test_sets_has_a_report(tmp_path: Path) -> None:
         assert told["summary"]["accuracy"] == pytest.approx(measured[number][f"test_accuracy/{name}"], abs=1e-6)
 
 
-@pytest.mark.parametrize("labels", ["several", "number"])
+@pytest.mark.parametrize("labels", ["several", slow("number")])
 def test_several_labels_and_regressions_are_reported(labels: str, minilm: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"text": [f"film number {one}" for one in range(60)]})

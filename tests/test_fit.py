@@ -81,11 +81,11 @@ def test_reloading_the_loader_goes_on_with_the_next_epoch(seen, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "epochs"),
     [
-        ({"limit_train_batches": 5}, [5, 5]),
+        slow({"limit_train_batches": 5}, [5, 5]),
         ({"limit_train_batches": 0.25}, [7, 7]),
         ({"max_steps": 40}, [29, 11]),
         ({"fast_dev_run": 3}, [3]),
-        ({"val_check_interval": 10}, [29, 29]),
+        slow({"val_check_interval": 10}, [29, 29]),
         ({"accumulate_grad_batches": 4}, [29, 29]),
     ],
 )

@@ -41,6 +41,7 @@ def padding_and_overlap(lengths: NDArray[np.int64], spec: BatchSpec) -> tuple[fl
     )
 
 
+@pytest.mark.slow
 @given(length_sets(), st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
 def test_jitter_pads_no_more_than_one_percent_or_what_is_padded_without_it(lengths, seed: int) -> None:

@@ -273,7 +273,7 @@ class Scaled(SequenceClassifier):
 @pytest.mark.parametrize(
     ("strategy", "plugins", "model"),
     [
-        ("ddp_notebook", [], SequenceClassifier),
+        slow("ddp_notebook", [], SequenceClassifier),
         ("ddp_fork", [AtomicCheckpointIO()], Scaled),
         pytest.param("ddp_spawn", [], Scaled, marks=pytest.mark.slow),
     ],
@@ -343,7 +343,7 @@ class Failing(Callback):
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resumed", [True, slow(False)])
 @pytest.mark.parametrize(
-    ("stage", "error"), [("train", RuntimeError), ("val", RuntimeError), ("val", KeyboardInterrupt)]
+    ("stage", "error"), [slow("train", RuntimeError), slow("val", RuntimeError), ("val", KeyboardInterrupt)]
 )
 def test_figures_after_an_interruption_are_of_what_was_seen_since(stage, error, resumed, precision, tmp_path) -> None:
     model, module, path = Recorded(learning_rate=1e-3), data(), tmp_path / "a.ckpt"
@@ -477,7 +477,7 @@ class Lora(SequenceClassifier):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own affair
-@pytest.mark.parametrize("padding", ["longest", "packed"])
+@pytest.mark.parametrize("padding", [slow("longest"), "packed"])
 def test_a_model_with_adapters_is_tested_as_it_was_trained_and_loaded_from_its_checkpoint(padding, tmp_path) -> None:
     module, model = data(padding=padding), Lora(learning_rate=1e-2)
     run = trainer(tmp_path, limit_val_batches=1)
@@ -529,7 +529,7 @@ class Sizes(SequenceClassifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 5}])
+@pytest.mark.parametrize("options", [slow({}), {"batch_size": 5}])
 def test_training_goes_on_with_the_batch_size_that_lightning_found(tmp_path: Path, options: dict) -> None:
     model, finder = Sizes(), BatchSizeFinder(steps_per_trial=1, init_val=3, max_trials=3)
     module = SmartBatchDataModule(validation_split=0.9, max_length=16, seed=0, **options)

@@ -7,7 +7,7 @@ import pytest
 import run_weighted_loss as weighted
 import torch
 from datasets import Dataset, DatasetDict
-from helpers import Fork, finish, trainer
+from helpers import Fork, finish, slow, trainer
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding
 
@@ -145,7 +145,7 @@ def expected_gradient(rows: list[int], budget: int | None, padding: str) -> dict
     return {name: value.grad for name, value in model.model.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_the_gradient_of_a_step_is_that_of_one_big_batch_of_its_samples(ranks: int, tmp_path: Path) -> None:
     finish(Fork(tmp_path, ranks, weighted.main, tmp_path, ranks), tmp_path)
     for number, (accumulated, budget, padding) in enumerate(weighted.SETTINGS):

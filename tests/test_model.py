@@ -66,7 +66,7 @@ def test_an_evaluation_of_weights_that_are_not_finite_is_refused(stage: str, tmp
     "precision",
     [
         Precision(),
-        MixedPrecision("bf16-mixed", "cpu"),
+        slow(MixedPrecision("bf16-mixed", "cpu")),
         MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256)),
     ],
     ids=lambda plugin: plugin.precision,

@@ -35,7 +35,7 @@ def watched(folder: Path, module: SmartBatchDataModule, **options) -> tuple[Trai
     return monitor, pd.read_csv(Path(logger.log_dir) / "metrics.csv")
 
 
-@pytest.mark.parametrize("padding", ["longest", "max_length", "packed"])
+@pytest.mark.parametrize("padding", [slow("longest"), slow("max_length"), "packed"])
 def test_what_was_trained_is_counted_and_logged_live_and_by_epoch(padding: str, tmp_path: Path) -> None:
     module = data(padding=padding)
     monitor, logged = watched(tmp_path, module)
@@ -115,7 +115,7 @@ def test_the_table_of_a_resumed_run_has_the_epochs_before(tmp_path: Path) -> Non
         slow({"every_n_epochs": 1}),
         slow({"every_n_epochs": 1, "monitor": "val_loss"}),
         slow({"every_n_epochs": 1, "monitor": "val_loss", "accumulated": 3}),
-        {"every_n_train_steps": STEPS, "accumulated": 1},
+        slow({"every_n_train_steps": STEPS, "accumulated": 1}),
     ],
     ids=[
         "in the middle",

@@ -151,8 +151,12 @@ def test_an_optimizer_that_takes_no_parameter_groups_is_refused(make, message: s
 
 def test_another_optimizer_than_the_checkpoints_is_refused_and_so_are_other_groups(tmp_path: Path) -> None:
     fit(tmp_path, SequenceClassifier(), Rates(tmp_path / "a.ckpt", 3))
-    for options in ({"optimizer": partial(SGD, lr=0.1)}, {"layer_decay": 0.9}, {"head_learning_rate": 1e-3}):
-        with pytest.raises(ValueError, match="the checkpoint's optimizer is not .*Set optimizer, layer_decay and head"):
+    for options, differs in (
+        ({"optimizer": partial(SGD, lr=0.1)}, "is of another kind than the SGD of this run"),
+        ({"layer_decay": 0.9}, r"has parameter groups of \[17, 24\] parameters, where this run has \[3, 2, 6"),
+        ({"head_learning_rate": 1e-3}, r"has parameter groups of \[17, 24\] parameters, where this run has \["),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint's optimizer {differs}.*Set optimizer, layer_decay and head"):
             fit(tmp_path, SequenceClassifier(**options), ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -264,7 +268,7 @@ def test_checkpointed_gradients_are_those_that_are_kept(family: str, collator) -
             model.step(collator()(rows), "train").backward()
         operations.append(counter.get_total_flops())
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert operations[1] > 1.2 * operations[0]  # layers are computed again
+    assert operations[1] > 1.1 * operations[0]  # layers are computed again, the last one only where it is read
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0)
 
@@ -535,8 +539,8 @@ def test_a_plateau_without_validation_or_with_a_metric_that_is_not_logged_is_ref
     "options",
     [
         {"lr_scheduler": "cosine", "layer_decay": 0.8, "head_learning_rate": 1e-2},
-        {"lr_scheduler": {"class_path": f"{CLASS}OneCycleLR"}, "layer_decay": 0.8},
-        {"lr_scheduler": partial(ExponentialLR, gamma=0.9), "freeze_layers": 1},
+        slow({"lr_scheduler": {"class_path": f"{CLASS}OneCycleLR"}, "layer_decay": 0.8}),
+        slow({"lr_scheduler": partial(ExponentialLR, gamma=0.9), "freeze_layers": 1}),
         {"lr_scheduler": "reduce_lr_on_plateau", "gradient_checkpointing": True},
     ],
     ids=["cosine", "one cycle", "exponential", "plateau"],

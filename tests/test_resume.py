@@ -135,7 +135,7 @@ def test_an_epoch_that_is_all_trained_leaves_nothing_to_any_number_of_ranks() ->
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used")
-@pytest.mark.parametrize("steps", [STEPS - 2, STEPS, STEPS + 3])
+@pytest.mark.parametrize("steps", [STEPS - 2, slow(STEPS), slow(STEPS + 3)])
 def test_the_rest_of_an_epoch_that_max_steps_cut_short_is_trained_by_a_run_with_more(
     steps: int, tmp_path: Path
 ) -> None:
@@ -150,7 +150,7 @@ def test_the_rest_of_an_epoch_that_max_steps_cut_short_is_trained_by_a_run_with_
 
 @pytest.mark.parametrize(
     ("epoch", "batch", "accumulate"),
-    [(0, 1, 1), (1, 3, 2), (0, STEPS - 1, 2)]
+    [(1, 3, 2), slow(0, 1, 1), slow(0, STEPS - 1, 2)]
     + [slow(*at, 1) for at in ((0, STEPS - 1), (1, 3), (2, 5))]
     + [slow(*at, 2) for at in ((0, 1), (2, 5))],
 )
@@ -178,7 +178,7 @@ def test_batches_whose_gradients_were_being_accumulated_are_trained_again(tmp_pa
     "options",
     [
         {"every_n_train_steps": STEPS},
-        {"every_n_epochs": 1, "monitor": "val_loss"},
+        slow({"every_n_epochs": 1, "monitor": "val_loss"}),
         slow({"every_n_epochs": 1}),
         slow({"every_n_epochs": 1, "save_on_train_epoch_end": True}),
         slow({"every_n_train_steps": 3}),
@@ -269,7 +269,7 @@ def test_what_was_set_aside_without_a_seed_is_what_the_checkpoint_is_validated_o
     assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
 
 
-@pytest.mark.parametrize("how", ["ckpt_path", "loaded"])
+@pytest.mark.parametrize("how", ["ckpt_path", slow("loaded")])
 def test_samples_that_a_checkpoint_may_have_been_trained_on_are_not_validated_on(how: str, tmp_path: Path) -> None:
     first = data()
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=first)
@@ -410,11 +410,11 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
     ("options", "message"),
     [
         ({"batch_size": 16}, "batch_size was 32, now 16"),
-        ({"seed": 6}, r"data \(.*\) was .*seed was 5, now 6"),
-        ({"batching": "random"}, "batching was smart, now random"),
+        slow({"seed": 6}, r"data \(.*\) was .*seed was 5, now 6"),
+        slow({"batching": "random"}, "batching was smart, now random"),
         ({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
-        ({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
-        ({"max_length": 17}, r"data \(texts, labels, tokenizer, tokenization, max_length or split\) was"),
+        slow({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
+        ({"max_length": 17}, r"data \(texts, labels, tokenizer, tokenization, max_length, truncation or split\) was"),
     ],
 )
 def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ class Validations(Callback):
 
 @pytest.mark.parametrize(
     ("at", "interval"),
-    [((0, STEPS - 1), 1.0), ((1, 5), 3), ((2, STEPS - 1), 3)]
+    [((1, 5), 3), slow((0, STEPS - 1), 1.0), slow((2, STEPS - 1), 3)]
     + [slow(at, 1.0) for at in ((0, 2), (1, 5), (2, STEPS - 1))]
     + [slow(at, 3) for at in ((0, 2), (0, STEPS - 1))],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers import trainer
+from helpers import slow, trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
@@ -110,7 +110,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [slow(1), 4])
 def test_schedules_of_every_kind_go_on_at_the_same_share(kind: str, after: int, tmp_path: Path) -> None:
     class Scheduled(SequenceClassifier):
         def configure_scheduler(self, optimizer, num_steps):

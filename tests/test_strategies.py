@@ -153,6 +153,7 @@ def test_packed_batches_mix_for_nothing() -> None:
     assert padding_and_overlap(lengths, BatchSpec(padding="packed", jitter=jitter))[1] < 0.105
 
 
+@pytest.mark.slow
 def test_many_samples_are_judged_by_ranges_of_them() -> None:
     assert choose_jitter(np.tile(reviews(25_000), 60), BatchSpec()) == 0.0
     few_a_length = np.repeat(np.arange(1, 300_001), 4)  # 1.2 million samples, four of each length

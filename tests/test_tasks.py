@@ -592,7 +592,7 @@ def test_metrics_of_a_regression_are_those_of_numpy() -> None:
     [
         ({"label": LISTS}, {"padding": "packed"}),
         slow({"label": LISTS}, {}),
-        ({"label": SCORES.tolist()}, {}),
+        slow({"label": SCORES.tolist()}, {}),
         slow({"a": SCORES.tolist(), "b": (-SCORES).tolist()}, {"label_column": ["a", "b"], "padding": "packed"}),
     ],
     ids=["several labels, packed", "several labels", "regression", "two targets, packed"],

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import TEXT_TRUNCATION
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.families import setting
 
 _Token = TypeVar("_Token")
 _OPTIONS = {
@@ -62,7 +63,7 @@ class Truncation:
             config: Of a trained model.
             tokenizer: Of the texts.
         """
-        trained_on = getattr(config, TEXT_TRUNCATION, None)
+        trained_on = None if config is None else setting(config, TEXT_TRUNCATION)
         return cls(**trained_on) if trained_on else cls("tail" if tokenizer.truncation_side == "left" else "head")
 
     def check_columns(self, text_columns: Sequence[str], text_separator: str | None) -> None:

@@ -75,6 +75,11 @@ class Adapters:
         return merged
 
 
+def is_quantized(model: nn.Module | None) -> bool:
+    """Whether a model's weights are in 8 or 4 bits."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 def read_peft_config(given: Any) -> Any:
     """The `peft.PeftConfig` for a sequence classifier that `peft_config` describes.
 
@@ -127,7 +132,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
     """
     peft = _import_peft()
     config = read_peft_config(peft_config)
-    if config.target_modules is None and not getattr(config, "target_parameters", None):
+    if config.target_modules is None and not config.to_dict().get("target_parameters"):
         known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", {})
         if known:  # peft has IA3's elsewhere
             config.target_modules = known.get(model.config.model_type, "all-linear")

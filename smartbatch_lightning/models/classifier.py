@@ -33,6 +33,7 @@ from smartbatch_lightning.models.adapters import (
     add_adapters,
     check_same_adapters,
     check_same_base,
+    is_quantized,
     plain_peft_config,
 )
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
@@ -349,7 +350,7 @@ class SequenceClassifier(L.LightningModule):
                 self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
         if self.adapters is not None:
             rank_zero_info(str(self.adapters))
-        elif self.model is self._transformer and getattr(self.model, "is_quantized", False):
+        elif self.model is self._transformer and is_quantized(self.model):
             raise UsageError(
                 "the model's weights are in 8 or 4 bits, in which they are not trained. Set --model.peft_config, such "
                 "as {peft_type: LORA}."
