@@ -126,6 +126,7 @@ def test_a_killed_run_with_adapters_goes_on_to_the_weights_of_one_that_was_not(d
     assert_same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, slow(True)])
 def test_the_command_line_trains_tests_and_exports_adapters(adapter: bool, tmp_path: Path) -> None:
     Path("run.yaml").write_text(

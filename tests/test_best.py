@@ -208,6 +208,7 @@ def test_an_epoch_that_ends_before_its_validation_leaves_the_last_weights(tmp_pa
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_callback_of_ones_own_goes_before_the_command_lines() -> None:
     own = [
         "--trainer.callbacks=ModelCheckpoint",

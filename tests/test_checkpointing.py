@@ -72,6 +72,7 @@ class Best(Callback):
         self.best = state["best"] + 1
 
 
+@pytest.mark.slow
 def test_arguments_of_numpy_and_paths_come_back_from_a_checkpoint_and_objects_are_told_of(
     tmp_path: Path, caplog
 ) -> None:

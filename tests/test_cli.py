@@ -49,6 +49,7 @@ def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
     assert run.datamodule.tokenizer.vocab_size == run.model.model.config.vocab_size == 30522
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_given_is_used(minilm: str) -> None:
     with pytest.raises(ValueError, match="has 30522 tokens, but the model knows"):
         cli("fit", "--data.tokenizer", minilm, *FAST)

@@ -154,6 +154,7 @@ def test_a_half_written_demo_is_made_again(tmp_path: Path, monkeypatch: pytest.M
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_making_the_demo_leaves_the_global_random_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path))
     before = random.getstate(), repr(np.random.get_state()), torch.get_rng_state()

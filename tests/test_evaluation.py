@@ -687,6 +687,7 @@ def test_the_command_prints_tables_and_writes_a_page_json_figures_and_thresholds
     assert [one["f1"] for one in again["classes"]] == pytest.approx([one["best_f1"] for one in told["classes"]])
 
 
+@pytest.mark.slow
 def test_a_report_leaves_nothing_of_an_earlier_one_and_other_files_where_they_are(tmp_path: Path) -> None:
     """Its thresholds would be taken for those of the newer predictions."""
     (tmp_path / "mine.png").write_bytes(b"a picture")
@@ -787,6 +788,7 @@ def test_a_validation_is_reported_where_it_is_a_share_of_training_and_fit_report
         assert table["text"][one["row"]].as_py().startswith(one["text"].removesuffix(" ..."))
 
 
+@pytest.mark.slow
 def test_each_of_several_test_sets_has_a_report(tmp_path: Path) -> None:
     files = {"train": reviews(tmp_path / "a.parquet", 60), "one": reviews(tmp_path / "b.parquet", 40)}
     files["other"] = reviews(tmp_path / "c.parquet", 25)

@@ -90,6 +90,7 @@ def test_the_command_prints_tables_and_writes_json_and_figures(
         assert picture[..., :3].std() > 0.05  # something is drawn on it
 
 
+@pytest.mark.slow
 def test_data_without_labels_or_a_model_of_their_own_are_reported(tmp_path: Path, minilm: str) -> None:
     (tmp_path / "texts.csv").write_text("text,label\n" + "fine,1\nbad,0\n" * 20)
     report = PaddingReport.from_datamodule(

@@ -247,6 +247,7 @@ def test_a_run_that_failed_goes_on_and_can_fail_again(tmp_path: Path) -> None:
     assert_same(resumed, weights)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_seed_is_torchs_and_goes_on_as_itself_under_another(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     whole = train(tmp_path, module=data(seed=None), torch_seed=1)
@@ -300,6 +301,7 @@ def test_a_second_data_module_without_a_seed_sets_the_same_samples_aside_in_the_
     assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 @pytest.mark.parametrize("at", [(2, 3), slow((1, 3)), slow((2, 0))])
 def test_weights_that_are_averaged_over_epochs_are_resumed_in_the_middle_of_one(at, tmp_path: Path) -> None:
@@ -383,6 +385,7 @@ def test_workers_change_nothing_on_resume(tmp_path: Path) -> None:
     assert_same(resumed, weights)
 
 
+@pytest.mark.slow
 def test_reloading_the_loader_every_epoch_changes_nothing_on_resume(tmp_path: Path) -> None:
     options = {"reload_dataloaders_every_n_epochs": 1}
     whole, weights = train(tmp_path, **options)
@@ -520,6 +523,7 @@ def test_a_validation_that_was_due_when_the_run_ended_is_made_up_for(at, interva
     assert before.epoch_ends + after.epoch_ends == whole.epoch_ends == 3
 
 
+@pytest.mark.slow
 def test_what_is_logged_after_a_validation_that_is_made_up_for_has_the_same_steps(tmp_path: Path) -> None:
     def run(*callbacks: Callback, **where) -> dict[tuple[str, int], float]:
         logger = CSVLogger(tmp_path)

@@ -70,6 +70,7 @@ def predicted(folder: Path, model: SequenceClassifier, data: SmartBatchDataModul
     return pq.read_table(folder / "predictions.parquet")["prediction"].to_numpy()
 
 
+@pytest.mark.slow
 def test_metrics_and_predictions_of_a_checkpoint_are_in_the_datas_unit_without_training_data(trained, tmp_path) -> None:
     folder, _, tested = trained
     model = SequenceClassifier.load_from_checkpoint(folder / "run.ckpt")

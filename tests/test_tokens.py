@@ -319,6 +319,7 @@ def test_a_text_without_tokens_is_one_of_padding_or_told_by_its_number(tokenize,
         tokenize(dataset, tokenizer=bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_slow_tokenizer_is_called_as_transformers_calls_it_and_its_ids_are_kept(
     pairs: bool, tokenize, tmp_path: Path
