@@ -268,7 +268,9 @@ def test_checkpointed_gradients_are_those_that_are_kept(family: str, collator) -
             model.step(collator()(rows), "train").backward()
         operations.append(counter.get_total_flops())
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert operations[1] > 1.1 * operations[0]  # layers are computed again, the last one only where it is read
+    # of packed ModernBERT the last layer computes one token of each sample, and there is less to compute again
+    least = 1.1 if (family, collator) == ("modernbert", PackCollator) else 1.2
+    assert operations[1] > least * operations[0]  # layers are computed again
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0)
 

@@ -69,6 +69,7 @@ def test_shards_are_one_table(tokenize, tokenizer, tmp_path: Path) -> None:
         assert [row["input_ids"].tolist() for row in one] == expected
         assert one.lengths.tolist() == [len(ids) for ids in expected]
         assert one.lost_tokens.tolist() == whole.lost_tokens.tolist()
+        assert one.lost_tokens.any()
         assert one.digest == whole.digest
         assert one.counts(2143).tolist() == [ids.count(2143) for ids in expected]
     with pytest.raises(IndexError):
