@@ -664,21 +664,22 @@ def write_table(path: Path) -> None:
             [
                 "# Families of transformers that were tried",
                 "",
-                f"`python tests/test_families.py` wrote this table with transformers {transformers.__version__}: each "
-                "family of its sequence classifiers, tiny, trained for three steps. The third column is the largest "
-                "difference of a probability between the exported model, given one text at a time, and `predict` or the "
-                "exported pipeline at batch sizes 1 and 8, for texts and for pairs, empty ones and cut ones among them. "
-                f"{right} of {len(FAMILIES)} agree to 1e-5.",
+                f"`python tests/test_families.py` wrote this table with transformers {transformers.__version__}, "
+                "training a tiny model of each family of sequence classifiers for three steps. The third column is the "
+                "largest difference in probability between the exported model, given one text at a time, and `predict` "
+                "or the exported pipeline at batch sizes 1 and 8, for texts and pairs, including empty and truncated "
+                f"ones. {right} of {len(FAMILIES)} agree to within 1e-5.",
                 "",
-                f"Batches of {number} families can be packed. The last column is what then differs from samples one by "
-                "one in float32: logits, and the gradient that differs most, each over the largest.",
+                f"{number} families support packed batches. The last column is the largest difference between a packed "
+                "batch and one sample at a time in float32: of the logits and of the worst gradient, each relative to "
+                "its largest value.",
                 "",
                 "| family | `padding` | largest difference | packed: logits, gradients |",
                 "| --- | --- | --- | --- |",
                 *lines,
                 "",
-                "Families with `max_length` compute something else of a text in a batch of another width, in "
-                "transformers itself, of which training warns; Reformer trains at such widths alone. Not tried:",
+                "For families marked `max_length`, the result in transformers itself depends on the width of the batch; "
+                "training warns about it, and Reformer trains only at such widths. Not tested:",
                 "",
                 "| family | reason |",
                 "| --- | --- |",
