@@ -44,10 +44,10 @@ class CacheHold:
 
 
 def list_cache(folder: str | None = None) -> None:
-    """Lists what is in the cache, what was used last at the end.
+    """Lists the cache entries, most recently used last.
 
     Args:
-        folder: Of the cache; by default $SMARTBATCH_CACHE, else one in the user's cache.
+        folder: Cache folder; by default $SMARTBATCH_CACHE, else one in the user's cache.
     """
     root = _root(folder)
     rows = [
@@ -66,15 +66,15 @@ def list_cache(folder: str | None = None) -> None:
 
 
 def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
-    """Removes what was not used for longest until the rest is small enough; what a process uses stays.
+    """Removes the least recently used entries until the cache is small enough; entries in use stay.
 
     Args:
-        max_size: Bytes that may stay, such as 50GB, or 0 for none; by default $SMARTBATCH_CACHE_MAX_SIZE, to which the
-            cache is pruned whenever something was tokenized.
-        folder: Of the cache; by default $SMARTBATCH_CACHE, else one in the user's cache.
+        max_size: Size to keep, such as 50GB, or 0 for nothing; by default $SMARTBATCH_CACHE_MAX_SIZE, to which the
+            cache is also pruned after each tokenization.
+        folder: Cache folder; by default $SMARTBATCH_CACHE, else one in the user's cache.
 
     Raises:
-        ValueError: No size is given, or it is none.
+        ValueError: No size is given, or it is not a size.
     """
     limit = size_limit() if max_size is None else _bytes(max_size, "--max_size")
     if limit is None:

@@ -48,25 +48,25 @@ def export_model(
     *,
     adapter: bool = False,
 ) -> None:
-    """Writes weights as safetensors, the configuration with the names of the classes, the tokenizer and a model card.
+    """Writes weights as safetensors, the configuration with the class names, the tokenizer and a model card.
 
-    `transformers.pipeline("text-classification", folder, truncation=True)` gives what `predict` does: the tokenizer's
-    longest input is set to the data's `max_length`, and the side that it cuts to that of the data's `truncation`. Of
-    long texts of which both ends were kept, or windows, it reads the beginning alone, and the card says so. Mean and
-    deviation of standardised targets go into the weights of the last layer, whose outputs are then in the data's unit.
-    Adapters are merged into the weights.
+    `transformers.pipeline("text-classification", folder, truncation=True)` gives the same results as `predict`: the
+    tokenizer's maximum length is set to the data's `max_length`, and its truncation side to that of `truncation`. With
+    `head_tail` or `windows`, the pipeline reads only the beginning of long texts, and the card says so. The mean and
+    deviation of standardised targets are folded into the last layer, so that outputs are in the data's unit. Adapters
+    are merged into the weights.
 
     Args:
-        model: Trained, and built.
-        data: What it was trained on; its tokenizer and settings are written.
-        folder: Where to.
-        metrics: By name, for the card.
-        command: That trained it, for the card.
-        adapter: Write adapters and head alone, as peft does, with the configuration in the folder `config` in it.
+        model: A trained, built model.
+        data: The data module it was trained on; its tokenizer and settings are written.
+        folder: Folder to export to.
+        metrics: Metrics by name, for the card.
+        command: The command that trained the model, for the card.
+        adapter: Write only the adapters and the head, as peft does, with the configuration in the subfolder `config`.
 
     Raises:
-        ValueError: As `check_adapter` and `check_export_folder`; or the model is wrapped, weights are not finite, there
-            is no room, or the last layer cannot take up the mean of standardised targets.
+        ValueError: As for `check_adapter` and `check_export_folder`; or the model is wrapped, weights are not finite,
+            the disk is full, or the last layer cannot absorb the mean of standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_adapter(model, adapter)

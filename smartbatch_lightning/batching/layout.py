@@ -21,14 +21,14 @@ from smartbatch_lightning.batching.spec import BatchSpec
 
 @dataclass(frozen=True, eq=False)
 class PlanRequest:
-    """What a strategy makes a plan of.
+    """The input of a batching strategy.
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), integers.
         spec: What a batch may hold; its jitter is a number.
-        num_replicas: Ranks that share the epoch, in equally many steps.
-        bit_generator: The only source of randomness, drawn from the seed and the epoch; None for evaluation, whose
-            plan has no randomness at all.
+        num_replicas: Number of ranks, which all take the same number of steps.
+        bit_generator: The only source of randomness, derived from the seed and the epoch; None for evaluation, whose
+            plan is not random.
     """
 
     lengths: NDArray[np.integer]

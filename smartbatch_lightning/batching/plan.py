@@ -13,13 +13,13 @@ from smartbatch_lightning.batching.arrays import Int64s
 class BatchPlan:
     """The batches of one epoch over all ranks: batch `b` is `order[offsets[b]:offsets[b + 1]]`.
 
-    The `num_replicas` batches that run side by side in a step stand side by side in the plan: rank `r` trains batch
+    The `num_replicas` batches of a step are next to each other in the plan: rank `r` trains batch
     `step * num_replicas + r`.
 
     Attributes:
         order: Every sample once. Shape (num_samples,), int64.
         offsets: Where each batch starts, and the end. Shape (num_batches + 1,), int64.
-        num_replicas: Ranks that share the plan; it divides the number of batches.
+        num_replicas: Number of ranks; it divides the number of batches.
     """
 
     order: Int64s
@@ -37,7 +37,7 @@ class BatchPlan:
         return self.order[self.offsets[batch] : self.offsets[batch + 1]]
 
     def rank_batches(self, rank: int, start_step: int = 0) -> Iterator[Int64s]:
-        """One rank's batches, from step `start_step` on; the steps before it cost nothing."""
+        """One rank's batches from `start_step` on; skipping earlier steps costs nothing."""
         for batch in range(start_step * self.num_replicas + rank, len(self), self.num_replicas):
             yield self[batch]
 
@@ -51,7 +51,7 @@ class BatchPlan:
 
 
 def batch_overlap(before: BatchPlan, after: BatchPlan) -> float:
-    """Share of a sample's batch-mates in one epoch that it meets again in the other; 1 without any shuffling."""
+    """Share of a sample's batch-mates in one epoch that it shares a batch with in the other; 1 without shuffling."""
     num_samples = len(before.order)
     batch_of = np.empty((2, num_samples), np.int64)
     for row, plan in zip(batch_of, (before, after), strict=True):

@@ -27,17 +27,17 @@ def plan_epoch(
 ) -> BatchPlan:
     """Plans the batches of one epoch.
 
-    Whatever the batching, every sample stands in the plan exactly once, every rank takes the same number of steps,
-    the number of batches is the same in every epoch, the batches of a step are of nearly equal length, and the plan
-    depends on the arguments alone.
+    With any strategy, every sample is in the plan exactly once, every rank takes the same number of steps, the number
+    of batches is the same in every epoch, batches in the same step have similar lengths, and the plan depends only on
+    the arguments.
 
     Args:
         lengths: Tokens of each sample, after truncation and with special tokens. Shape (num_samples,), integers.
-        spec: How batches are chosen and what one may hold.
-        epoch: Number of the epoch, from 0; each has a plan of its own.
-        num_replicas: Ranks that share the epoch.
-        shuffle: False for evaluation: no randomness at all, `smart` and `tutorial` in order of length, `random` in
-            order of the samples.
+        spec: The batching strategy and the limits of a batch.
+        epoch: Number of the epoch, from 0; each has its own plan.
+        num_replicas: Number of ranks.
+        shuffle: False for evaluation: no randomness; `smart` and `tutorial` sort by length, `random` keeps the order of
+            the samples.
 
     Raises:
         ValueError: A length is below 1 or above the token budget, or there are too few samples for so many ranks.
@@ -56,18 +56,18 @@ def plan_epoch(
 
 
 def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replicas: int = 1) -> BatchPlan:
-    """Plans windows of consecutive samples, one window after another, each as `plan_epoch` does without shuffling.
+    """Plans windows of consecutive samples, one after another, each as `plan_epoch` does without shuffling.
 
-    When a window's batches are done, all samples up to its end are.
+    Once a window's batches are done, all samples up to its end are done.
 
     Args:
         lengths: Tokens of each sample. Shape (num_samples,), integers.
-        spec: How batches are chosen and what one may hold.
-        window: Samples of a window at most; all windows hold equally many, to within one.
-        num_replicas: Ranks that share each window.
+        spec: The batching strategy and the limits of a batch.
+        window: Maximum number of samples in a window; window sizes differ by at most one.
+        num_replicas: Number of ranks.
 
     Raises:
-        ValueError: As of `plan_epoch`.
+        ValueError: As for `plan_epoch`.
     """
     checked = check_lengths(lengths)
     order, offsets = np.empty(len(checked), np.int64), [np.zeros(1, np.int64)]

@@ -16,26 +16,26 @@ _DEFAULT_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """How batches are chosen, what one may hold on one rank, and how it is padded.
+    """The batching strategy, the limits of a batch on one rank, and how it is padded.
 
     Args:
-        batching: How batches are chosen: `smart`, `tutorial`, `random`, a name given to `register_strategy`, or the
-            import path of a strategy.
-        batch_size: Samples in a batch at most, on one rank; by default 16, or as many as the token budget allows. Only
-            where it is 1 and the ranks do not divide the samples do some batches hold two, since equal steps leave no
-            other way.
-        max_tokens_per_batch: Token budget of a batch on one rank, padding included.
-        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` pads nothing and
-            puts the samples one after another.
-        pad_to_multiple_of: Rounds the width of a batch up, never beyond `max_length`; of a packed batch all of its
-            tokens, so that with the token budget itself every row is as long.
-        max_length: Tokens of the longest sample there may be; None where it is unknown.
-        window_pooling: Samples of more than `max_length` tokens are windows of a text, one after another, all of which
-            but the last have `max_length`: how a model is to pool their logits, `mean` or `max`. Windows of a text
-            stay in one batch, and are padded as rows of their own.
-        jitter: `smart` only: tokens by which a sample's length is moved up or down at random before sorting. More
-            jitter mixes batches more from epoch to epoch and pads more; up to 0.5 it only breaks ties. `auto` takes
-            the least that keeps the batch overlap under 10 %, as far as padding stays within 1 % of the real tokens.
+        batching: Batching strategy: `smart`, `tutorial`, `random`, a name given to `register_strategy`, or an import
+            path.
+        batch_size: Maximum number of samples in a batch, per rank; by default 16, or as many as the token budget
+            allows. Only if it is 1 and the number of samples is not divisible by the number of ranks do some batches
+            hold two, so that all ranks take the same number of steps.
+        max_tokens_per_batch: Token budget of a batch, per rank, padding included.
+        padding: `longest` pads a batch to its longest sample, `max_length` to `max_length`; `packed` concatenates the
+            samples without padding.
+        pad_to_multiple_of: Pads the width of a batch to a multiple of this, but never beyond `max_length`; for a packed
+            batch, its total tokens, so that the token budget itself gives all rows the same length.
+        max_length: Maximum tokens of a sample; None if unknown.
+        window_pooling: How the model pools the logits of a text's windows, `mean` or `max`; None without windows. With
+            windows, a sample of more than `max_length` tokens is a sequence of windows, all but the last `max_length`
+            long, which stay in one batch and are padded as separate rows.
+        jitter: `smart` only: random noise, in tokens, added to each sample's length before sorting. More jitter mixes
+            batches more from epoch to epoch but pads more; up to 0.5 it only breaks ties. `auto` takes the smallest
+            value that keeps the batch overlap under 10 %, as long as padding stays within 1 % of the real tokens.
         seed: Seed of the whole run.
 
     Raises:
@@ -75,7 +75,7 @@ class BatchSpec:
 
     @property
     def packed(self) -> bool:
-        """Samples are put one after another instead of being padded."""
+        """Whether samples are concatenated instead of padded."""
         return PADDING_WIDTHS[self.padding] is None
 
     @property
@@ -84,19 +84,19 @@ class BatchSpec:
         return self.padding == "max_length"
 
     def width(self, longest: ArrayLike) -> Int64s:
-        """Tokens that each sample of a batch takes at most whose longest sample has so many; of any shape."""
+        """Width of a batch whose longest sample has this many tokens; of any shape."""
         longest = np.asarray(longest, np.int64)
         return longest if self.packed else self.windows(longest) * self._row_width(longest)
 
     def windows(self, lengths: ArrayLike) -> Int64s:
-        """Rows that samples of these lengths are: one, or as many as windows; of any shape."""
+        """Number of rows for samples of these lengths: one, or one per window; of any shape."""
         return -(-np.asarray(lengths, np.int64) // self._longest_row)
 
     def tokens(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
-        """Tokens that each batch takes, padding included.
+        """Tokens in each batch, padding included.
 
         Args:
-            lengths: Of the samples, batch after batch. Shape (num_samples,).
+            lengths: Sample lengths, batch after batch. Shape (num_samples,).
             offsets: Where each batch starts, and the end. Shape (num_batches + 1,).
 
         Returns:
@@ -109,7 +109,7 @@ class BatchSpec:
         return rows * self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
 
     def token_pairs(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
-        """Pairs of tokens that attention compares in each batch; arguments and shape as of `tokens`."""
+        """Pairs of tokens that attention compares in each batch; arguments and shape as for `tokens`."""
         lengths = np.asarray(lengths, np.int64)
         if self.packed:
             filled = self.tokens(lengths, offsets) - np.add.reduceat(lengths, offsets[:-1])
@@ -123,7 +123,7 @@ class BatchSpec:
         return self.tokens(lengths, offsets) * self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
 
     def samples_per_batch(self, longest: int, num_samples: int) -> int:
-        """Samples that a batch may hold whatever they are, of `num_samples` that have `longest` tokens at most."""
+        """Samples that always fit into a batch, out of `num_samples` with at most `longest` tokens."""
         most = self.batch_size or max(1, num_samples)
         return (
             most
@@ -136,7 +136,7 @@ class BatchSpec:
 
         Args:
             lengths: Tokens of each sample. Shape (num_samples,).
-            rows: Numbers by which a message names the samples; by default their places. Shape (num_samples,).
+            rows: Row numbers of the samples, for the message; by default their positions. Shape (num_samples,).
 
         Raises:
             ValueError: A batch of one sample would exceed the budget.

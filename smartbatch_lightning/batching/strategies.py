@@ -17,10 +17,10 @@ Strategy = Callable[[PlanRequest], BatchPlan]
 
 
 def smart(request: PlanRequest) -> BatchPlan:
-    """Cuts the samples, sorted by length, into runs, and takes the runs in random order.
+    """Sorts the samples by length, cuts them into contiguous batches, and shuffles the batches.
 
     Length-grouped batching as popularised by Chris McCormick's *Smart Batching Tutorial* (2020), after Michaël
-    Benesty; the runs are cut once instead of being drawn, and `jitter` moves the places where they end.
+    Benesty; batches are cut in one pass instead of being drawn, and `jitter` moves their boundaries.
     """
     jitter = float(request.spec.jitter)
     order = argsort(request.lengths, request.bit_generator, spread=2 * jitter)
@@ -29,10 +29,10 @@ def smart(request: PlanRequest) -> BatchPlan:
 
 
 def tutorial(request: PlanRequest) -> BatchPlan:
-    """Draws random runs of what is left of the sorted samples, as the *Smart Batching Tutorial* does.
+    """Draws random contiguous runs from what is left of the sorted samples, as the *Smart Batching Tutorial* does.
 
-    A run cannot know how long its longest sample will be in another epoch, so that under a token budget batches hold
-    as many samples as fit whatever their lengths.
+    The longest sample of a run varies from epoch to epoch, so under a token budget batches hold as many samples as fit
+    whatever their lengths.
     """
     order = argsort(request.lengths, None)
     if request.bit_generator is None:
@@ -44,7 +44,7 @@ def tutorial(request: PlanRequest) -> BatchPlan:
 
 
 def random(request: PlanRequest) -> BatchPlan:
-    """Shuffles; on several ranks the samples of a step are dealt by length, and the step's gradient is unchanged."""
+    """Shuffles; on several ranks each step's samples are balanced by length, which does not change its gradient."""
     return request.cut(argsort(np.zeros(len(request.lengths), np.int64), request.bit_generator))
 
 
@@ -53,9 +53,9 @@ _OWN = frozenset(STRATEGIES.values())
 
 
 def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
-    """Makes a strategy known by a name that `batching` takes, as a decorator.
+    """Decorator that registers a strategy under a name for `batching`.
 
-    A strategy gets a `PlanRequest` and gives a `BatchPlan`; `request.cut(order)` makes one of any order of samples.
+    A strategy takes a `PlanRequest` and returns a `BatchPlan`; `request.cut(order)` creates one from any sample order.
     """
 
     def register(strategy: Strategy) -> Strategy:

@@ -18,21 +18,21 @@ from smartbatch_lightning.progress import between_steps
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights that validated best, as `best.ckpt`, and those of the last epoch's end, as `last.ckpt`.
+    """Saves the weights with the best validation metric as `best.ckpt`, and those of the last epoch as `last.ckpt`.
 
-    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` writes `last.ckpt` only where it writes the best. Without
-    validation there is `last.ckpt` alone, which then is the best one too.
+    Lightning's `ModelCheckpoint(monitor=..., save_last=True)` writes `last.ckpt` only when the best improves. Without
+    validation there is only `last.ckpt`, which also counts as the best.
 
     Args:
-        monitor: Metric that tells which weights are best, as it is logged, such as `val_f1`; by default that of the
-            `SequenceClassifier`, of several validation sets the first one's.
-        mode: Whether it is best at its `min` or its `max`; by default what the metric itself says.
-        dirpath: Folder, for a run that is to go on there when it is started again; by default
-            `lightning_logs/version_N/checkpoints`.
-        every_n_train_steps: Optimizer steps after which `last.ckpt` is written too.
+        monitor: Logged name of the metric that decides which weights are best, such as `val_f1`; by default the
+            `SequenceClassifier`'s, and of several validation sets the first.
+        mode: `min` or `max`; by default the metric's own.
+        dirpath: Checkpoint folder, from which the run can resume; by default `lightning_logs/version_N/checkpoints`.
+        every_n_train_steps: Also write `last.ckpt` every this many optimizer steps.
 
     Raises:
-        ValueError: There is no such metric, the folder has the checkpoints of another run, or the number is below 1.
+        ValueError: There is no such metric, the folder has checkpoints of another run, or `every_n_train_steps` is
+            below 1.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class EarlyStop(EarlyStopping):
-    """Ends training where the monitored metric gets no better.
+    """Stops training when the monitored metric stops improving.
 
     Args:
-        patience: Validations in a row that may be no better than the best until then; None for no early stopping.
-        monitor: As in `BestCheckpoint`.
-        mode: As in `BestCheckpoint`.
-        min_delta: What the metric has to be better by.
+        patience: Consecutive validations without improvement before training stops; None for no early stopping.
+        monitor: Logged name of the metric; by default as for `BestCheckpoint`.
+        mode: `min` or `max`; by default the metric's own.
+        min_delta: Smallest change that counts as an improvement.
 
     Raises:
         ValueError: There is no such metric, or no validation.

@@ -14,7 +14,7 @@ _REMEDY = "Give ModelCheckpoint another dirpath, or set --trainer.default_root_d
 
 
 class CheckpointPreflight(Callback):
-    """Finds out before training whether checkpoints can be written, and before predicting whether one was read."""
+    """Checks before training that checkpoints can be written, and before prediction that one was loaded."""
 
     def __init__(self) -> None:
         self._locks: list[BaseFileLock] = []

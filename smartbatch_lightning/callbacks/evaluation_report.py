@@ -29,13 +29,14 @@ _STAGES = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "val"}
 
 
 class EvaluationReport(Callback):
-    """Writes an `Evaluation` of each data set that `test` and `validate` run through, and logs it.
+    """Writes and logs an `Evaluation` of each data set that `test` and `validate` run on.
 
-    It goes to the folder `test` or `val` in the given one, of several data sets to a folder of each one's name in
-    that. TensorBoard and W&B get the figures and, as other loggers, metrics. What `fit` validates is not reported.
+    It is written to the subfolder `test` or `val` of the given folder; with several data sets, to one subfolder there
+    for each. TensorBoard and W&B receive figures and metrics, other loggers only metrics. Validation during `fit` is
+    not reported.
 
     Args:
-        folder: Where to; None for no report.
+        folder: Folder for the report; None for no report.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -48,7 +49,7 @@ class EvaluationReport(Callback):
         """Refuses what cannot be reported before anything is evaluated.
 
         Raises:
-            ValueError: The module is no `SequenceClassifier`, or the folder cannot be written.
+            ValueError: The module is not a `SequenceClassifier`, or the folder cannot be written.
         """
         if not self._reports(trainer):
             return

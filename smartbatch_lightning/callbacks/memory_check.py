@@ -16,18 +16,18 @@ from smartbatch_lightning.models.classifier import SequenceClassifier, forward_k
 
 
 class MemoryCheck(Callback):
-    """Before the first step, trains the batches of the plan that take most memory, and forgets what came of it.
+    """Before the first step, runs the planned batches that need the most memory forward and backward.
 
-    These are the batch with the longest sample, the one with the most tokens and the one with the most samples, over
-    all ranks of an epoch; often they are one. Weights, optimizer, metrics and random state stay as they are, and room
-    is kept for what the optimizer adds to every weight at the first step, two moments where it is AdamW. For a
-    `SequenceClassifier` whose `step` is not overridden, on one device or under DDP.
+    These are the batches with the longest sample, the most tokens and the most samples over all ranks of an epoch;
+    often they are the same one. Weights, optimizer, metrics and random state are left unchanged, and memory is reserved
+    for the optimizer state, such as AdamW's two moments. Works for a `SequenceClassifier` whose `step` is not
+    overridden, on one device or with DDP.
 
     Args:
-        enabled: Do it at all.
+        enabled: Whether to run the check.
 
     Raises:
-        ValueError: A batch does not fit; the message names its shape and what to lower.
+        ValueError: A batch does not fit; the message gives its shape and what to lower.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -50,7 +50,7 @@ class MemoryCheck(Callback):
 
 
 def demanding_batches(loader: SmartBatchLoader) -> list[list[int]]:
-    """The batch of the loader's epoch with the longest sample, that with most tokens and that with most samples."""
+    """The loader's batches with the longest sample, the most tokens and the most samples."""
     sampler = loader.plan_sampler
     plan, lengths = sampler.plan(), sampler.lengths
     sizes, longest = plan.batch_sizes(), plan.longest(lengths)

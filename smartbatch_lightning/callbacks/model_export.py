@@ -19,14 +19,15 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
 class ModelExport(Callback):
-    """Writes the model as an ordinary `transformers` folder when `fit` ends: the best, where a metric tells.
+    """Exports the best model as an ordinary `transformers` folder when `fit` ends.
 
-    That is what a `ModelCheckpoint` with a `monitor` has kept as best, such as the command line's `BestCheckpoint`;
-    else, and with `StochasticWeightAveraging`, whose weights nobody validates, the weights that training ends with.
+    The best weights are those saved by a `ModelCheckpoint` with a `monitor`, such as the command line's
+    `BestCheckpoint`. Without one, and with `StochasticWeightAveraging`, whose weights are never validated, the final
+    weights are exported.
 
     Args:
-        folder: Where to; None for not at all.
-        adapter: Write adapters of peft and the head alone, instead of merging them into the model's weights.
+        folder: Folder to export to; None for no export.
+        adapter: Write only the peft adapters and the head, instead of merging them into the model's weights.
     """
 
     def __init__(self, folder: str | None = None, adapter: bool = False) -> None:

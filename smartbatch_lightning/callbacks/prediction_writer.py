@@ -32,32 +32,32 @@ _REMEDY = "Give another --predictions.path, or replace what is there by --predic
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predictions as one table, a row a sample in the order of the input.
+    """Writes predictions as one table, with one row per sample in input order.
 
     | task | `prediction` | `probability_NAME` |
     | --- | --- | --- |
-    | one label a sample | the likeliest class, as it stands in the data | of each class |
-    | several labels | those that are likelier than not: a list, or a text with the data's delimiter | of each label |
-    | regression | the number; of several targets a list, in the order of `label_names` | none |
+    | single-label | the most likely class, as written in the data | for each class |
+    | multi-label | the labels above 0.5: a list, or a string with the data's delimiter | for each label |
+    | regression | the number; for several targets a list, in the order of `label_names` | none |
 
-    Before these stand `index`, the row in the split, counted from 0, and the columns that are carried through. In CSV
-    lists are JSON, and a text that a spreadsheet would take for a formula, one that begins with `=`, `+`, `-`, `@`, a
-    tab or a carriage return, has a `'` before it; not in Parquet.
+    The first columns are `index`, the row in the split, counted from 0, and the `columns` copied from the input. In
+    CSV, lists are written as JSON, and text that a spreadsheet would take for a formula (beginning with `=`, `+`, `-`,
+    `@`, a tab or a carriage return) is prefixed with `'`.
 
-    Some 32,768 rows at a time are written when they are predicted, each rank's part by itself, to the folder
-    `PATH.shards`, and all are joined at the end. A run that was killed and is started again with the same data and
-    model, on any number of ranks, goes on with the rows that are not there. Without `return_predictions=False`
-    Lightning's `trainer.predict` keeps all predictions in memory besides.
+    Each rank writes its predictions to the folder `PATH.shards`, about 32,768 rows at a time; all shards are joined at
+    the end. A killed run that is restarted with the same data and model, on any number of ranks, predicts only the
+    missing rows. Unless you pass `return_predictions=False`, Lightning's `trainer.predict` also keeps all predictions
+    in memory.
 
     Args:
-        path: File to write, as Parquet or CSV by its ending.
-        columns: Column of the input to carry through, or several, as they stand in it.
-        overwrite: Replace the file where it is there, and what a killed run of other data or another model has left.
-        thresholds: File of probabilities by label above which each is predicted, as `smartbatch evaluate
-            --thresholds=best` writes it, or the folder that holds it as `thresholds.json`.
+        path: File to write, .parquet or .csv.
+        columns: Column or columns of the input to copy to the output.
+        overwrite: Replace an existing file, and shards left by a killed run with other data or another model.
+        thresholds: File with a threshold for each label, as written by `smartbatch evaluate --thresholds=best`, or the
+            folder with its `thresholds.json`.
 
     Raises:
-        ValueError: The ending is another.
+        ValueError: The file has another suffix.
     """
 
     def __init__(

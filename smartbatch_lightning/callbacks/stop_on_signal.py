@@ -27,21 +27,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnSignal(Callback):
-    """On SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, saves `last.ckpt` at the next optimizer step, on all ranks, and ends.
+    """On SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C, saves `last.ckpt` at the next optimizer step, on all ranks, and exits.
 
-    The exit status is 128 plus the number of the signal, as of a process that is ended by it; it is 0 only where
-    training came to its end. A validation under way is finished first. A second Ctrl-C ends at once. Outside of `fit`
-    there is nothing to save, and a signal ends the run at once. Under SLURM the job is requeued on `requeue_signal`.
+    The exit status is 128 plus the signal number, as for a process killed by it; it is 0 only if training finished. A
+    running validation is finished first. A second Ctrl-C exits at once. Outside `fit` there is nothing to save, and a
+    signal ends the run at once. Under SLURM, `requeue_signal` requeues the job.
 
-    Lightning's own handlers act wherever the signal lands: in the middle of an accumulation, or between the
-    collectives of other ranks, where they wait for ever. This one only takes note, and acts where every rank passes.
+    Lightning's own handlers act as soon as the signal arrives, in the middle of gradient accumulation or between
+    collectives of other ranks, where they can deadlock. This one only sets a flag, and acts at a point that every rank
+    reaches.
 
-    Also saves `last.ckpt` when training ends, where the `ModelCheckpoint` has `save_last`: the end may be between two
-    of its checkpoints.
+    It also saves `last.ckpt` when training ends, if the `ModelCheckpoint` has `save_last`, since the end may fall
+    between two of its checkpoints.
 
     Args:
         requeue_signal: Signal on which a SLURM job is requeued, as in `sbatch --signal=USR1@120`.
-        every_n_steps: Optimizer steps between two looks; on many ranks each is a collective of one number.
+        every_n_steps: Optimizer steps between two checks; with several ranks each is a small all-reduce.
 
     Raises:
         ValueError: There is no such signal, or `every_n_steps` is below 1.

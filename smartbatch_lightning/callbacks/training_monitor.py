@@ -61,27 +61,26 @@ class Counts:
 
 
 class TrainingMonitor(Callback):
-    """Logs how fast real tokens are trained, and what holds it up, every `log_every_n_steps` and every epoch.
+    """Logs training throughput in real tokens and what limits it, every `log_every_n_steps` and every epoch.
 
-    Between two of those it only counts, on the device, and never waits for it. Logged live, each over the steps since
-    the last time:
+    In between it only counts on the device, without synchronising. Logged during training, over the steps since the
+    last time:
 
     - `throughput/real_tokens_per_second`, over all ranks; padding does not count
-    - `throughput/padding_ratio`: tokens that are padding, over real tokens
-    - `throughput/data_wait`: share of the time in which rank 0 waited for a batch; with a `SmartBatchDataModule`
-    - `throughput/peak_memory_gib`: of the GPU that PyTorch has had allocated at most, else of the process
+    - `throughput/padding_ratio`: padding tokens over real tokens
+    - `throughput/data_wait`: fraction of the time that rank 0 waited for a batch; with a `SmartBatchDataModule`
+    - `throughput/peak_memory_gib`: peak GPU memory allocated by PyTorch, else peak memory of the process
     - `throughput/model_flops_utilization`: floating point operations that the real tokens need, forward and backward,
-      over the peak of the GPUs, where that is known; as in *PaLM* (Chowdhery et al., 2022, appendix B), with the
-      operations of a forward pass counted by PyTorch and taken three times
+      over the peak of the GPUs, if known; as in *PaLM* (Chowdhery et al., 2022, appendix B), counting a forward pass
+      with PyTorch and multiplying by three
 
-    And by epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
-    training ends, a table of all epochs is printed, with losses, metrics and times; those that were trained before a
-    resume are in it.
+    And every epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
+    training ends, a table of all epochs is printed, with losses, metrics and times, including those before a resume.
 
     Attributes:
-        epochs: What was trained in each epoch, and the metrics at its end. Of an epoch that was interrupted, loss and
-            metrics of training are of what was trained since.
-        command: That was started.
+        epochs: Counts and final metrics of each epoch. For an epoch that was interrupted, training loss and metrics
+            cover only the part after the resume.
+        command: The command that started the run.
     """
 
     def __init__(self) -> None:

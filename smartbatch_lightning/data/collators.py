@@ -22,16 +22,16 @@ _TOKENS_OF_A_SLOT = 128
 
 
 class PadCollator:
-    """Pads a batch and makes its attention mask.
+    """Pads a batch and creates its attention mask.
 
     Works on this package's samples and on any tokenized rows without padding, such as those of a `datasets.Dataset` in
-    any format; a `label` becomes `labels`, as transformers' models expect.
+    any format; `label` is renamed to `labels`, as transformers models expect.
 
     Args:
-        pad_token_id: What `input_ids` are padded with.
-        spec: How wide batches are: `width` of their longest sample.
-        pad_token_type_id: What `token_type_ids` are padded with.
-        padding_side: `right`, or `left` of the tokens.
+        pad_token_id: Padding value for `input_ids`.
+        spec: Decides the width of a batch from its longest sample.
+        pad_token_type_id: Padding value for `token_type_ids`.
+        padding_side: `right` or `left`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PadCollator:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PadCollator":
-        """Pads with what a tokenizer pads with."""
+        """A collator with a tokenizer's padding token and side."""
         return cls(
             tokenizer.pad_token_id or 0,
             spec,
@@ -82,20 +82,20 @@ class PadCollator:
 
 
 class PackCollator:
-    """Puts the samples of a batch one after another into a single row, without any padding.
+    """Concatenates the samples of a batch into a single row, without padding.
 
-    What is known as *padding-free* or *varlen*: `cu_seq_lens_q` says where each sample starts, under the names of
-    transformers' `DataCollatorWithFlattening`, as in FlashAttention's varlen functions (Dao, 2023). For models that
-    `enable_packing` has prepared, as `SequenceClassifier` does by itself. Takes the same rows as `PadCollator`.
+    Also known as *padding-free* or *varlen*: `cu_seq_lens_q` marks where each sample starts, with the names of
+    transformers' `DataCollatorWithFlattening`, as in FlashAttention's varlen functions (Dao, 2023). For models prepared
+    with `enable_packing`; `SequenceClassifier` does so by itself. Takes the same rows as `PadCollator`.
 
-    Where the row is to have a multiple of some tokens, samples of padding fill it up, and everything else about its
-    shape is held as constant: the number of samples is a power of two, at least one for 128 tokens, the last of them
-    empty, and the longest has `max_length`. So a model that is compiled, CUDA graphs and plans of attention meet one
-    shape, or two where samples are short. Of such a batch the first `num_samples` outputs count.
+    With `pad_to_multiple_of`, padding samples fill the row up, and the other shapes are kept constant too: the number
+    of samples is a power of two, at least one per 128 tokens, the last of them empty, and the longest has `max_length`.
+    Compiled models, CUDA graphs and attention plans then see one shape, or two if samples are short. Only the first
+    `num_samples` outputs of such a batch count.
 
     Args:
-        pad_token_id: What the row is filled up with.
-        spec: `pad_to_multiple_of` and `max_length`.
+        pad_token_id: Token that fills the row up.
+        spec: Supplies `pad_to_multiple_of` and `max_length`.
     """
 
     def __init__(self, pad_token_id: int = 0, spec: BatchSpec = _DEFAULT) -> None:
@@ -104,7 +104,7 @@ class PackCollator:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, spec: BatchSpec) -> "PackCollator":
-        """Fills up with what a tokenizer pads with."""
+        """A collator with a tokenizer's padding token."""
         return cls(tokenizer.pad_token_id or 0, spec)
 
     def __call__(self, rows: Rows) -> dict[str, Any]:

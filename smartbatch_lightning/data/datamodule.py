@@ -39,39 +39,39 @@ _ROWS_PREDICTED_TOGETHER = 2**15  # few to keep, and to do again after a kill; e
 class SmartBatchDataModule(TextDataModule):
     """Tokenizes text once and batches samples of similar length, in a new plan every epoch.
 
-    Subclass it for other data: `load_dataset`, `tokenize`, `configure_sampler` and `configure_collator` are each a
-    method of its own. What is set on it before a loader is made, such as `batch_size`, counts.
+    To customize it, override `load_dataset`, `tokenize`, `configure_sampler` or `configure_collator`. Attributes such
+    as `batch_size` can be changed until a loader is created.
 
     Args:
-        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, also compressed, or its
-            URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written by
-            `save_to_disk`; or files by split, as in `{train: a.csv, test: [b.csv, c.csv]}`. From Python also a
-            `Dataset`, a `DatasetDict`, a pandas or polars frame, an Arrow table, a list of dicts, or these by split.
-        tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
-        batch_size: Samples in a batch at most, on one rank; see `BatchSpec` for the default, and for all until `seed`.
-        max_tokens_per_batch: Token budget of a batch on one rank, padding included; `smart` batches then hold few long
-            samples or many short ones.
-        batching: How batches are chosen: `smart`, `tutorial`, `random`, or a strategy of one's own by name or import
-            path.
-        padding: How a batch becomes tensors: `longest`, `max_length`, or `packed` without padding, for models that take
-            attention by transformers' `AttentionInterface`, which are most encoders and decoders, and for DeBERTa.
-        jitter: Tokens by which `smart` moves lengths at random before sorting, which mixes batches; `auto` chooses it.
-        pad_to_multiple_of: Rounds the width of a batch up, or the row of a packed one, which the token budget makes all
-            alike, for CUDA graphs. By default 1, and for padded batches on a CUDA GPU 32, since it prepares attention
-            for every new width.
-        seed: Of plans and of the validation split; by default that of `seed_everything`, else that of torch, which
-            checkpoints keep.
-        num_workers: Processes that load batches. A batch takes a tenth of a millisecond, so 0 is rarely the bottleneck;
-            with `tokenization: lazy` some milliseconds, so that 1 or more are.
-        pin_memory: Page-locked batches for faster copies to a GPU; by default where there is one.
-        loader_kwargs: What else `DataLoader` takes, such as `prefetch_factor`.
-        ignore_fingerprint_mismatch: Resume a checkpoint of other data, seed or batching at the same step of the new
-            plan, where some samples of the epoch may be trained twice or not at all.
-        text_options: What else `TextDataModule` takes: `reader_kwargs`, columns, labels, splits, `max_length`,
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, optionally compressed,
+            or its URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written
+            by `save_to_disk`; or files by split, `{train: a.csv, test: [b.csv, c.csv]}`. In Python also a `Dataset`,
+            `DatasetDict`, pandas or polars DataFrame, Arrow table, list of dicts, or a dict of these by split.
+        tokenizer: A tokenizer, or its name or folder; by default the model's.
+        batch_size: Maximum number of samples in a batch, per rank; by default 16, or as many as the token budget
+            allows. `BatchSpec` has the details of the arguments up to `seed`.
+        max_tokens_per_batch: Token budget of a batch, per rank, padding included: batches then hold few long samples or
+            many short ones.
+        batching: Batching strategy: `smart`, `tutorial`, `random`, or your own by name or import path.
+        padding: How a batch becomes tensors: `longest`, `max_length`, or `packed` (no padding), for models that use
+            transformers' `AttentionInterface` (most encoders and decoders) and for DeBERTa.
+        jitter: Random noise, in tokens, that `smart` adds to lengths before sorting, to mix batches; `auto` chooses it.
+        pad_to_multiple_of: Pads the width of a batch, or the length of a packed row, to a multiple of this; set to the
+            token budget, it gives all packed rows one shape, for CUDA graphs. By default 1, or 32 for padded batches on
+            a CUDA GPU, which has to set up attention for every new width.
+        seed: Seed of the plans and the validation split; by default that of `seed_everything`, else torch's. Saved in
+            checkpoints.
+        num_workers: Data loader worker processes. Making a batch takes 0.1 ms, so 0 is rarely the bottleneck; with
+            `tokenization: lazy` it takes some milliseconds, so use 1 or more.
+        pin_memory: Use pinned memory for faster copies to a GPU; by default if there is one.
+        loader_kwargs: Extra arguments for `DataLoader`, such as `prefetch_factor`.
+        ignore_fingerprint_mismatch: Resume from a checkpoint made with different data, seed or batching, at the same
+            step of the new plan; some samples of the epoch may be trained twice or not at all.
+        text_options: Other arguments of `TextDataModule`: `reader_kwargs`, columns, labels, splits, `max_length`,
             `truncation`, `cache_dir`.
 
     Raises:
-        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+        ValueError: An argument or the data is not usable; the message says what is wrong and what to do.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class SmartBatchDataModule(TextDataModule):
     # --- what a subclass may want to do differently ---
 
     def configure_sampler(self, lengths: ArrayLike, *, shuffle: bool) -> SmartBatchSampler:
-        """The batch sampler of a loader, for samples of these lengths."""
+        """Returns the batch sampler of a loader, for samples of these lengths."""
         return SmartBatchSampler(
             lengths,
             self.spec,
@@ -124,17 +124,17 @@ class SmartBatchDataModule(TextDataModule):
         )
 
     def configure_collator(self) -> Collator:
-        """What turns rows of `TokenDataset` into a batch."""
+        """Returns the collator, which turns rows of `TokenDataset` into a batch."""
         return COLLATORS[self.padding](self.tokenizer, self.spec)
 
     # --- Lightning's hooks, and the contract with the model ---
 
     @property
     def spec(self) -> BatchSpec:
-        """What a batch may hold, by the settings as they are now.
+        """The `BatchSpec` for the current settings.
 
         Raises:
-            ValueError: A setting is out of range, or there is a token budget for texts that are tokenized lazily.
+            ValueError: A setting is out of range, or a token budget is set with lazy tokenization.
         """
         if self.max_tokens_per_batch and self.tokenization == "lazy":
             raise UsageError(

@@ -19,22 +19,21 @@ _DEFAULT = BatchSpec()
 class SmartBatchSampler(Sampler[list[int]]):
     """Yields one rank's batches of similar-length samples, in a new plan every epoch.
 
-    Over all ranks every sample appears exactly once an epoch, and every rank takes equally many steps. The order is a
-    pure function of the arguments, the epoch and what was consumed of it before; no global random state is read, and
-    nothing is counted while iterating.
+    Over all ranks, every sample appears exactly once per epoch, and every rank takes the same number of steps. The
+    order is a pure function of the arguments, the epoch and the part of it already consumed; no global random state is
+    read, and nothing is counted while iterating.
 
     Args:
-        lengths: Tokens of each sample after truncation, special tokens counted. Shape (num_samples,).
-        spec: How batches are chosen and what one may hold.
+        lengths: Tokens of each sample after truncation, including special tokens. Shape (num_samples,).
+        spec: The batching strategy and the limits of a batch.
         shuffle: False for evaluation: the same batches every time, in order.
-        num_replicas: Ranks that share the samples; by default the world size of the default process group, or 1, also
-            where that is started later.
-        rank: Which of them this is; by default this process' rank, or 0.
+        num_replicas: Number of ranks; by default the world size of the default process group, even if that is started
+            later, or 1.
+        rank: This process' rank; by default that in the process group, or 0.
 
     Attributes:
-        spec: The same with a number for `jitter: auto`.
-        window: Consecutive samples that are planned together, without shuffling, before those that follow; None for
-            all.
+        spec: The given one, with a number in place of `jitter: auto`.
+        window: Number of consecutive samples planned together, without shuffling, before the next ones; None for all.
 
     Raises:
         ValueError: A length is below 1 or above the token budget, or there are fewer samples than ranks.
@@ -65,12 +64,12 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that share the samples."""
+        """Number of ranks."""
         return self._given_ranks[0] or (dist.get_world_size() if _is_distributed() else 1)
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """This process' rank."""
         given = self._given_ranks[1]
         return (dist.get_rank() if _is_distributed() else 0) if given is None else given
 
@@ -80,36 +79,36 @@ class SmartBatchSampler(Sampler[list[int]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose batches are yielded next, as `DistributedSampler.set_epoch` does."""
+        """Sets the epoch whose batches are yielded next, like `DistributedSampler.set_epoch`."""
         self.epoch = epoch
 
     def state_dict(self, step: int = 0) -> dict[str, Any]:
-        """State after batch `step` of this rank in the current epoch, counted so that `len` ends the epoch.
+        """State after batch `step` of this rank in the current epoch; `step` equals `len` at its end.
 
         Returns:
-            `epoch`, and `consumed`: for each run that consumed a part of the epoch, its number of ranks and the steps
-            that each rank took.
+            `epoch`, and `consumed`: for each run that consumed part of the epoch, its number of ranks and the steps
+            taken by each.
         """
         consumed = [*self.consumed, (self.num_replicas, max(step, self.start_step) - self.start_step)]
         return {"epoch": self.epoch, "consumed": consumed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Leaves out what was consumed of an epoch; other epochs stay whole.
+        """Skips the consumed part of an epoch; other epochs are unaffected.
 
-        On as many ranks as before, the batches that follow are those of an uninterrupted epoch. On another number,
-        the samples that are left are planned again for these; where they are fewer than the ranks, some stand in the
-        batches of two ranks, and have the weight of one.
+        On the same number of ranks, the remaining batches are those of an uninterrupted epoch. On another number, the
+        remaining samples are replanned; if there are fewer of them than ranks, some appear in the batches of two ranks
+        but count once.
         """
         self._unfinished = {"epoch": state["epoch"], "consumed": [(ranks, steps) for ranks, steps in state["consumed"]]}
 
     @property
     def consumed(self) -> list[tuple[int, int]]:
-        """What earlier runs consumed of the current epoch: their numbers of ranks, and steps of each rank."""
+        """What earlier runs consumed of the current epoch: the number of ranks and the steps per rank of each run."""
         return list(self._unfinished["consumed"]) if self.epoch == self._unfinished["epoch"] else []
 
     @property
     def start_step(self) -> int:
-        """Batches of this rank that lie behind it when iterating starts, counted so that `len` ends the epoch."""
+        """Batches of this rank already consumed when iteration starts; `len` means the whole epoch."""
         if all(num_replicas == self.num_replicas for num_replicas, _ in self.consumed):
             return sum(steps for _, steps in self.consumed)
         plan, step = self._remaining_plan()
@@ -118,16 +117,15 @@ class SmartBatchSampler(Sampler[list[int]]):
     def loss_weights(
         self, accumulated: int = 1, num_batches: int | None = None, sample_weights: ArrayLike | None = None
     ) -> Iterator[float]:
-        """What the mean loss of each batch that is yielded next counts for in its optimizer step.
+        """Weights for the mean losses of the batches to come, within their optimizer steps.
 
-        Trainers average the losses of the ranks and of accumulated batches. Times these weights, that average is the
-        mean over the samples of the optimizer step, however many each batch holds, and whatever each counts for.
+        Trainers average losses over ranks and accumulated batches. With these weights, that average is the (weighted)
+        mean over all samples of the optimizer step, even if batches differ in size.
 
         Args:
-            accumulated: Batches of a rank whose gradients are accumulated for an optimizer step.
-            num_batches: Batches of a rank after which the epoch is ended, and its last optimizer step taken.
-            sample_weights: What each sample counts for in the mean loss of its batch, where they do not count alike.
-                Shape (num_samples,).
+            accumulated: Batches per rank accumulated for an optimizer step.
+            num_batches: Batches per rank after which the epoch ends, with its last optimizer step.
+            sample_weights: Weight of each sample in the mean loss of its batch, if not all equal. Shape (num_samples,).
         """
         plan, step = self._remaining_plan()
         sums: NDArray[Any] = plan.batch_sizes()
@@ -148,7 +146,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         return chain(weights.tolist(), repeat(1.0))
 
     def plan(self) -> BatchPlan:
-        """The batches of the current epoch over all ranks, with those that were consumed before."""
+        """The batches of the current epoch over all ranks, including those already consumed."""
         return self._plan(self.num_replicas)
 
     def window_steps(self) -> NDArray[np.int64]:

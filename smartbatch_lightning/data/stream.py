@@ -17,26 +17,26 @@ from smartbatch_lightning.errors import UsageError, check_at_least
 
 
 class StreamDataModule(SmartBatchDataModule):
-    """Trains on an `IterableDataset`, as of `load_dataset(..., streaming=True)`, for the Trainer's `max_steps`.
+    """Trains on an `IterableDataset`, as from `load_dataset(..., streaming=True)`, for the Trainer's `max_steps`.
 
-    Its rows are read into a buffer, whose samples are planned as an epoch of their own and tokenized batch by batch;
-    then comes the next buffer, and after the last row the first, in the order of the stream's next epoch. Every rank
-    reads all rows, and encodes those of its own batches. So ranks take equally many steps, and no row is trained twice
-    before all have been. A run is resumed by the stream's own state, on as many ranks, exactly; but rows that
-    `IterableDataset.shuffle` held in its own buffer are lost then.
+    Rows are read into a buffer, which is planned like an epoch and tokenized batch by batch; then comes the next
+    buffer. After the last row, the stream starts over with its next epoch. Every rank reads all rows but tokenizes only
+    its own batches, so ranks take the same number of steps, and no row is trained twice before all have been. A run
+    resumes exactly from the stream's own state, on the same number of ranks, except that rows in the shuffle buffer of
+    `IterableDataset.shuffle` are lost.
 
-    What is known of data that are there as a whole is known of the first buffer alone: classes (give `label_names`, or
-    a `ClassLabel`), their weights, the mean and deviation of targets. There are no epochs, samples are batched with
-    those of their buffer only, and none can be set aside to validate on: give `Dataset`s for the other splits.
+    Only the first buffer is known in advance: it determines class weights and the mean and deviation of targets, while
+    classes must be given by `label_names` or a `ClassLabel`. There are no epochs, samples are batched only within their
+    buffer, and no validation samples can be set aside: pass `Dataset`s for the other splits.
 
     Args:
-        dataset: An `IterableDataset` to train on; or data by split, where that of `train_split` is one.
-        tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
-        buffer_size: Rows of a buffer. The more, the less padding, and the longer a resume reads.
-        options: What else `SmartBatchDataModule` takes.
+        dataset: An `IterableDataset` to train on; or a mapping from splits to data, with one for `train_split`.
+        tokenizer: A tokenizer, or its name or folder; by default the model's.
+        buffer_size: Rows in a buffer. Larger buffers mean less padding but more reading on resume.
+        options: Other arguments of `SmartBatchDataModule`.
 
     Raises:
-        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+        ValueError: An argument or the data is not usable; the message says what is wrong and what to do.
     """
 
     def __init__(self, dataset: Any, tokenizer: Any = None, *, buffer_size: int = 2**14, **options: Any) -> None:

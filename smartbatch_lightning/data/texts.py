@@ -49,48 +49,46 @@ class TextDataModule(L.LightningDataModule):
     """Texts and labels of a data set, tokenized: a `TokenDataset` for each split. `SmartBatchDataModule` batches them.
 
     Args:
-        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, also compressed, or its
-            URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written by
-            `save_to_disk`; or files by split, as in `{train: a.csv, test: [b.csv, c.csv]}`. From Python also a
-            `Dataset`, a `DatasetDict`, a pandas or polars frame, an Arrow table, a list of dicts, or these by split.
-        tokenizer: A tokenizer, or the name or folder of one; by default that of the model that the Trainer runs.
-        dataset_config: Configuration of a data set that has several, such as `sst2` of `nyu-mll/glue`.
-        reader_kwargs: Options of the reader of files, as `datasets` takes them: for CSV those of pandas such as `sep`,
-            `names`, `header`, `encoding`, `quoting` and `escapechar`; for JSON `encoding` and `field`.
-        problem_type: What is learnt: `single_label_classification`, `multi_label_classification`, `regression`, or the
-            import path of a class like those in `smartbatch_lightning.tasks`. By default lists of labels are several
-            labels a sample, numbers with a fraction are a regression, and everything else is one label a sample.
-        text_columns: Column of text, or two columns for pairs of sentences; or two or more that `text_separator` joins.
-        text_separator: What stands between the texts of several columns, which it joins to one text, such as a space.
-        label_column: Column of labels: a `ClassLabel`, whole numbers, strings or booleans, which are matched by name;
-            lists of these; or numbers. Or several columns: one of 0 and 1 for each label, or one for each target.
-        label_delimiter: What stands between the labels of a text that has several, such as `,` in `joy,anger`.
-        label_names: Names of the classes in the order of their numbers; by default those of the `ClassLabel`, or what
-            the training split holds, sorted. Where none of them is a number, whole numbers in the data count them.
-        standardize_targets: A regression learns `(target - mean) / deviation`, with the mean and the deviation of each
-            target in the samples that are trained on. Predictions and metrics are in the data's unit, but for the loss.
+        dataset: `demo`; a name on the Hugging Face Hub; a CSV, TSV, JSON lines or Parquet file, optionally compressed,
+            or its URL; a list of these, or a pattern such as `train-*.parquet`; a folder of such files or one written
+            by `save_to_disk`; or files by split, `{train: a.csv, test: [b.csv, c.csv]}`. In Python also a `Dataset`,
+            `DatasetDict`, pandas or polars DataFrame, Arrow table, list of dicts, or a dict of these by split.
+        tokenizer: A tokenizer, or its name or folder; by default the model's.
+        dataset_config: Configuration name of a data set that has several, such as `sst2` for `nyu-mll/glue`.
+        reader_kwargs: Options for reading files, as in `datasets`: for CSV those of pandas, such as `sep`, `names`,
+            `header`, `encoding`, `quoting` and `escapechar`; for JSON `encoding` and `field`.
+        problem_type: The task: `single_label_classification`, `multi_label_classification`, `regression`, or the import
+            path of a class like those in `smartbatch_lightning.tasks`. By default lists of labels mean multi-label,
+            floats mean regression, and everything else means single-label.
+        text_columns: Text column, or two columns for sentence pairs; or two or more columns joined by `text_separator`.
+        text_separator: Joins the texts of several columns into one, such as a space.
+        label_column: Label column: a `ClassLabel`, integers, strings or booleans, matched by name; lists of these; or
+            numbers. Or several columns: a 0/1 column for each label, or one column for each regression target.
+        label_delimiter: Separator for several labels in one string, such as `,` in `joy,anger`.
+        label_names: Class names in the order of their ids; by default those of the `ClassLabel`, or the labels in the
+            training split, sorted. If none of the names is a number, integers in the data are class ids.
+        standardize_targets: For regression: learn `(target - mean) / deviation`, per target, computed on the training
+            samples. Predictions and metrics stay in the data's unit; the loss does not.
         train_split: Split to train on.
-        validation_split: Split to validate on, or several; or the share of the training split to set aside for it,
-            drawn from `seed` with the same share of every label; 0 or None for no validation. `auto` takes a split
-            named validation, valid, val or dev, else a share of 0.1.
-        test_split: Split to test on, or several.
-        predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split
-            there is.
-        max_length: Tokens that the model takes at once, with special tokens; longer text is cut.
-        truncation: What is kept of longer text: `head`, `tail`, `head_tail`, or all of it in overlapping `windows`. By
-            default what a trained model was trained on, else the side that the tokenizer keeps, for most the head.
-        head_tokens: Tokens at the beginning that `head_tail` keeps; by default a quarter of `max_length`.
-        stride: Tokens that a window shares with the one before; by default a quarter of `max_length`.
-        max_windows: Windows of a text at most; what comes after them is cut.
-        window_pooling: How the logits of a text's windows become one prediction: `mean`, the default, or `max`.
-        tokenization: `ahead` of the run, once, into a cache; or `lazy`, batch by batch in the processes that load them
-            (see `num_workers`): training starts at once, and pads more, since lengths are estimated from the texts.
-        seed: Of the split that sets validation samples aside; by default that of `seed_everything`, else that of torch,
-            which checkpoints keep.
-        cache_dir: Where token files are kept; by default `$SMARTBATCH_CACHE` or the user's cache.
+        validation_split: Split or splits to validate on; or the fraction of the training split to set aside for
+            validation, stratified by label and drawn with `seed`; 0 or None for no validation. `auto` uses a split
+            named validation, valid, val or dev, else a fraction of 0.1.
+        test_split: Split or splits to test on.
+        predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split.
+        max_length: Tokens that the model takes at once, including special tokens; longer text is truncated.
+        truncation: What to keep of longer text: `head`, `tail`, `head_tail`, or everything in overlapping `windows`. By
+            default as the model was trained, else the tokenizer's truncation side, usually the head.
+        head_tokens: Tokens that `head_tail` keeps from the beginning; by default a quarter of `max_length`.
+        stride: Overlap of consecutive windows, in tokens; by default a quarter of `max_length`.
+        max_windows: Maximum number of windows per text; the rest is cut.
+        window_pooling: How to pool the logits of a text's windows: `mean`, the default, or `max`.
+        tokenization: `ahead`: once, before the run, into a cache; or `lazy`: batch by batch in the data loader workers
+            (see `num_workers`). Training then starts at once but pads more, since lengths are estimated.
+        seed: Seed of the validation split; by default that of `seed_everything`, else torch's. Saved in checkpoints.
+        cache_dir: Where tokenized data is cached; by default `$SMARTBATCH_CACHE` or the user's cache.
 
     Raises:
-        ValueError: An argument or the data is not usable; the message says what was met and what to do.
+        ValueError: An argument or the data is not usable; the message says what is wrong and what to do.
     """
 
     train_data: TokenDataset
@@ -167,20 +165,20 @@ class TextDataModule(L.LightningDataModule):
     # --- what a subclass may want to do differently ---
 
     def load_dataset(self) -> Any:
-        """The splits, as a `DatasetDict`. Override for data of other kinds.
+        """Loads the splits as a `DatasetDict`. Override it to load other data.
 
         Returns:
-            In a subclass also a `Dataset`, a pandas or polars frame, an Arrow table or a list of dicts, to train on, or
-            these by split.
+            In a subclass also a `Dataset`, a pandas or polars DataFrame, an Arrow table or a list of dicts to train on,
+            or a mapping from splits to these.
         """
         return read_dataset(self.dataset, self.dataset_config, self.label_source, self.text_columns, self.reader_kwargs)
 
     def tokenize(self, dataset: Dataset) -> Any:
-        """Token ids of one split.
+        """Tokenizes one split; by default with the cache.
 
         Returns:
-            For each sample a list of ids, or a mapping with `input_ids` and perhaps `token_type_ids`; or a
-            `TokenTable`, as from the cache in which this method keeps them.
+            For each sample a list of ids, or a mapping with `input_ids` and optionally `token_type_ids`; or a
+            `TokenTable`, as read from the cache.
         """
         if self.tokenization == "lazy":
             return LazyTokenTable(dataset, self.text_encoder)
@@ -191,7 +189,7 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def is_demo(self) -> bool:
-        """The data are the embedded demo's."""
+        """Whether the data is the built-in demo."""
         return isinstance(self.dataset, str) and self.dataset == "demo" and not self._loads_by_itself
 
     @property
@@ -206,18 +204,18 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What makes token ids of the texts of a split."""
+        """The encoder that turns the texts of a split into token ids."""
         options = self.text_columns, self.text_separator, self.max_length, self.truncation_in_use
         return TextEncoder(self.tokenizer, *options)
 
     @property
     def truncation_in_use(self) -> Truncation:
-        """What is kept of longer text: as given, else as of a trained model, else as the tokenizer's side says."""
+        """How longer text is truncated: as given, else as the model was trained, else on the tokenizer's side."""
         return self._load().truncation
 
     @property
     def seed(self) -> int:
-        """Of the validation split: the given one, else the run's, which `setup` settles."""
+        """Seed of the validation split: the given one, else the run's, which is known after `setup`."""
         return run_seed() if self._seed is None else self._seed
 
     @seed.setter
@@ -226,22 +224,22 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def task(self) -> Task | None:
-        """Labels and what is learnt of them: those of the data, else of a trained model; None where nothing tells."""
+        """The task with its labels: from the data, else from a trained model; None if neither is known."""
         return self._load().task
 
     @property
     def label_source(self) -> LabelSource:
-        """Where the labels stand."""
+        """Where to find the labels in the data."""
         return self._task_options.source
 
     @property
     def label_names(self) -> list[str] | None:
-        """Names of the classes in the order of their numbers; None where nothing tells."""
+        """Class names in the order of their ids; None if unknown."""
         return None if self.task is None else self.task.label_names
 
     @property
     def num_labels(self) -> int | None:
-        """Number of classes; None where nothing tells."""
+        """Number of classes; None if unknown."""
         return None if self.task is None else len(self.task.label_names)
 
     @property
@@ -251,12 +249,12 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def used_splits(self) -> list[str]:
-        """Names of the splits that a stage may ask for and that have samples."""
+        """Names of the non-empty splits that some stage may use."""
         return self._names.used(self.splits)
 
     @property
     def validates_share(self) -> bool:
-        """Validation samples are set aside from the training split."""
+        """Whether validation samples are set aside from the training split."""
         return bool(self._names.validation_share(self.splits))
 
     @property
@@ -267,11 +265,11 @@ class TextDataModule(L.LightningDataModule):
         return describe_source(self.dataset)
 
     def token_table(self, dataset: Dataset) -> TokenTable:
-        """Token ids of one split, as `tokenize` gives them.
+        """Token ids of one split, from `tokenize`, checked.
 
         Raises:
-            ValueError: There are not as many as samples, a sample has none or too many, or an id is not the
-                tokenizer's.
+            ValueError: Their number is not that of the samples, a sample has none or too many, or an id is not in the
+                tokenizer's vocabulary.
         """
         tokenized = self.tokenize(dataset)
         table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
@@ -299,9 +297,9 @@ class TextDataModule(L.LightningDataModule):
     # --- Lightning's hooks ---
 
     def prepare_data(self) -> None:
-        """Loads and tokenizes every split that a later stage may ask for; on a cluster one process does it.
+        """Loads and tokenizes every split that a later stage may use; on a cluster, in one process.
 
-        What can be refused, such as a missing column, text or label, is refused before anything is tokenized.
+        Problems such as a missing column, text or label are reported before anything is tokenized.
         """
         self._loaded = None
         datasets = [self._split(split) for split in self.used_splits]
@@ -311,7 +309,7 @@ class TextDataModule(L.LightningDataModule):
             self.token_table(dataset)
 
     def setup(self, stage: str) -> None:
-        """Makes the data sets of a stage out of what `prepare_data` left, with rank 0's seed where none is given."""
+        """Creates the data sets of a stage from what `prepare_data` cached, with rank 0's seed if none is given."""
         self._loaded = None
         if self._seed is None:
             self._seed = run_seed(self.trainer)
@@ -332,7 +330,7 @@ class TextDataModule(L.LightningDataModule):
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
-        """The data sets that `setup` has made for a stage."""
+        """The data sets that `setup` created for a stage."""
         return {
             "fit": lambda: [self.train_data, *self.validation_data],
             "validate": lambda: self.validation_data,

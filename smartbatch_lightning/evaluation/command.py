@@ -24,25 +24,24 @@ def evaluate(
     temperature: float | Literal["fit"] | None = None,
     title: str | None = None,
 ) -> None:
-    """Tells what a table of predictions says of a model: tables here; JSON, figures and an HTML page in a folder.
+    """Evaluates a table of predictions: prints tables, and writes JSON, figures and an HTML page to a folder.
 
     Args:
-        predictions: The table, as predict writes it: a Parquet or CSV file, or a folder of Parquet files.
-        label_column: Column of labels, or several, of which each is a label or a target.
-        text_column: Column of the text, or several; for the worst mistakes, and accuracy by length.
+        predictions: The table, as written by predict: a Parquet or CSV file, or a folder of Parquet files.
+        label_column: Label column; or several, one for each label or target.
+        text_column: Text column or columns; used for the worst mistakes and accuracy by length.
         folder: Where evaluation.html, evaluation.json and the figures are written.
-        label_delimiter: What stands between the labels of a text that has several.
-        label_names: Names of the classes in the order in which whole numbers in the label column count them.
-        thresholds: `best` writes for each label the threshold of the best F1 to thresholds.json in the folder; or a
-            file of such thresholds, by which to predict, which then lie in the folder too. Take other samples for the
-            one than for the other.
-        model_folder: Folder of an exported model, beside whose config.json thresholds.json is written too.
-        temperature: By which to divide the logits, to see how well calibrated probabilities are then; `fit` for that
-            of the least loss on these samples.
-        title: Of the report; by default the name of the table.
+        label_delimiter: Separator for several labels in one string.
+        label_names: Class names in the order of the integer ids in the label column.
+        thresholds: `best` writes the threshold with the best F1 for each label to thresholds.json in the folder; or a
+            file of such thresholds to apply, which is copied to the folder. Choose and apply them on different samples.
+        model_folder: Folder of an exported model; thresholds.json is also written next to its config.json.
+        temperature: Divide the logits by this before checking calibration; `fit` finds the value with the lowest loss
+            on these samples.
+        title: Title of the report; by default the name of the table.
 
     Raises:
-        ValueError: The table has not what is needed, or the folder cannot be written.
+        ValueError: The table lacks something that is needed, or the folder cannot be written.
     """
     from smartbatch_lightning.evaluation.classification import ClassificationResults
     from smartbatch_lightning.evaluation.evaluation import Evaluation

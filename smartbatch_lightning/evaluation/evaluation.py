@@ -30,28 +30,28 @@ _MOST_ROWS, _MOST_MISTAKES, _LINES_OF_A_TEXT = 30, 3, 4  # on a terminal
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What predictions and labels say of a model.
+    """Evaluates a model's predictions against the labels.
 
     In a notebook: `evaluation = Evaluation.from_table("predictions.parquet")`, then `evaluation.show()` and
     `evaluation.figures()`.
 
     Attributes:
-        task: What is predicted; its names are those of the outputs.
-        scores: Probabilities (num_samples, num_labels); of a regression predictions (num_samples,), or
+        task: The task; its label names are those of the outputs.
+        scores: Probabilities (num_samples, num_labels); for regression, predictions (num_samples,), or
             (num_samples, num_targets) for several targets.
-        labels: As the task encodes them: numbers of classes (num_samples,); whether each sample has each label
-            (num_samples, num_labels); or targets, of the shape of `scores`.
-        predicted_labels: What is predicted, of the shape of `labels`; by default the likeliest class, or the labels
-            of a probability above 0.5.
-        texts: The samples' texts; anything that has as many and gives one by its number.
+        labels: As encoded by the task: class ids (num_samples,); whether each sample has each label
+            (num_samples, num_labels); or targets, with the shape of `scores`.
+        predicted_labels: Predictions, with the shape of `labels`; by default the most likely class, or the labels with
+            a probability above 0.5.
+        texts: The samples' texts; any sequence that can be indexed.
         lengths: The samples' lengths.
-        index: Row of each sample in the data; by default they are counted.
+        index: Row of each sample in the data; by default 0, 1, 2 and so on.
         title: What was evaluated, such as the name of a split.
-        temperature: By which to divide the logits, to see how well calibrated the probabilities then are; `fit` for
-            that of the least loss on these samples.
+        temperature: Divide the logits by this before checking calibration; `fit` finds the value with the lowest loss
+            on these samples.
 
     Raises:
-        ValueError: There are no samples, arrays are not of these shapes, or a number is not finite or no probability.
+        ValueError: There are no samples, an array has the wrong shape, or a number is not finite or not a probability.
     """
 
     task: Task
@@ -75,14 +75,14 @@ class Evaluation:
 
     @classmethod
     def from_table(cls, path: str | Path, **options: Any) -> "Evaluation":
-        """Reads a table of predictions that `predict` has written.
+        """Reads a table of predictions written by `predict`.
 
         Args:
             path: A Parquet or CSV file, or a folder of Parquet files.
-            options: As `read_predictions` takes them: where labels and texts stand.
+            options: Arguments of `read_predictions`, such as the columns of labels and texts.
 
         Raises:
-            ValueError: It has not what is needed; the message says what is there.
+            ValueError: The table lacks something that is needed; the message says what it has.
         """
         from smartbatch_lightning.evaluation.prediction_table import read_predictions
 
@@ -107,7 +107,7 @@ class Evaluation:
 
     @cached_property
     def results(self) -> ClassificationResults | RegressionResults:
-        """All that is measured."""
+        """All results."""
         return regress(self) if self.is_regression else classify(self)
 
     @cached_property
@@ -119,7 +119,7 @@ class Evaluation:
         return sections.of_classification(self.results, several, self.lengths)
 
     def to_dict(self) -> dict[str, Any]:
-        """All that is measured, as JSON can hold it."""
+        """All results, ready for JSON."""
         return {
             "title": self.title,
             "samples": len(self.scores),
@@ -132,14 +132,14 @@ class Evaluation:
         return {name: figure for section in self.sections for name, figure in section.figures.items()}
 
     def scalars(self) -> dict[str, float]:
-        """Metrics for a logger: those over all samples, and of up to a hundred classes the F1 of each."""
+        """Metrics for a logger: those over all samples, and with up to a hundred classes, the F1 of each."""
         results, scalars = self.results, dict(self.results.summary)
         if isinstance(results, ClassificationResults) and len(results.classes) <= 100:
             scalars |= {f"f1/{one.name}": one.f1 for one in results.classes}
         return {name: value for name, value in scalars.items() if value is not None}
 
     def html(self) -> str:
-        """One page with all of it, which needs no other file."""
+        """A self-contained page with everything."""
         from smartbatch_lightning.evaluation.page import page
 
         return page(self)
@@ -147,11 +147,11 @@ class Evaluation:
     def save(self, folder: str | Path, thresholds: Mapping[str, float] | None = None) -> list[Path]:
         """Writes `evaluation.json`, `evaluation.html` and a PNG for each figure; returns their paths.
 
-        What an earlier report has left in the folder is removed.
+        Files of an earlier report in the folder are removed.
 
         Args:
-            folder: Where to.
-            thresholds: By label, for `predict`; they are written to `thresholds.json`.
+            folder: Folder to write to.
+            thresholds: Thresholds by label, for `predict`; written to `thresholds.json`.
 
         Raises:
             ValueError: The folder cannot be written.

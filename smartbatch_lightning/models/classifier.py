@@ -87,63 +87,64 @@ _MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
 
 
 class SequenceClassifier(L.LightningModule):
-    """Fine-tunes BERT, or another pretrained encoder, to classify texts.
+    """Fine-tunes BERT, or another pretrained transformer, to classify texts.
 
-    Takes any `transformers` model for sequence classification, and any batch of its inputs with `labels`; batches may
-    be packed where the data module packs them. The model is built in `configure_model`, when the Trainer knows the
-    data: what is learnt, and the names of the labels, come from the data module. An override is called once, unless a
-    strategy shards the model in it. A checkpoint carries the architecture, so that loading one needs neither the Hub
-    nor the pretrained weights.
+    Works with any `transformers` sequence classification model and any batch of its inputs with `labels`, including
+    packed batches from the data module. The model is built in `configure_model`, once the Trainer knows the data: the
+    data module supplies the task and the label names. An override of it is called once, unless a strategy shards the
+    model there. A checkpoint contains the architecture, so loading one needs neither the Hub nor the pretrained
+    weights.
 
-    To do things differently, override `compute_loss`, `configure_metrics`, `configure_optimizer`,
-    `configure_scheduler` or the whole `step`.
+    To customize it, override `compute_loss`, `configure_metrics`, `configure_optimizer`, `configure_scheduler` or the
+    whole `step`.
 
     Args:
         pretrained: Name on the Hugging Face Hub or folder written by `save_pretrained`; `demo` for the small BERT of
-            the embedded demo.
+            the built-in demo.
         num_labels: Number of classes; by default the data module's.
-        learning_rate: Peak learning rate of AdamW, by default 5e-5; not beside `optimizer`.
+        learning_rate: Peak learning rate of AdamW, by default 5e-5; not together with `optimizer`.
         adam_epsilon: AdamW's term for numerical stability.
-        weight_decay: AdamW's decay of weights; biases and normalisation layers are never decayed.
-        optimizer: Another optimizer than AdamW, by `class_path` and `init_args`, with a rate and decay of its own;
-            in Python what makes one of parameter groups, such as `functools.partial(torch.optim.SGD, lr=0.1)`. It does
-            not decay biases and normalisation layers either.
-        lr_scheduler: A schedule of transformers by its name there (`lr_scheduler_type`), such as `cosine`,
-            `constant_with_warmup` or `reduce_lr_on_plateau`; or one of torch by `class_path` and `init_args`, in Python
-            also what makes one of an optimizer. It goes by optimizer step, and ends with training unless an argument
-            says otherwise; `ReduceLROnPlateau` goes by validation and its argument `monitor`, by default the loss.
-        lr_scheduler_kwargs: Further arguments of a schedule that is given by name.
-        warmup_steps: Optimizer steps over which the learning rate rises from 0.
-        warmup_ratio: The same as a share of all optimizer steps; give one of the two.
-        class_weights: What a sample of each class counts for in the mean loss, by name, or `balanced`; the mean of an
-            optimizer step is then by these weights, over all its batches and ranks. See `LossOptions`.
-        pos_weight: For several labels, what having each counts for, by name or for all, or `balanced`.
-        label_smoothing: Share of the labels that is spread over all classes.
-        focal_gamma: Exponent of the focal loss; 0 for the plain one.
-        metrics: Metrics in place of the task's: names such as `accuracy`, `f1_micro` or `matthews_correlation`, classes
-            of torchmetrics, or `class_path` with `init_args`; or these by the name under which each is logged. The
-            first one tells which weights are best.
-        layer_decay: Factor of each layer's learning rate to that of the layer above, such as 0.9; the head's is
-            `learning_rate`, the embeddings' the lowest (*ELECTRA*, Clark et al., 2020).
-        head_learning_rate: Learning rate of the classification head, where it is to be another.
-        freeze_embeddings: Leave the embeddings as they are.
-        freeze_layers: Leave so many of the first layers as they are, and the embeddings.
-        gradient_checkpointing: Compute layers again in the backward pass instead of keeping what they computed: less
-            memory for a third more time; not beside `compile`.
-        peft_config: Adapters of peft, such as LoRA, to be trained with the head in place of the model's own weights:
-            `peft_type` and its options, such as `{peft_type: LORA, r: 8}`; or `class_path` and `init_args`, in Python
-            also a `peft.PeftConfig`. Checkpoints then hold what is trained, and `pretrained` gives the rest again.
-        compile: Compile a layer with `torch.compile`, for all layers and batches of any width at once; or a mode of
-            `torch.compile` for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs
-            and wants rows that are alike (`padding: packed` with `pad_to_multiple_of`).
-        model_kwargs: What else `from_pretrained` takes, such as `revision`, `attn_implementation` or a dropout of the
-            configuration. Weights are float32 unless it says `dtype`, or with `peft_config` `quantization_config`.
-        architecture: A model's configuration as `PretrainedConfig.to_dict` gives it, for fresh weights; checkpoints
-            fill it in.
+        weight_decay: AdamW's weight decay; never applied to biases and normalisation layers.
+        optimizer: Optimizer to use instead of AdamW, by `class_path` and `init_args`, with its own learning rate and
+            weight decay; in Python a function of the parameter groups, such as
+            `functools.partial(torch.optim.SGD, lr=0.1)`. Biases and normalisation layers are not decayed here either.
+        lr_scheduler: Learning rate schedule: a transformers name (`lr_scheduler_type`), such as `cosine`,
+            `constant_with_warmup` or `reduce_lr_on_plateau`; or a torch class by `class_path` and `init_args`; in
+            Python also a function of the optimizer. It steps with the optimizer and ends with training unless its
+            arguments say otherwise; `ReduceLROnPlateau` steps after validation by its `monitor`, by default the loss.
+        lr_scheduler_kwargs: Extra arguments for a schedule given by name.
+        warmup_steps: Optimizer steps over which the learning rate warms up from 0.
+        warmup_ratio: The same as a fraction of all optimizer steps; set only one of the two.
+        class_weights: Weight of each class in the loss, by name, or `balanced`; the loss is the weighted mean over a
+            whole optimizer step, across batches and ranks. See `LossOptions`.
+        pos_weight: For multi-label tasks, the weight of positive samples, by label name or one for all, or `balanced`.
+        label_smoothing: Probability mass of each label that is spread over all classes.
+        focal_gamma: Exponent of the focal loss; 0 for the plain loss.
+        metrics: Metrics to use instead of the task's: names such as `accuracy`, `f1_micro` or `matthews_correlation`,
+            torchmetrics classes, or `class_path` with `init_args`; or a mapping from logged names to these. The first
+            one decides which weights are best.
+        layer_decay: Layer-wise learning rate decay: each layer's rate relative to the layer above, such as 0.9; the
+            head has `learning_rate`, the embeddings the lowest rate (*ELECTRA*, Clark et al., 2020).
+        head_learning_rate: Learning rate of the classification head, if different.
+        freeze_embeddings: Freeze the embeddings.
+        freeze_layers: Freeze the embeddings and this many of the first layers.
+        gradient_checkpointing: Recompute layers in the backward pass instead of storing activations: less memory for a
+            third more time; not together with `compile`.
+        peft_config: Train peft adapters, such as LoRA, and the head instead of all weights: `peft_type` and its
+            options, such as `{peft_type: LORA, r: 8}`; or `class_path` and `init_args`; in Python also a
+            `peft.PeftConfig`. Checkpoints then hold only what is trained; the rest is loaded from `pretrained`.
+        compile: Compile the layers with `torch.compile`, once for all layers and batch widths; or a `torch.compile`
+            mode for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs and needs
+            rows of one shape (`padding: packed` with `pad_to_multiple_of`).
+        model_kwargs: Extra arguments for `from_pretrained`, such as `revision`, `attn_implementation` or the
+            configuration's dropout rates. Weights are float32 unless you set `dtype` (or, with `peft_config`,
+            `quantization_config`).
+        architecture: A model configuration, as from `PretrainedConfig.to_dict`, for a model with fresh weights;
+            checkpoints fill it in.
 
     Attributes:
         model: The `transformers` model; None until `configure_model`.
-        adapters: What `peft_config` has added to it; None where it is not given.
+        adapters: The adapters added by `peft_config`; None without it.
     """
 
     model: PreTrainedModel | None
@@ -221,12 +222,12 @@ class SequenceClassifier(L.LightningModule):
     # --- what a subclass may want to do differently ---
 
     def step(self, batch: Batch, stage: Stage, dataloader_idx: int = 0) -> Tensor:
-        """Loss of a batch, which is counted in the metrics of its stage.
+        """Computes the loss of a batch and updates the metrics of its stage.
 
         Args:
             batch: Inputs of the model and `labels` (batch, ...).
             stage: `train`, `val` or `test`.
-            dataloader_idx: Number of the data set, where a stage has several.
+            dataloader_idx: Index of the data set, if the stage has several.
 
         Returns:
             The mean loss over the samples of the batch, a scalar.
@@ -246,29 +247,29 @@ class SequenceClassifier(L.LightningModule):
         return loss
 
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
-        """Mean loss over the samples of a batch, a scalar: the task's, for single labels cross-entropy.
+        """Mean loss over the samples of a batch, a scalar; by default the task's, such as cross-entropy.
 
         Args:
-            output: The model's, with `logits` (batch, num_labels).
-            labels: As the task encodes them, (batch,); several labels as floats 0 and 1, (batch, num_labels).
+            output: The model's output, with `logits` (batch, num_labels).
+            labels: As encoded by the task: (batch,), or floats 0 and 1 for multi-label, (batch, num_labels).
 
-        With `class_weights` the mean is by `task.sample_weights(labels)`.
+        With `class_weights`, the mean is weighted by `task.sample_weights(labels)`.
         """
         assert output.logits is not None
         return self.task.compute_loss(output.logits, labels)
 
     def configure_metrics(self, num_labels: int) -> MetricCollection:
-        """Metrics of scores and labels, computed over each epoch of each stage; logged as `val_accuracy` and so on.
+        """Returns the metrics, computed for each epoch of each stage and logged as `val_accuracy` and so on.
 
-        Scores are probabilities (batch, num_labels), or what a regression predicts.
+        They take scores and labels; scores are probabilities (batch, num_labels), or predictions for regression.
         """
         return build_metrics(self.metrics, self.task) if self.metrics else self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
-        """AdamW or what `optimizer` makes; biases and normalisation layers, of one dimension, are not decayed.
+        """Returns AdamW or the given `optimizer`; parameters of one dimension (biases, normalisation) are not decayed.
 
-        It has frozen parameters too, which it passes over until they are unfrozen, unless a callback such as
-        `BackboneFinetuning` is there to add them, all of which are then decayed.
+        Frozen parameters are included, and skipped until they are unfrozen, unless a callback such as
+        `BackboneFinetuning` adds them, in which case they are all decayed.
         """
         added = adds_parameters(self._trainer) or self.adapters is not None
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad or not added]
@@ -282,24 +283,24 @@ class SequenceClassifier(L.LightningModule):
         return optimizer  # type: ignore[no-any-return]
 
     def configure_scheduler(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
-        """What `lr_scheduler` says; by default linear decay to 0 at the last of `num_steps` optimizer steps.
+        """Returns the given `lr_scheduler`; by default linear decay to 0 at the last of `num_steps` optimizer steps.
 
-        The number is None where training has no end, which an override of this method is spared.
+        `num_steps` is None if training has no end; an override is not called then.
         """
         return self._schedule(optimizer, num_steps)
 
     # --- Lightning's hooks ---
 
     def configure_callbacks(self) -> list[Callback]:
-        """Puts first a callback that has to come before all others, which an override has to do too."""
+        """Adds a callback that has to run before all others; an override must include it."""
         if not any(isinstance(callback, ModelLifecycle) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             self.trainer.callbacks.insert(0, ModelLifecycle())  # type: ignore[attr-defined]
         return []
 
     def setup(self, stage: str) -> None:
-        """Lets checkpoints be read without running code and written atomically, unless the Trainer has its own IO.
+        """Makes checkpoints load without running code and be written atomically, unless the Trainer has its own IO.
 
-        Lightning runs what a checkpoint by URL asks for.
+        Lightning itself would run code in a checkpoint loaded by URL.
         """
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -311,12 +312,12 @@ class SequenceClassifier(L.LightningModule):
             self._random_state = torch.get_rng_state()
 
     def teardown(self, stage: str) -> None:
-        """Gives back the random state, from which a later run without a seed takes its own."""
+        """Restores the random state, from which a later run without a seed takes its own."""
         if stage == "fit" and self._random_state is not None:
             torch.set_rng_state(self._random_state)
 
     def configure_model(self) -> None:
-        """Builds the model for the data's labels where there is none yet, and checks that it fits the data."""
+        """Builds the model for the data's labels if there is none yet, and checks that it fits the data."""
         made_elsewhere = self.model is not None
         if self.model is None:
             data = text_data_of(self._trainer)
@@ -326,7 +327,7 @@ class SequenceClassifier(L.LightningModule):
             self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
 
     def match_data(self) -> None:
-        """Checks that the model, once it is built, fits the data, and lets it take packed batches."""
+        """Checks that the built model fits the data, and enables packed batches."""
         self._task = None
         data = text_data_of(self._trainer)
         if data is None:
@@ -363,7 +364,7 @@ class SequenceClassifier(L.LightningModule):
             rank_zero_info(packed_attention(self._transformer, capability, str(self.trainer.precision)))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and its schedule over exactly the optimizer steps that will run."""
+        """The optimizer, and its schedule over exactly the optimizer steps that will run."""
         num_steps = total_steps(self.trainer)
         endless = math.isinf(num_steps)
         overridden = type(self).configure_scheduler is not SequenceClassifier.configure_scheduler
@@ -388,11 +389,11 @@ class SequenceClassifier(L.LightningModule):
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
-        """Output of the model for its own inputs, such as `input_ids` and `attention_mask` (batch, length).
+        """Runs the model on its inputs, such as `input_ids` and `attention_mask` (batch, length).
 
-        Inputs that the model does not know by name are left out, but for flags such as `output_attentions`.
+        Inputs whose names the model does not know are dropped, except flags such as `output_attentions`.
 
-        Logits (batch, num_labels) are float32 where the model computes in half precision, and pooled where samples are
+        Logits (batch, num_labels) are returned in float32 even in half precision, and pooled if samples have several
         windows.
         """
         if self.model is None:
@@ -490,9 +491,9 @@ class SequenceClassifier(L.LightningModule):
         self.epoch_metrics.log(self, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """What the task predicts, and `index` (batch,), each sample's row, if batches have it.
+        """The task's predictions, and `index` (batch,), the row of each sample, if batches have it.
 
-        For single labels `probabilities` (batch, num_labels), float32.
+        For single-label tasks `probabilities` (batch, num_labels), float32.
         """
         logits = self(**forward_kwargs(batch)).logits
         if not logits.isfinite().all():  # Lightning fetches predictions from the device in any case
@@ -504,10 +505,10 @@ class SequenceClassifier(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-        """As Lightning's; `weights_only` is always true, since loading a checkpoint could run code otherwise.
+        """Lightning's, but `weights_only` is always true, since loading a checkpoint could run code otherwise.
 
         Raises:
-            ValueError: The checkpoint is not there, damaged, or no checkpoint.
+            ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
         """
         if isinstance(checkpoint_path, str | Path):
             checkpoint_path = verified_checkpoint(checkpoint_path)
@@ -590,29 +591,29 @@ class SequenceClassifier(L.LightningModule):
 
     @property
     def task(self) -> Task:
-        """What is learnt: as the run's data module has it, else by the model's configuration."""
+        """The task: the data module's, else from the model's configuration."""
         if self._task is None:
             self._task = self._find_task()
         return self._task
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the labels, in the order of the logits; none of a pretrained model before `configure_model`."""
+        """Label names in the order of the logits; empty for a pretrained model before `configure_model`."""
         config = self._own_config()
         return [] if config is None else label_names_from_config(config)
 
     def monitored(self, name: str | None = None, mode: Mode | None = None) -> tuple[str, Mode]:
-        """The validation metric that tells which weights are best.
+        """The validation metric that decides which weights are best.
 
         Args:
-            name: As it is logged, such as `val_accuracy`; by default the first of `metrics`, or what the task says.
-            mode: Where it is best; by default what the metric itself says.
+            name: Its logged name, such as `val_accuracy`; by default the first of `metrics`, or the task's choice.
+            mode: `min` or `max`; by default the metric's own.
 
         Returns:
-            Its name, of several validation sets for the first one, and whether it is best at its `min` or its `max`.
+            Its name (with several validation sets, for the first one) and `min` or `max`.
 
         Raises:
-            ValueError: There is no such metric, or it does not say where it is best.
+            ValueError: There is no such metric, or its mode is unknown.
         """
         metrics = self._make_metrics().metrics
         first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored

@@ -25,14 +25,14 @@ def build_optimizer(
     layer_decay: float = 1.0,
     head_learning_rate: float | None = None,
 ) -> Optimizer:
-    """Makes an optimizer in which parameters of one dimension are not decayed, and each part has its learning rate.
+    """Creates an optimizer without weight decay for one-dimensional parameters, and with a learning rate for each part.
 
     Args:
-        make: Makes it of parameter groups; its own learning rate is that of what lies above the layers.
-        parameters: What it trains; what is not of the base model is the head.
+        make: Creates it from parameter groups; its own learning rate applies to everything above the layers.
+        parameters: The parameters to train; those outside the base model are the head.
         model: The `transformers` model.
-        layer_decay: Factor from the learning rate of a layer, or of what lies above the last, to that of the one below,
-            as in *ELECTRA* (Clark et al., 2020); the embeddings are the lowest.
+        layer_decay: Learning rate of each layer relative to the one above, as in *ELECTRA* (Clark et al., 2020); the
+            embeddings have the lowest.
         head_learning_rate: Learning rate of the head; by default the optimizer's own.
 
     Returns:
@@ -72,15 +72,15 @@ def build_optimizer(
 
 
 def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, more_follow: bool) -> None:
-    """Refuses to go on with an optimizer that has no use for the state of the one in a checkpoint.
+    """Refuses to resume with an optimizer that cannot load the state in a checkpoint.
 
     Args:
         saved: The parameter groups of the checkpoint's optimizer.
-        optimizer: That of this run, as it has just been made.
-        more_follow: A callback adds groups while training.
+        optimizer: This run's, just created.
+        more_follow: A callback adds groups during training.
 
     Raises:
-        ValueError: It is of another kind, or has other groups.
+        ValueError: It is of another type, or has other groups.
     """
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups)]
     fitting = sizes[0][: len(sizes[1])] == sizes[1] and (more_follow or len(sizes[0]) == len(sizes[1]))
@@ -98,14 +98,14 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
 
 
 def check_settings(settings: Any, schedule: Schedule) -> None:
-    """Refuses learning rates and the like that are out of range or exclude each other.
+    """Refuses optimizer settings that are out of range or exclude each other.
 
     Args:
         settings: Has the arguments of a `SequenceClassifier` as attributes.
-        schedule: That of the learning rates.
+        schedule: The learning rate schedule.
 
     Raises:
-        ValueError: One is.
+        ValueError: A setting is invalid.
     """
     for name in ("learning_rate", "adam_epsilon", "weight_decay", "head_learning_rate"):
         value = getattr(settings, name)
@@ -127,7 +127,7 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
 
 
 def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
-    """Refuses callbacks that would undo what is frozen, or the learning rates that parts have of their own.
+    """Refuses callbacks that would unfreeze weights or override the learning rates of parts of the model.
 
     Args:
         trainer: With its callbacks.

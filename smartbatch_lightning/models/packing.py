@@ -49,20 +49,20 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def enable_packing(model: PreTrainedModel) -> None:
-    """Lets a model for sequence classification take the batches of `PackCollator`; padded ones it takes as before.
+    """Makes a sequence classification model accept `PackCollator` batches, in addition to padded ones.
 
-    These are the keywords of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`. A model that
-    was given an attention of its own choice that knows them, such as `flash_attention_2` or a kernel of the Hub, keeps
-    it. Else attention is `torch.nn.attention.varlen` on a GPU in half precision, which knows no dropout of attention
-    weights, and elsewhere `scaled_dot_product_attention`, sample by sample, with dropout as the model's configuration
-    says. Doing it twice does no harm.
+    Batches have the keys of transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`. If the model was
+    loaded with an attention implementation that supports these, such as `flash_attention_2` or a Hub kernel, it is
+    kept. Otherwise attention is `torch.nn.attention.varlen` on a GPU in half precision, which has no attention dropout,
+    and `scaled_dot_product_attention`, sample by sample, with the configured dropout, elsewhere. Calling this twice is
+    harmless.
 
     Args:
-        model: Any whose attention comes in by transformers' `AttentionInterface`, or DeBERTa. It is tried on two short
-            samples, unless its weights are not there yet or are sharded, or its attention wants a GPU.
+        model: A model that uses transformers' `AttentionInterface`, or DeBERTa. It is tested on two short samples,
+            unless its weights are not loaded yet or sharded, or its attention needs a GPU.
 
     Raises:
-        ValueError: It is no such model, or gives something else of packed samples than of each by itself.
+        ValueError: The model is not supported, or gives different results for packed and separate samples.
     """
     if TAKES_PACKED_BATCHES in model.__dict__:
         return

@@ -39,17 +39,17 @@ _NEVER = sys.maxsize
 
 
 class Schedule:
-    """Makes the learning rate schedule of a training.
+    """Creates the learning rate schedule of a training run.
 
     Args:
-        lr_scheduler: A name in `SCHEDULES`; the import path of what takes an optimizer, such as a class of
-            `torch.optim.lr_scheduler`; such a path as `class_path`, with `init_args`; or what takes an optimizer.
-        arguments: Further arguments of what is given by name or path.
-        warmup_steps: Optimizer steps over which the learning rate rises.
-        warmup_ratio: The same as a share of all optimizer steps.
+        lr_scheduler: A name in `SCHEDULES`; the import path of a function of an optimizer, such as a class in
+            `torch.optim.lr_scheduler`; such a path as `class_path`, with `init_args`; or the function itself.
+        arguments: Extra arguments for a schedule given by name or path.
+        warmup_steps: Optimizer steps over which the learning rate warms up.
+        warmup_ratio: The same as a fraction of all optimizer steps.
 
     Attributes:
-        monitor: Metric by which a `ReduceLROnPlateau` goes; None for the loss.
+        monitor: Metric monitored by `ReduceLROnPlateau`; None for the loss.
 
     Raises:
         ValueError: There is no such schedule, or it does not take the arguments or a warm-up.
@@ -106,12 +106,12 @@ class Schedule:
 
     @property
     def needs_end(self) -> bool:
-        """Whether it can be made only where the number of optimizer steps is known."""
+        """Whether it needs to know the number of optimizer steps."""
         return self._steps_parameter is not None or self._warmup_ratio > 0
 
     @property
     def sets_rates(self) -> bool:
-        """Whether its arguments have rates that replace those of the optimizer, as those of `OneCycleLR` may."""
+        """Whether its arguments replace the optimizer's learning rates, as those of `OneCycleLR` may."""
         return "max_lr" in self._arguments
 
     def __call__(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
@@ -161,11 +161,11 @@ class Schedule:
 
 
 def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
-    """How Lightning is to step a schedule: by optimizer step; a `ReduceLROnPlateau` not at all.
+    """How Lightning steps a schedule: every optimizer step, but a `ReduceLROnPlateau` never.
 
     Args:
         scheduler: The schedule.
-        monitor: Metric by which a `ReduceLROnPlateau` goes that does not say it itself, as
+        monitor: Metric for a `ReduceLROnPlateau` that does not name one itself, as
             `lightning.pytorch.cli.ReduceLROnPlateau` does.
     """
     if not isinstance(scheduler, ReduceLROnPlateau):
@@ -177,7 +177,7 @@ def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
 
 
 def check_validation(trainer: L.Trainer) -> None:
-    """Refuses a schedule that goes by validation where there is none; called when loaders are known.
+    """Refuses a schedule that depends on validation if there is none; called when loaders are known.
 
     Raises:
         ValueError: There is none.
@@ -191,7 +191,7 @@ def check_validation(trainer: L.Trainer) -> None:
 
 
 def step_by_validation(trainer: L.Trainer) -> None:
-    """Lets a `ReduceLROnPlateau` step after a validation; after the sanity check it only looks whether it can.
+    """Steps a `ReduceLROnPlateau` after validation; after the sanity check, only checks that it could.
 
     Raises:
         ValueError: Validation does not log its metric.
@@ -219,16 +219,16 @@ def place_schedule(
     configure_optimizer: Callable[[], Optimizer],
     configure_scheduler: Callable[[Optimizer, int | None], LRScheduler],
 ) -> None:
-    """Makes the schedule again, for the steps that training has now, and lets it stand where so many remain.
+    """Recreates the schedule for the number of steps that training has now, at the position where as many remain.
 
-    After a change of ranks, accumulation, limits or epochs, the steps of a checkpoint's schedule are others than those
-    of training. Whatever its kind, the schedule then stands at the same share of training, and ends where that ends.
-    Learning rate, weight decay and the like are what the module says now.
+    After a change of ranks, accumulation, limits or epochs, a checkpoint's schedule has a different number of steps
+    than training. Any kind of schedule then continues at the same fraction of training and ends when training ends.
+    Learning rate, weight decay and the like are the module's current ones.
 
     Args:
         trainer: In `fit`, with optimizer and counters restored.
-        configure_optimizer: Makes a fresh optimizer.
-        configure_scheduler: Makes a schedule, of an optimizer and the number of steps, None where there is no end.
+        configure_optimizer: Creates a fresh optimizer.
+        configure_scheduler: Creates a schedule from an optimizer and the number of steps, None if there is no end.
     """
     if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has taken them away, and will bring its own
         return
@@ -278,13 +278,13 @@ def adds_parameters(trainer: L.Trainer | None) -> bool:
 
 
 def follow_rates(trainer: L.Trainer) -> None:
-    """Lets the schedule go on from rates that callbacks have set, also of parameters that they have added.
+    """Makes the schedule continue from rates set by callbacks, including those of parameters that they have added.
 
-    `BackboneFinetuning` does both as an epoch starts, and adds them again when a run is resumed; a schedule would undo
-    the one, and knows nothing of the other.
+    `BackboneFinetuning` sets rates and adds parameters at the start of an epoch, and adds them again on resume; a plain
+    schedule would reset the rates and ignore the parameters.
 
     Raises:
-        ValueError: Parameters were added at no rate, or to a schedule that is no `LambdaLR`.
+        ValueError: Parameters were added at a rate of 0, or the schedule is not a `LambdaLR`.
     """
     for config in trainer.lr_scheduler_configs:
         schedule, groups = config.scheduler, config.scheduler.optimizer.param_groups

@@ -32,21 +32,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class PaddingReport:
-    """Samples, classes and lengths of a data set, and what each way to batch it costs.
+    """Samples, classes and lengths of a data set, and the padding cost of each batching strategy.
 
     In a notebook: `report = PaddingReport.from_datamodule(data)`, then `report.show()` and `report.figures()`.
 
     Attributes:
         splits: The splits.
-        strategies: Every batching and padding, fixed padding first.
+        strategies: Each combination of batching and padding, fixed padding first.
         examples: A few training samples: label and text.
-        lengths: Tokens of the training samples, in the order of arrival. Shape (num_samples,).
-        widths: Tokens of the longest sample of each batch of an epoch, as they come, by strategy.
-        max_length: Of the data module.
-        ranks: Ranks for which the balance is.
-        jitter: That `smart` batches of this data have.
+        lengths: Tokens of the training samples, in the order of the data. Shape (num_samples,).
+        widths: Tokens of the longest sample of each batch of an epoch, in order, by strategy.
+        max_length: The data module's.
+        ranks: Number of ranks for which the balance is computed.
+        jitter: The jitter of `smart` batches of this data.
         frontier: Padding and batch overlap of `smart` batches by jitter.
-        tokenized_ahead: Padding over real tokens of what is configured, were texts not tokenized lazily; else None.
+        tokenized_ahead: With lazy tokenization, the padding ratio that the configured batching would have without it;
+            else None.
     """
 
     splits: list[Split]
@@ -62,11 +63,11 @@ class PaddingReport:
 
     @classmethod
     def from_datamodule(cls, data: SmartBatchDataModule, ranks: int = 8) -> "PaddingReport":
-        """Looks at a data module's data, tokenizing them where that has not been done, also if training does it lazily.
+        """Computes the report for a data module, tokenizing its data first if needed, even if training does so lazily.
 
         Args:
             data: Any `SmartBatchDataModule`; its own batch size, token budget and so on are used.
-            ranks: Ranks for which to tell how evenly they are loaded.
+            ranks: Number of ranks for which to compute the balance.
 
         Raises:
             ValueError: The data cannot be used; the message says what to do.
@@ -132,7 +133,7 @@ class PaddingReport:
         echo(tables.frontier(self.frontier, self.jitter))
 
     def to_dict(self) -> dict[str, Any]:
-        """Splits, strategies and settings, as JSON can hold them."""
+        """Splits, strategies and settings, ready for JSON."""
         return {
             "max_length": self.max_length,
             "ranks": self.ranks,

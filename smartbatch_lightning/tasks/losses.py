@@ -17,19 +17,18 @@ Weights = Literal["balanced"] | Mapping[Any, float] | None
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What a user says of the loss.
+    """Options of the loss.
 
     Attributes:
-        class_weights: What a sample of each class counts for, by name of the class; classes that are not named count
-            for 1. `balanced` gives each class what scikit-learn does: the number of samples over that of the classes
-            and that of the class's samples. For single labels.
-        pos_weight: What having a label counts for against not having it, by name or one number for all, as in
-            `torch.nn.BCEWithLogitsLoss`; `balanced` is the number of samples without the label over that of those with
-            it. For several labels.
-        label_smoothing: Share of the labels that is spread evenly over all classes, from 0 to 1 (Szegedy et al.,
-            *Rethinking the Inception Architecture*, 2016).
-        focal_gamma: Exponent of the focal loss, by which samples that are predicted well count for less (Lin et al.,
-            *Focal Loss for Dense Object Detection*, 2017); 0 for the plain loss.
+        class_weights: Weight of each class, by name; classes not named have weight 1. `balanced` uses scikit-learn's
+            weights: `num_samples / (num_classes * samples of the class)`. For single-label tasks.
+        pos_weight: Weight of having a label relative to not having it, by name or one number for all, as in
+            `torch.nn.BCEWithLogitsLoss`; `balanced` is the number of samples without the label over the number with
+            it. For multi-label tasks.
+        label_smoothing: Probability mass of each label that is spread evenly over all classes, from 0 to 1 (Szegedy et
+            al., *Rethinking the Inception Architecture*, 2016).
+        focal_gamma: Exponent of the focal loss, which gives well-classified samples less weight (Lin et al., *Focal
+            Loss for Dense Object Detection*, 2017); 0 for the plain loss.
 
     Raises:
         ValueError: A number is out of range.

@@ -15,14 +15,14 @@ from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSou
 
 
 class Task(Protocol):
-    """A form of the task with its labels: how they are read, learnt, measured and written.
+    """A task with its labels: how they are read, learnt, measured and written.
 
-    A task is immutable: made from data (`from_columns`), from given names (`from_names`) or from a model
-    (`from_config`), and handed on. The shape of labels is the task's own: `(num_samples,)` integers for classes;
-    `(num_samples, num_labels)` for several labels a sample; floats for regression.
+    A task is immutable: it is created from data (`from_columns`), from given names (`from_names`) or from a model
+    (`from_config`). Labels are `(num_samples,)` integers for single-label tasks, `(num_samples, num_labels)` for
+    multi-label tasks, and floats for regression.
 
     Attributes:
-        label_names: Names of the model's outputs, in their order.
+        label_names: Names of the model's outputs, in order.
     """
 
     @property
@@ -32,12 +32,12 @@ class Task(Protocol):
 
     @property
     def description(self) -> str:
-        """What is learnt, in words."""
+        """The task, in words."""
         ...
 
     @classmethod
     def from_columns(cls, columns: LabelColumns) -> "Task":
-        """The task of a training split's labels.
+        """The task for the labels of a training split.
 
         Raises:
             ValueError: The labels cannot be learnt.
@@ -46,28 +46,28 @@ class Task(Protocol):
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "Task":
-        """The task of names that a user gives, for the labels of a source."""
+        """The task for label names given by the user, for the labels of a source."""
         ...
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "Task | None":
-        """The task that a model was trained for; None where its configuration does not say."""
+        """The task that a model was trained for; None if its configuration does not say."""
         ...
 
     def aligned_with(self, trained: "Task") -> "Task":
-        """The same labels in the order of a model that was trained for them.
+        """The same task with labels in the order of a model trained for them.
 
         Raises:
-            ValueError: It was trained for others.
+            ValueError: The model was trained for other labels.
         """
         ...
 
     def config_fields(self) -> dict[str, Any]:
-        """What a model's configuration holds of the task, as `from_pretrained` takes it."""
+        """The task as fields of a model configuration, as arguments of `from_pretrained`."""
         ...
 
     def encode(self, columns: LabelColumns) -> NDArray[Any]:
-        """Labels of a split as numbers. The first dimension is the samples.
+        """Encodes the labels of a split as numbers. The first dimension is the samples.
 
         Raises:
             ValueError: A label is missing or unknown; the message names the row.
@@ -75,39 +75,39 @@ class Task(Protocol):
         ...
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
-        """Numbers of labels, (num_samples, ...), as they stood in the data."""
+        """Turns encoded labels, (num_samples, ...), back into labels as written in the data."""
         ...
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """What a validation split keeps the shares of. Shape (num_samples,)."""
+        """Groups by which a validation split is stratified. Shape (num_samples,)."""
         ...
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
-        """Samples by label, for a report."""
+        """Number of samples by label, for a report."""
         ...
 
     def with_loss(self, options: LossOptions) -> "Task":
-        """The same task with the loss that a user asks for.
+        """The same task with the given loss options.
 
         Raises:
-            ValueError: It does not fit the task, or names a label that is not there.
+            ValueError: They do not fit the task, or name an unknown label.
         """
         ...
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over the samples of a batch, by their weights, a scalar; `logits` are (batch, num_labels)."""
+        """Weighted mean loss over the samples of a batch, a scalar; `logits` are (batch, num_labels)."""
         ...
 
     def sample_weights(self, labels: Tensor) -> Tensor | None:
-        """What each sample counts for in the mean loss, (batch,); None where all count alike."""
+        """Weight of each sample in the mean loss, (batch,); None if all are equal."""
         ...
 
     def scores(self, logits: Tensor) -> Tensor:
-        """What metrics are computed of, in float32: probabilities (batch, num_labels), or values in the data's unit."""
+        """Input of the metrics, in float32: probabilities (batch, num_labels), or values in the data's unit."""
         ...
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """Labels as metrics take them."""
+        """Labels in the form that metrics expect."""
         ...
 
     def configure_metrics(self) -> MetricCollection:
@@ -116,27 +116,27 @@ class Task(Protocol):
 
     @property
     def monitored(self) -> str:
-        """The metric of these that tells which weights are best."""
+        """The one of these metrics that decides which weights are best."""
         ...
 
     @property
     def names_with_threshold(self) -> list[str]:
-        """Labels that are predicted where their probability is above a threshold; there may be none."""
+        """Labels that are predicted if their probability is above a threshold; may be empty."""
         ...
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
-        """What is predicted, as `decode` takes it.
+        """Predicted labels, as input for `decode`.
 
         Args:
-            scores: As `scores` gives them.
-            thresholds: By label, in place of the usual decision.
+            scores: As returned by `scores`.
+            thresholds: Thresholds by label, instead of the default decision.
         """
         ...
 
     def predict(self, logits: Tensor) -> dict[str, Tensor]:
-        """What is predicted for each sample, by name; the first dimension is the batch, in float32."""
+        """Predictions for each sample, by name, in float32; the first dimension is the batch."""
         ...
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """What `predict` gave, as the columns of a table: `prediction`, and perhaps `probability_NAME`."""
+        """The results of `predict` as table columns: `prediction`, and for some tasks `probability_NAME`."""
         ...
