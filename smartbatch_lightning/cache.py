@@ -78,7 +78,7 @@ def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
     """
     limit = size_limit() if max_size is None else _bytes(max_size, "--max_size")
     if limit is None:
-        raise UsageError(f"how much may stay is not said. Give --max_size, such as 50GB, or set {_LIMIT}.")
+        raise UsageError(f"no size limit is given. Set --max_size, such as 50GB, or {_LIMIT}.")
     root = _root(folder)
     removed = prune(root, limit)
     left = sum(map(_size, _entries(root)))

@@ -136,7 +136,7 @@ def verified_checkpoint(path: _PATH) -> str:
             what = "holds Python objects besides weights and plain values, and loading them could run code"
         else:
             what = f"is damaged or no checkpoint: {root_cause_message(error)}"
-        message = f"the checkpoint {path} {what.rstrip('.')}. Give another one by --ckpt_path"
+        message = f"the checkpoint {path} {what.rstrip('.')}. Give another one with --ckpt_path"
         if not remote:
             others = sorted(other.name for other in Path(path).parent.glob("*.ckpt"))
             message += f"; in its folder are {others}"

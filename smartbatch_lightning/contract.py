@@ -125,8 +125,8 @@ def check_takes_packed_batches(module: L.LightningModule) -> None:
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     if models and not any(TAKES_PACKED_BATCHES in vars(model) for model in models):
         raise UsageError(
-            f"batches are packed, which {type(models[0]).__name__} of {type(module).__name__} does not take yet. Call "
-            "enable_packing(model) of smartbatch_lightning.models.packing, or set --data.padding=longest."
+            f"batches are packed, which {type(models[0]).__name__} of {type(module).__name__} does not support yet. "
+            "Call enable_packing(model) from smartbatch_lightning.models.packing, or set --data.padding=longest."
         )
 
 

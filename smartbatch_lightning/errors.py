@@ -26,7 +26,7 @@ def check_trusted(name: str, error: Exception) -> None:
     """
     if "trust_remote_code" in str(error):
         raise UsageError(
-            f"{name!r} brings Python code of its own, which is not run unless you trust it. Read it, then set "
+            f"{name!r} comes with its own Python code, which is not run unless you trust it. Read it, then set "
             "--model.model_kwargs.trust_remote_code=true."
         ) from error
 

@@ -27,10 +27,10 @@ from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE
 _SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
 _MARK = "with smartbatch-lightning"  # by which a card of an export is known
 _IN_PARTS = {  # what a pipeline cannot do, by `truncation`
-    "head_tail": "Of texts of more than {} tokens it was trained on the beginning and the end, while a pipeline reads "
-    "the beginning alone; `smartbatch predict` reads both.",
-    "windows": "Texts of more than {} tokens it was trained to classify by all of their overlapping windows, while a "
-    "pipeline reads the first one alone; `smartbatch predict` reads all.",
+    "head_tail": "For texts of more than {} tokens, the model was trained on the beginning and the end, but a pipeline "
+    "reads only the beginning; `smartbatch predict` reads both.",
+    "windows": "For texts of more than {} tokens, the model was trained on overlapping windows, but a pipeline reads "
+    "only the first one; `smartbatch predict` reads all.",
 }
 _MODEL_SETTINGS = (
     *("learning_rate", "adam_epsilon", "weight_decay", "optimizer", "lr_scheduler", "lr_scheduler_kwargs"),
@@ -72,15 +72,15 @@ def export_model(
     check_adapter(model, adapter)
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(
-            f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the names of the "
-            "classes. Unwrap it before, with peft by model.model = model.model.merge_and_unload()."
+            f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the class names. "
+            "Unwrap it first; for peft: model.model = model.model.merge_and_unload()."
         )
     folder = Path(folder)
     check_export_folder(folder)
     check_weights(
         model.model.state_dict().values(),
         f"nothing is written to {folder}",
-        "Train again, or take an earlier checkpoint.",
+        "Train again, or use an earlier checkpoint.",
     )
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
@@ -123,7 +123,7 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
     tolerance = _MOST_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
     if not ((logits - expected).abs() <= tolerance).all():
         raise UsageError(
-            f"the mean and the deviation of standardised targets cannot be put into the last layer of "
+            "the mean and deviation of standardised targets cannot be folded into the last layer of "
             f"{type(model).__name__}: its outputs would differ by {(logits - expected).abs().max():g}. Set "
             "--data.standardize_targets=false, and train without."
         )
@@ -147,10 +147,11 @@ def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
         ValueError: It is one of these.
     """
     if adapter and model.peft_config is None:
-        raise UsageError("the model has no adapters, which --model.peft_config makes. Leave out adapter.")
+        raise UsageError("the model has no adapters, which --model.peft_config adds. Leave out adapter.")
     if model.adapters is not None and not adapter and is_quantized(model.model):
         raise UsageError(
-            "adapters cannot be merged into weights in 8 or 4 bits without a loss. Export them alone by adapter=true."
+            "adapters cannot be merged losslessly into 8-bit or 4-bit weights. Export only the adapters with "
+            "adapter=true."
         )
 
 
@@ -163,7 +164,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
-            "what is exported is a SequenceClassifier trained on a SmartBatchDataModule, but this run has "
+            "only a SequenceClassifier trained on a SmartBatchDataModule can be exported, but this run has "
             f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of the "
             "tokenizer instead."
         )

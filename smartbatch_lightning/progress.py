@@ -174,9 +174,9 @@ def place_schedules(trainer: L.Trainer) -> None:
             continue
         if not isinstance(scheduler, LambdaLR):
             raise UsageError(
-                f"the checkpoint's {type(scheduler).__name__} stands at step {scheduler.last_epoch}, but training at "
-                f"step {position}, since ranks, accumulation or limits are others. Set these as before, use a "
-                "LambdaLR, or make the schedule in SequenceClassifier.configure_scheduler."
+                f"the checkpoint's {type(scheduler).__name__} is at step {scheduler.last_epoch}, but training is at "
+                f"step {position}, since ranks, accumulation or limits have changed. Restore them, use a LambdaLR, or "
+                "create the schedule in SequenceClassifier.configure_scheduler."
             )
         advance_schedule(scheduler, position)
 
@@ -200,7 +200,7 @@ def stay_stopped(trainer: L.Trainer) -> None:
     stopped = [one for one in stops if one.wait_count >= max(one.patience, 1) or one.stopped_epoch]
     if trainer.ckpt_path and stopped:
         trainer.should_stop = True
-        rank_zero_info("Early stopping has ended this training. Without that callback it goes on.")
+        rank_zero_info("Early stopping ended this run. To train further, resume without that callback.")
 
 
 def stands_in_epoch(trainer: L.Trainer) -> bool:

@@ -59,8 +59,8 @@ class TableShards:
                 return finished
             if not overwrite:
                 raise UsageError(
-                    f"{self.folder} has {finished:,} shards of a run that did not end, whose {join_quoted(differing)} "
-                    f"differ from this run's. Set them as they were to go on from there. {self.remedy}"
+                    f"{self.folder} has {finished:,} shards of an unfinished run, whose {join_quoted(differing)} "
+                    f"differ from this run's. Restore them to resume that run. {self.remedy}"
                 )
         with refused(self.folder, self.remedy):
             for part in self.folder.glob("*.parquet"):
@@ -76,8 +76,8 @@ class TableShards:
         """
         if not self._noted.exists():
             raise UsageError(
-                f"{self.folder}, to which rank 0 writes, is not there on another rank. Give a path on a disk that all "
-                "ranks share."
+                f"rank 0 writes to {self.folder}, which another rank cannot find. Give a path on a disk that all ranks "
+                "share."
             )
 
     def release(self) -> None:
@@ -140,7 +140,7 @@ def _read(path: Path) -> pa.Table:
     try:
         return pyarrow.parquet.ParquetFile(path).read()
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} is damaged: {error} Delete it; the same command then makes it again.") from error
+        raise UsageError(f"{path} is damaged: {error} Delete it; the same command then recreates it.") from error
 
 
 def _write_tables(tables: Iterator[pa.Table], path: Path, suffix: str) -> None:

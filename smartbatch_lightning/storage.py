@@ -54,7 +54,7 @@ def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: f
         try:
             if not is_valid(path):
                 if path.exists():
-                    log.warning("%s is damaged, or of another version. It is made again.", path)
+                    log.warning("%s is damaged, or of another version. It is rebuilt.", path)
                 noted.unlink(missing_ok=True)
                 atomic_write(path, write)
                 atomic_write(noted, lambda tmp_path: tmp_path.write_text(_checksum(path)))
@@ -110,8 +110,8 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
                 raise
             waited += _SILENCE
             log.warning(
-                "Waiting for another process that holds %s, for %.0f seconds now. If none runs, on any machine, delete "
-                "that file: a file system without flock keeps the lock of a process that was killed.",
+                "Waiting for another process that holds %s, for %.0f seconds now. If no such process runs on any "
+                "machine, delete that file: a file system without flock keeps the lock of a killed process.",
                 lock.lock_file,
                 waited,
             )

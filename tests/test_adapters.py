@@ -242,7 +242,7 @@ def test_the_best_adapters_are_kept_and_exported(tmp_path: Path) -> None:
         ({"r": 8}, "peft_config is {'r': 8}; give peft_type"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_config is 'PREFIX_TUNING'; choose one of 'LORA', "),
         (PrefixTuningConfig(num_virtual_tokens=3), "peft_config is 'PREFIX_TUNING'; choose one of"),
-        ({"class_path": "peft.VeraConfig"}, "'peft.VeraConfig', which was not tried here. Give one of 'LORA', "),
+        ({"class_path": "peft.VeraConfig"}, "'peft.VeraConfig', which is not supported. Give one of 'LORA', "),
         ({"class_path": "peft.NoSuch"}, "peft_config is 'peft.NoSuch', which cannot be imported"),
         ({"peft_type": "LORA", "rank": 8}, "unexpected keyword argument 'rank'. Correct it"),
     ],
@@ -290,5 +290,5 @@ def test_checkpoints_of_other_adapters_or_another_pretrained_model_are_refused(b
         SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt", pretrained=str(tmp_path / "other"))
     plain = SequenceClassifier(base, num_labels=2)
     plain.configure_model()
-    with pytest.raises(ValueError, match="the model has no adapters, which --model.peft_config makes"):
+    with pytest.raises(ValueError, match="the model has no adapters, which --model.peft_config adds"):
         export_model(plain, data(), tmp_path / "out", adapter=True)

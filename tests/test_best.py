@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path) -> None:
 def test_another_run_in_the_same_folder_is_refused_and_replaces_nothing(tmp_path: Path) -> None:
     planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=1)
     before = (tmp_path / "kept" / "best.ckpt").read_bytes()
-    with pytest.raises(ValueError, match=r"kept has the checkpoints of another run.*--ckpt_path=last"):
+    with pytest.raises(ValueError, match=r"kept has checkpoints of another run.*--ckpt_path=last"):
         planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=1)
     assert (tmp_path / "kept" / "best.ckpt").read_bytes() == before
 
@@ -159,7 +159,7 @@ def test_without_patience_nothing_is_stopped(tmp_path: Path) -> None:
 
 def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[EarlyStop(2)])
-    with pytest.raises(ValueError, match="nothing is validated. Set --data.validation_split"):
+    with pytest.raises(ValueError, match="there is no validation. Set --data.validation_split"):
         run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16, validation_split=None))
 
 
@@ -223,6 +223,6 @@ def test_a_checkpoint_callback_of_ones_own_goes_before_the_command_lines() -> No
 def test_a_metric_to_monitor_that_validation_does_not_log_is_refused_before_the_first_step(tmp_path: Path) -> None:
     """Where a subclass logs others by itself, so that their names are not known before."""
     with pytest.raises(
-        ValueError, match="'val_nope' is to tell which weights are best, but validation logs 'val_planned'"
+        ValueError, match="'val_nope' is monitored for the best weights, but validation logs 'val_planned'"
     ):
         planned(tmp_path, BestCheckpoint("val_nope", "max"), num_sanity_val_steps=1)

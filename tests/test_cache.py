@@ -235,7 +235,7 @@ def test_the_commands_list_and_prune(
 
 def test_no_size_or_none_that_is_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SMARTBATCH_CACHE_MAX_SIZE", raising=False)
-    with pytest.raises(UsageError, match="how much may stay is not said. Give --max_size"):
+    with pytest.raises(UsageError, match="no size limit is given. Set --max_size"):
         prune_cache(folder=str(tmp_path))
     with pytest.raises(UsageError, match="--max_size is 'lots'; give bytes, such as 50GB"):
         prune_cache("lots", str(tmp_path))

@@ -51,7 +51,7 @@ def test_the_model_is_named_once_and_the_tokenizer_follows(minilm: str) -> None:
 
 @pytest.mark.slow
 def test_a_tokenizer_that_is_given_is_used(minilm: str) -> None:
-    with pytest.raises(ValueError, match="has 30522 tokens, but the model knows"):
+    with pytest.raises(ValueError, match="has 30522 tokens, but the model has"):
         cli("fit", "--data.tokenizer", minilm, *FAST)
 
 
@@ -244,7 +244,7 @@ def test_the_command_that_goes_on_is_one_that_can_be_typed(started: str, shown: 
 
 
 def test_a_predictions_file_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="labels.xlsx ends in '.xlsx'; let it end in .parquet or .csv"):
+    with pytest.raises(ValueError, match="labels.xlsx ends in '.xlsx'; it has to end in .parquet or .csv"):
         cli("predict", "--predictions.path=labels.xlsx")
 
 
@@ -276,7 +276,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
     ("options", "message"),
     [
         (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
-        (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one by --ckpt_path"),
+        (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
 )

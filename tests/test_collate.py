@@ -87,7 +87,7 @@ def test_rows_of_a_tokenized_data_set_are_taken_as_they_are() -> None:
     ("options", "message"),
     [
         ({"padding": "left"}, "padding is 'left'; choose one of 'longest', 'max_length', 'packed'"),
-        ({"padding": "max_length"}, "max_length is None; give the width"),
+        ({"padding": "max_length"}, "max_length is None; set it to the width"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
     ],
 )
@@ -130,5 +130,5 @@ def test_labels_may_have_a_shape_of_their_own() -> None:
 
 def test_a_column_of_text_is_refused_by_name() -> None:
     for collator in (PadCollator(), PackCollator()):
-        with pytest.raises(ValueError, match="the column 'text' holds str, which makes no tensor. Remove it"):
+        with pytest.raises(ValueError, match="the column 'text' holds str, which cannot become a tensor. Remove it"):
             collator([{"input_ids": [1, 2], "text": "fine"}])

@@ -247,8 +247,8 @@ def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
         ({"max_length": 40.0}, "max_length is 40.0; give a whole number"),
         ({"max_tokens_per_batch": True}, "max_tokens_per_batch is True; give a whole number"),
         ({"seed": 0.5}, "seed is 0.5; give a whole number, 0 or more"),
-        ({"validation_split": float("nan")}, "validation_split is nan. Give a share between 0 and 1"),
-        ({"validation_split": True}, "validation_split is True. Give a share between 0 and 1"),
+        ({"validation_split": float("nan")}, "validation_split is nan. Give a fraction between 0 and 1"),
+        ({"validation_split": True}, "validation_split is True. Give a fraction between 0 and 1"),
         ({"test_split": []}, "test_split is .*; give the name of a split"),
     ],
 )
@@ -277,7 +277,9 @@ def test_the_demos_tokenizer_is_refused_for_other_data(tmp_path: Path, reviews) 
     with pytest.raises(ValueError, match=r"no tokenizer is given for Own.load_dataset\(\).* Set --data.tokenizer"):
         Own().prepare_data()
     path = write_csv(tmp_path / "mine.csv", REVIEWS)
-    with pytest.raises(ValueError, match="know few words but the demo's. For .*mine.csv set --model.pretrained"):
+    with pytest.raises(
+        ValueError, match="know little more than the demo's words. For .*mine.csv set --model.pretrained"
+    ):
         SmartBatchDataModule(Path(path), "demo").prepare_data()
 
 
@@ -301,8 +303,8 @@ def test_a_length_beyond_the_tokenizers_is_refused(module) -> None:
             {"validation_split": "dev"},
             "the split 'dev' is not in .*'train', 'test'. Set --data.validation_split to one",
         ),
-        ({"validation_split": 0.001}, "a share of 0.001 of 60 samples leaves one part of the split empty"),
-        ({"validation_split": 1.5}, "Give a share between 0 and 1"),
+        ({"validation_split": 0.001}, "setting aside 0.001 of 60 samples leaves one part of the split empty"),
+        ({"validation_split": 1.5}, "Give a fraction between 0 and 1"),
     ],
 )
 def test_names_that_are_not_in_the_data_are_refused(module, reviews, tmp_path, options: dict, message: str) -> None:
@@ -321,7 +323,7 @@ def test_an_empty_split_is_refused(module, reviews, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "text,label\n"])
 def test_an_empty_file_is_refused(module, tmp_path: Path, content: str) -> None:
     (tmp_path / "empty.csv").write_text(content)
-    with pytest.raises(ValueError, match="empty.csv.*(Check that the file is whole|Give data with at least one)"):
+    with pytest.raises(ValueError, match="empty.csv.*(Check that the file is complete|Give data with at least one)"):
         module(str(tmp_path / "empty.csv")).setup("fit")
 
 
@@ -366,7 +368,7 @@ def test_measurements_are_refused_as_classes(module, tmp_path: Path) -> None:
 
 def test_testing_without_any_classes_says_how_to_name_them(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "test.csv", REVIEWS)
-    with pytest.raises(ValueError, match="the label classes are unknown.*Give --ckpt_path, or --data.label_names"):
+    with pytest.raises(ValueError, match="the label classes are unknown.*Set --ckpt_path, or --data.label_names"):
         module({"test": path}).setup("test")
 
 
@@ -380,7 +382,7 @@ def test_testing_without_any_classes_says_how_to_name_them(module, tmp_path: Pat
 )
 def test_a_file_that_is_not_whole_is_refused(module, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*Check that the file is whole"):
+    with pytest.raises(ValueError, match=f"{name}.* cannot be read as .*Check that the file is complete"):
         module(str(tmp_path / name)).setup("fit")
 
 
@@ -409,7 +411,7 @@ def test_files_of_several_formats_or_of_none_are_refused(module, tmp_path: Path)
 
 def test_a_folder_without_data_is_refused(module, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="folder cannot be read as a data set: .*Check that its files are whole"):
+    with pytest.raises(ValueError, match="folder cannot be read as a data set: .*Check that its files are complete"):
         module(str(tmp_path / "folder")).setup("fit")
 
 

@@ -156,7 +156,7 @@ def test_more_ranks_than_samples_is_an_error_that_says_how_many_would_do(tmp_pat
         capture_output=True, text=True, timeout=200, cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode != 0
-    assert "1 samples cannot be shared by 2 ranks" in run.stderr
+    assert "1 samples are too few for 2 ranks" in run.stderr
     assert "Run on at most 1 devices" in run.stderr
 
 

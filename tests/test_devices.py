@@ -62,8 +62,8 @@ def test_on_a_cpu_nothing_is_changed(caplog) -> None:
     ("capability", "precision", "line"),
     [
         (A100, "bf16-mixed", "is FlashAttention, without the dropout of 0.1"),
-        (T4, "16-mixed", "sample by sample: the card has no FlashAttention"),
-        (A100, "32-true", "sample by sample: FlashAttention does not take 32-true"),
+        (T4, "16-mixed", "sample by sample: the GPU does not support FlashAttention"),
+        (A100, "32-true", "sample by sample: FlashAttention does not support 32-true"),
     ],
 )
 def test_a_line_says_what_computes_attention_of_packed_batches(capability, precision, line) -> None:

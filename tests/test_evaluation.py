@@ -554,13 +554,13 @@ def changed(column: str, value) -> pa.Table:
         (changed("label", None), {}, "row 7 .*has no label in 'label'"),
         (changed("probability_class 1", float("nan")), {}, "row 7 .*has nan in 'probability_class 1'"),
         (changed("probability_class 1", None), {}, "row 7 .*has None in 'probability_class 1'"),
-        (changed("probability_class 1", 1.2), {}, "row 7 has 1.2 for 'class 1', which is no probability"),
+        (changed("probability_class 1", 1.2), {}, "row 7 has 1.2 for 'class 1', which is not a probability"),
         (changed("probability_class 1", 0.999), {}, "probabilities of row 7 sum to 1"),
         (changed("label", "class 0, class 2"), {}, "row 7 .*If these are several labels, set label_delimiter=','"),
         (labelled(single(3))[:0], {}, "has no rows"),
-        (table_of(single(3), label=[0] * 500), {}, "has whole numbers, but the classes are 'class 0'.*Set label_names"),
+        (table_of(single(3), label=[0] * 500), {}, "has integers, but the classes are 'class 0'.*Set label_names"),
         (table_of(single(3), label=[0] * 500), {"label_names": ["a", "b"]}, "has probabilities of 'class 0', 'class 1'"),
-        (table_of(numbers(1), label=["x"] * 500), {}, "row 0 .* has 'x' in 'label', which is no number"),
+        (table_of(numbers(1), label=["x"] * 500), {}, "row 0 .* has 'x' in 'label', which is not a number"),
         (table_of(numbers(1), label=[float("inf")] * 500), {}, "row 0 .*the target inf"),
         (labelled(single(3)), {"text_column": "index"}, "holds int64, not text"),
         (labelled(single(3)), {"temperature": 0.0}, "temperature is 0.0; give a number above 0, or fit"),
@@ -702,7 +702,7 @@ def test_a_report_leaves_nothing_of_an_earlier_one_and_other_files_where_they_ar
     ("arguments", "message"),
     [
         (["--label_column=stars"], "error: .* has no column 'stars'"),
-        (["--thresholds=best"], "error: thresholds=best is for several labels a sample or two classes"),
+        (["--thresholds=best"], "error: thresholds=best needs a multi-label task or two classes"),
         (["--model_folder=evaluation"], "error: model_folder is given, but no thresholds"),
         (["--thresholds=nothing.json"], "error: the thresholds nothing.json cannot be read"),
     ],
@@ -830,7 +830,7 @@ def test_a_module_of_another_kind_and_a_folder_that_cannot_be_written_are_refuse
         trainer(tmp_path, callbacks=[EvaluationReport("report")]).test(BoringModel())
     Path("file").write_text("")
     run = trainer(tmp_path, callbacks=[EvaluationReport("file")])
-    with pytest.raises(ValueError, match=r"file cannot be written.* Give another one by --evaluation.folder"):
+    with pytest.raises(ValueError, match=r"file cannot be written.* Set another --evaluation.folder"):
         run.test(SequenceClassifier(str(demo.model_dir())), data)
 
 

@@ -199,7 +199,7 @@ def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> 
     rows = {"text": ["a film"] * 4, "label": [" pos", "pos", "POS", "neg"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
     data = module(str(tmp_path / "t.parquet"), validation_split=None)
-    with pytest.warns(UserWarning, match="classes ' pos', 'POS', 'pos' differ in case or spaces alone"):
+    with pytest.warns(UserWarning, match="classes ' pos', 'POS', 'pos' differ only in case or spaces"):
         data.setup("fit")
     assert data.num_labels == 4
 

@@ -493,7 +493,7 @@ def test_a_model_with_adapters_is_tested_as_it_was_trained_and_loaded_from_its_c
     labels = batch.pop("labels")
     del batch["index"]
     with pytest.raises(
-        ValueError, match=r"wrapped in PeftModel.* with peft by model.model = model.model.merge_and_unload"
+        ValueError, match=r"wrapped in PeftModel.* for peft: model.model = model.model.merge_and_unload"
     ):
         export_model(model, module, tmp_path / "exported")
     merged = model.model.eval().merge_and_unload()
@@ -511,7 +511,7 @@ def test_attention_is_as_it_was_asked_for_unless_batches_are_packed_which_is_sai
         run.test(model, data(), verbose=False)
         attentions = model.model(**inputs).attentions
         assert [tuple(weights.shape[2:]) for weights in attentions] == [(4, 4)] * model.model.config.num_hidden_layers
-        with pytest.raises(ValueError, match=f"model_kwargs has '{next(iter(options))}', but packed batches take the"):
+        with pytest.raises(ValueError, match=f"model_kwargs has '{next(iter(options))}', but packed batches need this"):
             run.test(model, data(padding="packed"), verbose=False)
     chosen = SequenceClassifier(model_kwargs={"attn_implementation": "sdpa"})
     trainer(tmp_path, fast_dev_run=1).fit(chosen, data())

@@ -107,7 +107,7 @@ def test_weights_first_asked_for_in_inference_mode_are_trained_with_afterwards()
         ({"class_weights": {"bad": float("nan")}}, "class_weights is nan for bad"),
         ({"pos_weight": -1.0}, "pos_weight is -1.0 for all labels"),
         ({"pos_weight": {"bad": True}}, "pos_weight is True for bad"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; give a share"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; give a fraction"),
         ({"focal_gamma": -0.5}, "focal_gamma is -0.5"),
     ],
 )
@@ -212,5 +212,5 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
 
 
 def test_balanced_weights_without_anything_to_count_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="class_weights is 'balanced', but there is no training data"):
+    with pytest.raises(ValueError, match="class_weights is 'balanced', but there is neither training data"):
         trainer(tmp_path).test(SequenceClassifier(class_weights="balanced"), imbalanced(), verbose=False)

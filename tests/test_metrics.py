@@ -65,7 +65,7 @@ def test_of_two_classes_it_is_said_once_which_is_the_second(caplog: pytest.LogCa
         for _ in range(2):
             build_metrics(["f1", "BinaryF1Score"], task)
     [message] = caplog.messages
-    assert message.startswith("BinaryF1Score is that of 'spam', the second class. --data.label_names")
+    assert message.startswith("BinaryF1Score is for 'spam', the second class. Set --data.label_names")
 
 
 def test_metrics_that_an_override_leaves_out_are_refused(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_several_labels_and_targets_have_theirs() -> None:
         ("f1,accuracy", r"metrics is 'f1,accuracy'; give several as a list, \[f1,accuracy\]"),
         (["torchmetrics.Nothing"], "metrics is 'torchmetrics.Nothing', which cannot be imported"),
         ([{"class_path": "F1Score", "args": {}}], "give a name, or class_path and init_args"),
-        (["f1", "f1"], "the name 'f1', which stands twice"),
-        ({"loss": "f1"}, "the name 'loss', which no metric may have"),
+        (["f1", "f1"], "the name 'f1', which appears twice"),
+        ({"loss": "f1"}, "the name 'loss', which is reserved"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_anything_is_loaded(metrics, message: str) -> None:
@@ -159,5 +159,5 @@ def test_a_wrong_name_of_a_metric_is_told_before_the_first_step(tmp_path: Path) 
     Steps.__module__ = "lightning.pytorch.callbacks"  # what another callback logs cannot be known
     for callback in (ModelCheckpoint(tmp_path, monitor="val_f2"), EarlyStopping("val_f2")):
         run = trainer(tmp_path, callbacks=[callback, Steps()], enable_checkpointing=True, **FAST)
-        with pytest.raises(ValueError, match="'val_f2' is to be monitored, but what is logged is 'val_loss'"):
+        with pytest.raises(ValueError, match="'val_f2' is monitored, but the logged metrics are 'val_loss'"):
             run.fit(SequenceClassifier(), data())

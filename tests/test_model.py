@@ -57,7 +57,7 @@ def test_an_evaluation_of_weights_that_are_not_finite_is_refused(stage: str, tmp
 
     run = getattr(trainer(tmp_path, limit_test_batches=1, limit_val_batches=1), stage)
     with pytest.raises(
-        ValueError, match="_loss is nan, and the other metrics say nothing. Take a checkpoint of before"
+        ValueError, match="_loss is nan, and the other metrics say nothing. Use a checkpoint from before"
     ):
         run(Spoilt(), SmartBatchDataModule(max_length=16), verbose=False)
 
@@ -385,7 +385,7 @@ def test_a_metric_with_the_name_of_the_loss_is_refused(data, tmp_path: Path) -> 
         def configure_metrics(self, num_labels: int) -> MetricCollection:
             return MetricCollection({"loss": MulticlassAccuracy(num_labels)})
 
-    with pytest.raises(ValueError, match="the name 'loss', which the mean loss has"):
+    with pytest.raises(ValueError, match="'loss', the name of the mean loss"):
         trainer(tmp_path, fast_dev_run=1).fit(Named(), data)
 
 
@@ -423,8 +423,8 @@ def test_a_finetuned_folder_for_another_number_of_labels_is_refused(data, tmp_pa
     ("options", "message"),
     [
         ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_steps is 5 and warmup_ratio 0.1; set one of them to 0"),
-        ({"warmup_steps": -1}, "give steps of 0 or more"),
-        ({"warmup_ratio": 1.5}, "a share between 0 and 1"),
+        ({"warmup_steps": -1}, "give 0 or more steps"),
+        ({"warmup_ratio": 1.5}, "a fraction between 0 and 1"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; give a number that is 0 or more"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; give a number"),
         ({"adam_epsilon": float("inf")}, "adam_epsilon is inf; give a number"),
@@ -459,7 +459,7 @@ def test_samples_longer_than_the_model_takes_are_refused(family: str, longest: i
 
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(minilm: str, tmp_path: Path) -> None:
     data = SmartBatchDataModule("demo", minilm)
-    with pytest.raises(ValueError, match="has 30522 tokens, but the model knows .*the model's own tokenizer"):
+    with pytest.raises(ValueError, match="has 30522 tokens, but the model has .*the model's own tokenizer"):
         trainer(tmp_path).fit(SequenceClassifier(), data)
 
 

@@ -288,7 +288,9 @@ def test_frozen_layers_are_not_computed_again_when_gradients_are_checkpointed() 
 
 def test_a_model_that_knows_no_gradient_checkpointing_is_refused() -> None:
     model = SequenceClassifier(architecture=FAMILIES["albert"].to_dict(), gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="AlbertForSequenceClassification knows no gradient checkpointing. Leave"):
+    with pytest.raises(
+        ValueError, match="AlbertForSequenceClassification does not support gradient checkpointing. Leave"
+    ):
         model.configure_model()
 
 
@@ -387,7 +389,7 @@ def test_a_schedule_that_is_given_in_python_gets_the_number_of_steps_where_it_as
         ({"lr_scheduler": {"class_path": f"{CLASS}LinearLR"}, "warmup_steps": 1}, "which has no warm-up"),
         (
             {"lr_scheduler": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"monitor": "val_f1"}},
-            "mode is missing: max where a higher val_f1 is better",
+            "mode is missing: max if a higher val_f1 is better",
         ),
         (
             {
@@ -395,7 +397,7 @@ def test_a_schedule_that_is_given_in_python_gets_the_number_of_steps_where_it_as
                 "lr_scheduler_kwargs": {"max_lr": 1e-3},
                 "layer_decay": 0.9,
             },
-            "lr_scheduler has max_lr, one learning rate for all parameters, beside layer_decay",
+            "lr_scheduler has max_lr, one learning rate for all parameters, together with layer_decay",
         ),
         ({"layer_decay": 0.0}, "layer_decay is 0.0; give a factor above 0"),
         ({"layer_decay": 1.1}, "layer_decay is 1.1"),
@@ -403,11 +405,11 @@ def test_a_schedule_that_is_given_in_python_gets_the_number_of_steps_where_it_as
         ({"head_learning_rate": -1.0}, "head_learning_rate is -1.0; give a number that is 0 or more"),
         (
             {"gradient_checkpointing": True, "compile": True},
-            "compile is True, but gradient_checkpointing takes uncompiled",
+            "compile is True, but gradient_checkpointing needs uncompiled",
         ),
         ({"freeze_layers": -1}, "freeze_layers is -1; give 0 or more"),
         ({"optimizer": SGD, "learning_rate": 5e-5}, "learning_rate is 5e-05, .*but optimizer is given"),
-        ({"optimizer": SGD, "weight_decay": 0.1}, "weight_decay 0.1, which are AdamW's, but optimizer is given"),
+        ({"optimizer": SGD, "weight_decay": 0.1}, "weight_decay 0.1, which are for AdamW, but optimizer is given"),
     ],
 )
 def test_what_an_optimizer_or_schedule_does_not_take_is_refused_when_it_is_given(options: dict, message: str) -> None:
@@ -520,17 +522,17 @@ def test_a_plateau_that_is_resumed_with_other_settings_goes_by_these(tmp_path: P
 
 
 def test_a_plateau_without_validation_or_with_a_metric_that_is_not_logged_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="which goes by validation, but there is none. Set --data.validation_split"):
+    with pytest.raises(ValueError, match="which needs validation, but there is none. Set --data.validation_split"):
         fit(tmp_path, plateau([1.0]), limit_val_batches=0)
     rates = Rates()
     with pytest.raises(
-        ValueError, match="goes by 'val_accurac', but validation logs .*'val_accuracy'.*Set its monitor"
+        ValueError, match="monitors 'val_accurac', but validation logs .*'val_accuracy'.*Set its monitor"
     ):
         fit(tmp_path, plateau([1.0], monitor="val_accurac"), rates, limit_val_batches=1, num_sanity_val_steps=1)
     assert not rates.rates
     model, module = plateau([1.0], monitor="val_loss"), data(validation_split=["train", "test"])
     run = trainer(tmp_path, limit_val_batches=1)
-    with pytest.raises(ValueError, match="goes by 'val_loss', but validation logs .*'val_loss/test'"):
+    with pytest.raises(ValueError, match="monitors 'val_loss', but validation logs .*'val_loss/test'"):
         run.fit(model, module)
 
 

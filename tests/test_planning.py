@@ -364,19 +364,22 @@ def test_lengths_of_millions_of_tokens_are_planned() -> None:
     [
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"num_replicas": 0}, "num_replicas is 0; give the number of ranks"),
-        ({"num_replicas": 4}, "3 samples cannot be shared by 4 ranks.*at most 3 devices"),
+        ({"num_replicas": 4}, "3 samples are too few for 4 ranks.*at most 3 devices"),
         ({"batching": "sorted"}, "batching is 'sorted'; choose one of 'random', 'tutorial', 'smart'"),
         ({"jitter": -1.0}, "jitter is -1.0; give a number of tokens, 0 or more"),
-        ({"lengths": [3, 0, 2]}, "sample 1 has length 0; every sample needs a token"),
-        ({"lengths": [[3, 4]]}, "give one integer a sample"),
-        ({"lengths": [1.5, 2.0]}, "float64; give one integer a sample"),
-        ({"lengths": []}, "0 samples cannot be shared"),
+        ({"lengths": [3, 0, 2]}, "sample 1 has length 0; every sample needs at least one token"),
+        ({"lengths": [[3, 4]]}, "give one integer per sample"),
+        ({"lengths": [1.5, 2.0]}, "float64; give one integer per sample"),
+        ({"lengths": []}, "0 samples are too few"),
         (
             {"lengths": [9, 30, 2], "max_tokens_per_batch": 20},
             "sample 1 takes 30 tokens, but max_tokens_per_batch is 20. Set it to 30",
         ),
         ({"max_tokens_per_batch": 5, "pad_to_multiple_of": 8}, "sample 0 takes 8 tokens.*Set it to 8"),
-        ({"max_tokens_per_batch": 5, "num_replicas": 2}, "cannot be shared by 2 ranks in equally many.*Raise it"),
+        (
+            {"max_tokens_per_batch": 5, "num_replicas": 2},
+            "cannot be split into equally many batches for 2 ranks.*Raise it",
+        ),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
     ],
 )
@@ -404,7 +407,7 @@ def test_a_stratified_split_keeps_the_share_of_every_label(labels: list[int], sh
         return
     pool = [label for label in labels if labels.count(label) > 1]
     if not pool:
-        with pytest.raises(ValueError, match="every label has a single sample"):
+        with pytest.raises(ValueError, match="every label has only one sample"):
             stratified_split(labels, share, seed)
         return
     first, second = stratified_split(labels, share, seed)

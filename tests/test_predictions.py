@@ -141,10 +141,10 @@ def test_the_table_in_windows_is_that_of_one_window(rows, tmp_path: Path, monkey
     ("columns", "message"),
     [
         (["id", "nosuch"], "has 'nosuch', but the split to predict has 'text', 'label', 'id', 'tags'"),
-        (["index"], "but the table has columns index, prediction and probability_NAME of its own"),
+        (["index"], "but index, prediction and probability_NAME are reserved"),
         (["prediction"], "rename them in the data"),
         (["probability_x"], "rename them in the data"),
-        (["id", "id"], "each name once"),
+        (["id", "id"], "each name may appear once"),
     ],
 )
 def test_a_column_that_is_not_there_or_clashes_is_refused_before_anything_is_predicted(
@@ -180,7 +180,7 @@ def test_a_file_that_is_there_is_refused_before_the_model_runs_unless_it_is_to_b
     path.write_text("mine")
     with monkeypatch.context() as patch:
         patch.setattr(SequenceClassifier, "forward", None)
-        with pytest.raises(ValueError, match=r"predictions.parquet is there already. Give another --predictions.path"):
+        with pytest.raises(ValueError, match=r"predictions.parquet already exists. Give another --predictions.path"):
             predict(rows, tmp_path)
     assert path.read_text() == "mine"
     predict(rows, tmp_path, overwrite=True)
@@ -196,7 +196,7 @@ def test_the_command_refuses_to_overwrite_before_it_tokenizes_and_keeps_no_predi
     args.append(f"--model.pretrained={demo.model_dir()}")
     with monkeypatch.context() as patch:
         patch.setattr(SmartBatchDataModule, "prepare_data", None)
-        with pytest.raises(ValueError, match="predictions.parquet is there already"):
+        with pytest.raises(ValueError, match="predictions.parquet already exists"):
             cli("predict", *args)
     run = cli("predict", *args, "--predictions.overwrite=true", "--data.num_workers=1")
     table = pd.read_parquet("predictions.parquet")
@@ -301,7 +301,7 @@ def test_what_a_killed_run_of_another_model_or_other_data_left_is_refused_or_ove
     else:
         path = tmp_path / "others.parquet"
         reviews()[::-1].to_parquet(path, index=False)
-    with pytest.raises(ValueError, match=f"shards has 2 shards of a run that did not end, whose '{other}' differs?"):
+    with pytest.raises(ValueError, match=f"shards has 2 shards of an unfinished run, whose '{other}' differs?"):
         predict(path, tmp_path, model)
     predict(path, tmp_path, model, overwrite=True)
     table = pd.read_parquet(tmp_path / "predictions.parquet")
@@ -338,7 +338,7 @@ def test_several_loaders_or_batches_without_an_index_are_refused(rows, tmp_path:
 
     model = OfAnyLoader(str(demo.model_dir()))
     run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "out.csv"))])
-    with pytest.raises(ValueError, match="there are 2 loaders, but one table to write"):
+    with pytest.raises(ValueError, match="there are 2 loaders, but only one table to write"):
         run.predict(model, [data.predict_dataloader(), data.predict_dataloader()])
     data = module(rows, loader_kwargs={"collate_fn": without_index})
     with pytest.raises(ValueError, match="the batches have no 'index'"):

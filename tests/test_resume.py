@@ -285,7 +285,7 @@ def test_samples_that_a_checkpoint_may_have_been_trained_on_are_not_validated_on
     assert validated() == first.validation_data[0].rows.tolist()
     for changed in ({"seed": 6}, {"max_length": 12}, {"validation_split": 0.5}):
         with pytest.raises(
-            ValueError, match="which may have been trained on them. Give its config, .* seed, 5; or name"
+            ValueError, match="which may have been trained on them. Use its config, .* seed, 5; or name"
         ):
             validated(**changed)
     assert len(validated(seed=6, validation_split="test")) == len(first.splits["test"])
@@ -342,7 +342,7 @@ def test_early_stopping_without_patience_that_has_not_stopped_yet_goes_on_after_
 
 def test_a_checkpoint_of_weights_alone_is_refused_where_training_is_to_go_on(tmp_path: Path) -> None:
     train(tmp_path, ModelCheckpoint(tmp_path, "weights", save_weights_only=True), max_epochs=1)
-    with pytest.raises(ValueError, match="the checkpoint holds weights alone, as save_weights_only=True writes them"):
+    with pytest.raises(ValueError, match="the checkpoint has only weights, as written with save_weights_only=True"):
         train(tmp_path, ckpt_path=tmp_path / "weights.ckpt", max_epochs=2)
 
 

@@ -162,5 +162,5 @@ def test_the_schedule_of_a_module_of_ones_own_goes_on_at_the_same_share_or_says_
             rates, _ = fit(tmp_path, module=Foreign(make), **changed)
             assert rates == pytest.approx(linear(8, 2))
         else:
-            with pytest.raises(ValueError, match="CosineAnnealingLR stands at step 4, but training at step 2"):
+            with pytest.raises(ValueError, match="CosineAnnealingLR is at step 4, but training is at step 2"):
                 fit(tmp_path, module=Foreign(make), **changed)

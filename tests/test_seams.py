@@ -296,7 +296,7 @@ def test_loader_kwargs_reach_the_loader_and_may_not_decide_batches() -> None:
     loader = module.train_dataloader()
     assert (loader.prefetch_factor, loader.persistent_workers) == (7, False)
     with pytest.raises(
-        ValueError, match="loader_kwargs has 'shuffle', which the batches decide. Set --data.batch_size"
+        ValueError, match="loader_kwargs has 'shuffle', which the batch plan sets. Use --data.batch_size"
     ):
         data(loader_kwargs={"shuffle": True})
 
@@ -389,7 +389,9 @@ class Bare(L.LightningModule):
 
 
 def test_packed_batches_for_a_model_of_ones_own_that_would_read_them_as_one_sample_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"which BertForSequenceClassification of Bare does not take yet. Call enable"):
+    with pytest.raises(
+        ValueError, match=r"which BertForSequenceClassification of Bare does not support yet. Call enable"
+    ):
         trainer(tmp_path).fit(Bare(), data(padding="packed"))
 
 
@@ -397,7 +399,7 @@ def test_a_module_of_ones_own_without_a_tokenizer_is_told_so(tmp_path: Path) -> 
     module = data(dataset={"train": "reviews.csv"})
     Path("reviews.csv").write_text("text,label\na fine film,yes\na dull film,no\n")
     with pytest.raises(
-        ValueError, match="no tokenizer is given for reviews.csv, and there is no model that .*data.tokenizer"
+        ValueError, match="no tokenizer is given for reviews.csv, and there is no model to take one .*data.tokenizer"
     ):
         trainer(tmp_path).fit(Bare(), module)
 
@@ -419,17 +421,13 @@ class OwnWriter(BasePredictionWriter):
 
 def test_predictions_and_exports_of_a_module_of_ones_own_are_refused_unless_it_has_a_writer() -> None:
     args = ["predict", "--data.max_length=16", "--predictions.path=other.csv", *QUIET]
-    with pytest.raises(
-        ValueError, match="this run has Bare. Give a BasePredictionWriter of your own by --trainer.callb"
-    ):
+    with pytest.raises(ValueError, match="this run has Bare. Add your own BasePredictionWriter with --trainer.callb"):
         SmartBatchCLI(Bare, SmartBatchDataModule, args=args)
     writer = ["--trainer.callbacks=test_seams.OwnWriter", "--trainer.callbacks.write_interval=epoch"]
     run = SmartBatchCLI(Bare, SmartBatchDataModule, args=[*args, *writer])
     assert Path("own.txt").read_text() == str(list(range(len(run.datamodule.predict_data))))
     assert not Path("other.csv").exists()
-    with pytest.raises(
-        ValueError, match="exported is a SequenceClassifier .* this run has Bare and SmartBatchDataModule"
-    ):
+    with pytest.raises(ValueError, match="only a SequenceClassifier .* this run has Bare and SmartBatchDataModule"):
         SmartBatchCLI(Bare, SmartBatchDataModule, args=["export", "--ckpt_path=any.ckpt", *QUIET])
 
 

@@ -183,7 +183,7 @@ def test_configurations_of_a_folder_are_named_and_read_with_what_their_readme_sa
         "---\nconfigs:\n- config_name: one\n  data_files: a.csv\n  sep: ';'\n- config_name: two\n  data_files: b.csv\n---\n",
     )
     folder = str(tmp_path / "folder")
-    assert "'one', 'two'. Choose one by --data.dataset_config" in refusal(folder)
+    assert "'one', 'two'. Choose one with --data.dataset_config" in refusal(folder)
     assert "Available: ['one', 'two']" in refusal(folder, dataset_config="three")
     assert read(folder, config="one") == ROWS
     assert read(folder, config="two") == ROWS[:2]
@@ -200,7 +200,7 @@ def test_configurations_of_a_folder_are_named_and_read_with_what_their_readme_sa
             "line 3 of .* has 3 fields, but there are 2 columns",
         ),
         ("text,label\nNot bad at all, I loved it,pos\n", "line 2 of .* has 3 fields"),
-        ("text,label\nfine,pos,\ndull,neg,\n", "line 2 of .* has 3 fields.*remove what stands at the ends"),
+        ("text,label\nfine,pos,\ndull,neg,\n", "line 2 of .* has 3 fields.*remove anything extra at the ends"),
         ('text,label\n"two\nlines",pos\nfine\n', "line 4 of .* has 1 field,"),
         ('text,label\n"say \\"hi\\", then",pos\nfine,neg\n', "in line 2[.].*escapechar"),
         ('text,label\n"say \\"hi\\"",pos\n"fine",neg\n', "in line 2[.].*escapechar"),
@@ -242,7 +242,7 @@ def test_a_tsv_that_was_written_in_quotes_is_refused_by_its_line_and_read_on_dem
     assert read(path, reader_kwargs={"quoting": 0}) == ROWS
     assert read(path, reader_kwargs={"quoting": 3})[2] == ('"fine, ""really"" fine"', "pos")
     assert "line 3 of" in refusal(write("c.tsv", as_csv([("film", "a\r\tb")], delimiter="\t")))
-    assert "fields in quotes" in refusal(write("b.tsv", as_csv(ROWS[:2], delimiter="\t", quoting=csv.QUOTE_ALL)))
+    assert "has quoted fields" in refusal(write("b.tsv", as_csv(ROWS[:2], delimiter="\t", quoting=csv.QUOTE_ALL)))
 
 
 FIELDS = st.text(alphabet="ab\"',;\t\n\r\\ é0", max_size=6) | st.sampled_from(
@@ -337,10 +337,10 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seperator": ";"}, "reader_kwargs has 'seperator', which is none for csv files; give some of 'sep', "),
+        ({"seperator": ";"}, "reader_kwargs has 'seperator', which csv files do not have; give some of 'sep', "),
         ({"sep": "||"}, r"sep is '\|\|' in reader_kwargs; give one character"),
         ({"header": 3}, "header is 3 in reader_kwargs; give 0"),
-        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is not known"),
+        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is unknown"),
         ({"names": ["text", "label"]}, "the first line of .* is the names in reader_kwargs. Add header: 0"),
         ({"names": ["text"], "header": 0}, "line 2 of .* has 2 fields, but there are 1 columns"),
         ({"names": "text"}, "give a list with a name for each column"),
@@ -353,7 +353,7 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str, write) 
 
 def test_options_of_other_formats_and_of_objects_are_refused(write) -> None:
     with pytest.raises(
-        ValueError, match="reader_kwargs has 'sep', which is none for json files; give some of 'encoding'"
+        ValueError, match="reader_kwargs has 'sep', which json files do not have; give some of 'encoding'"
     ):
         read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
     assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})

@@ -61,11 +61,11 @@ def test_a_budget_of_a_samples_tokens_trains_batches_of_that_width() -> None:
         ({"jitter": "much"}, "jitter is much; give a number of tokens"),
         (
             {"padding": "packed", "max_tokens_per_batch": 100, "pad_to_multiple_of": 64},
-            "a multiple of 64 tokens, of which max_tokens_per_batch, 100, is none",
+            "pad_to_multiple_of is 64, but max_tokens_per_batch, 100, is not a multiple of it",
         ),
         ({"seed": -1}, "seed is -1; give 0 or more"),
         ({"padding": "left"}, "padding is 'left'; choose one of 'longest', 'max_length', 'packed'"),
-        ({"padding": "max_length"}, "padding is 'max_length', but max_length is None; give the width"),
+        ({"padding": "max_length"}, "padding is 'max_length', but max_length is None; set it to the width"),
     ],
 )
 def test_what_is_out_of_range_is_refused_with_its_value_and_a_remedy(fields: dict, message: str) -> None:

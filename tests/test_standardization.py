@@ -215,7 +215,7 @@ def test_targets_of_a_million_that_differ_by_one_keep_their_digits(tmp_path: Pat
         (
             {"a": SCORES, "b": [0.1] * 60},
             {"label_column": ["a", "b"]},
-            "the target 'b' is 0.1 in every sample.*--data.label_column",
+            "the target 'b' is 0.1 in every training sample.*--data.label_column",
         ),
     ],
 )

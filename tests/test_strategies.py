@@ -77,8 +77,8 @@ def test_a_plan_that_breaks_a_promise_is_refused(make, message: str, monkeypatch
         ("sorted", "batching is 'sorted'; choose one of 'random', 'tutorial', 'smart', or give an import path"),
         ("test_strategies.nothing", "which cannot be imported: .*Check the path"),
         ("no_such_module.strategy", "which cannot be imported: No module named"),
-        ("os.getcwd", "is no function of a PlanRequest"),
-        ("os.sep", "is no function of a PlanRequest"),
+        ("os.getcwd", "is not a function of a PlanRequest"),
+        ("os.sep", "is not a function of a PlanRequest"),
     ],
 )
 def test_a_strategy_that_is_not_there_is_refused_when_it_is_given(name: str, message: str) -> None:

@@ -46,9 +46,11 @@ def test_two_ranks_share_the_rows_of_a_stream_in_equally_many_steps(tmp_path: Pa
 
 
 def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a stream has no epochs by which training could end. Set --trainer.max_steps"):
+    with pytest.raises(
+        ValueError, match="a stream has no epochs, so training would never end. Set --trainer.max_steps"
+    ):
         fit(tmp_path, -1)
-    with pytest.raises(ValueError, match="of a stream no share can be set aside"):
+    with pytest.raises(ValueError, match="no fraction of a stream can be set aside"):
         StreamDataModule(stream(), validation_split=0.1)
     with pytest.raises(ValueError, match="the split 'train' is Dataset .* Use SmartBatchDataModule"):
         StreamDataModule(Dataset.from_list(ROWS))

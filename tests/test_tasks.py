@@ -225,7 +225,7 @@ def test_lists_of_a_0_and_a_1_are_read_as_in_training(base: str, tmp_path: Path)
         assert data.test_data[0].labels.tolist() == [has]
         task = MultiLabelClassification.from_config(BertConfig(**data.task.config_fields()))
         assert task.encode(LabelSource().read(test, "test")).tolist() == [has]
-    with pytest.raises(ValueError, match="may be two labels.*Give names in place of numbers"):
+    with pytest.raises(ValueError, match="could be two label ids.*Use names instead of numbers"):
         MultiLabelClassification.from_names(["a", "b"]).encode(LabelSource().read(test, "test"))
 
 
@@ -253,7 +253,7 @@ def test_numbers_with_a_fraction_are_a_regression_and_all_else_single_labels(
 def test_classes_that_look_like_several_labels_are_warned_of(base: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = [",".join(map(str, sorted(rng.choice(28, rng.integers(1, 4), replace=False)))) for _ in TEXTS]
-    with pytest.warns(UserWarning, match="look like several labels with ',' between.*--data.label_delimiter=','"):
+    with pytest.warns(UserWarning, match="look like several labels separated by ','.*--data.label_delimiter=','"):
         encoded(base, csv(tmp_path, {"label": labels}))
 
 
@@ -291,17 +291,17 @@ BAD = {
     "two columns for single labels": (
         lambda f: csv(f, {"a": ["joy", "fear"] * 30, "b": ["joy", "fear"] * 30}),
         {"problem_type": "single_label_classification", "label_column": ["a", "b"]},
-        "label_column is .*'a', 'b'.*one label a sample",
+        "label_column is .*'a', 'b'.*one label per sample",
     ),
     "texts for a regression": (
         lambda f: csv(f, {"label": ["joy", "fear"] * 30}),
         {"problem_type": "regression"},
-        "row 0 .* has 'joy' in 'label', which is no number",
+        "row 0 .* has 'joy' in 'label', which is not a number",
     ),
     "numbers with a decimal comma": (
         lambda f: csv(f, {"label": ["3.5", " 4", "3,5"] * 20}),
         REGRESSION,
-        "row 2 .* has '3,5' in 'label'.*as in 1234.5",
+        "row 2 .* has '3,5' in 'label'.*like 1234.5",
     ),
     "numbers with a percent sign": (
         lambda f: csv(f, {"a": ["3.5", "12 %"] * 30, "b": [0.5, 2] * 30}),
@@ -326,22 +326,22 @@ BAD = {
     "a list of 0 and 1 that is too short": (
         lambda f: saved(f, {"label": [*HAS[:7].astype(int).tolist(), [0, 1], *HAS[8:].astype(int).tolist()]}),
         {},
-        "row 7 .* has not a 0 or 1 for each of the 3 labels in 'label', as most rows have",
+        "row 7 .* does not have a 0 or 1 for each of the 3 labels in 'label', as most rows have",
     ),
     "a list of 0 and 1 that is too long": (
         lambda f: saved(f, {"label": [[0, 0], [1, 1], [1, 0, 0]] * 20}),
         {"label_names": ["a", "b"]},
-        "row 2 .* has not a 0 or 1 for each of the 2 labels",
+        "row 2 .* does not have a 0 or 1 for each of the 2 labels",
     ),
     "a list of 0 and 1 with a 2": (
         lambda f: saved(f, {"label": [*HAS[:7].astype(int).tolist(), [0, 1, 2], *HAS[8:].astype(int).tolist()]}),
         {"label_names": NAMES},
-        "row 7 .* has not a 0 or 1 for each of the 3 labels",
+        "row 7 .* does not have a 0 or 1 for each of the 3 labels",
     ),
     "lists of a 0 and a 1 but for one": (
         lambda f: saved(f, {"label": [[1, 0], [0, 1]] * 29 + [[0, 1], [1]]}),
         {},
-        "row 59 .* has not a 0 or 1 for each of the 2 labels",
+        "row 59 .* does not have a 0 or 1 for each of the 2 labels",
     ),
     "lists for single labels": (
         lambda f: saved(f, {"label": LISTS}),
@@ -372,7 +372,7 @@ BAD = {
     "lists of other lengths": (
         lambda f: saved(f, {"label": [[0.5, 1.5]] * 59 + [[0.5]]}),
         {},
-        "row 59 .* has not 2 targets",
+        "row 59 .* does not have 2 targets",
     ),
     "a target beyond float32": (
         lambda f: saved(f, {"label": [0.5, 1e39] * 30}),
@@ -452,7 +452,7 @@ def test_an_odd_row_among_lists_of_0_and_1_is_refused_where_training_had_none(ba
     train = Dataset.from_dict({"text": TEXTS, "label": HAS.astype(int).tolist()})
     test = Dataset.from_dict({"text": ["a film"] * 3, "label": [[0, 1, 1], [1, 0, 0], [1, 0]]})
     DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match="row 2 .*'test' has not a 0 or 1 for each of the 3 labels"):
+    with pytest.raises(ValueError, match="row 2 .*'test' does not have a 0 or 1 for each of the 3 labels"):
         module(str(tmp_path / "saved"), base).setup("test")
 
 

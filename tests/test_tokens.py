@@ -84,7 +84,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(tokenize) -> None:
     shards[1].write_bytes(b"damaged")
     shards[3].unlink()
     before = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
-    with pytest.raises(ValueError, match="000001.arrow is no valid token file"):
+    with pytest.raises(ValueError, match="000001.arrow is not a valid token file"):
         TokenFile(table.path)
     assert [row["input_ids"].tolist() for row in tokenize(data, rows_per_shard=10)] == expected
     assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == before
@@ -277,7 +277,7 @@ def test_the_same_tokens_have_the_same_digest_in_memory_and_in_files(tokenize) -
 
 def test_opening_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "000000.arrow").write_bytes(b"half")
-    with pytest.raises(ValueError, match="000000.arrow is no valid token file.*Delete it"):
+    with pytest.raises(ValueError, match="000000.arrow is not a valid token file.*Delete it"):
         TokenFile(tmp_path)
 
 

@@ -137,7 +137,7 @@ def test_pairs_are_cut_at_their_ends_and_otherwise_refused(tokenizer) -> None:
     assert (sample.ids, sample.type_ids) == (expected["input_ids"], expected["token_type_ids"])
     assert sample.lost_tokens == len(own(*pair)["input_ids"]) - 9
     for truncation in ("head_tail", "windows"):
-        with pytest.raises(ValueError, match=f"truncation is '{truncation}', but pairs .* or join the two by"):
+        with pytest.raises(ValueError, match=f"truncation is '{truncation}', but text pairs .* or join the two with"):
             encode(tokenizer, [pair], 9, truncation=truncation)
 
 
@@ -298,7 +298,7 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
         [predicted] = trainer(tmp_path, **limits).predict(again, undecided)
         assert undecided.truncation_in_use.to_dict() == {"truncation": truncation, **given}
         assert torch.allclose(predicted["probabilities"], expected["probabilities"], atol=1e-6)
-    with pytest.raises(ValueError, match=rf"trained on texts cut by .*'{truncation}'.* but now it is .*'head'"):
+    with pytest.raises(ValueError, match=rf"trained with truncation .*'{truncation}'.* but now it is .*'head'"):
         trainer(tmp_path, **limits).test(
             SequenceClassifier(MODEL), module("packed"), ckpt_path=str(tmp_path / "a.ckpt")
         )
@@ -315,7 +315,7 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
             expected["probabilities"].numpy(), abs=1e-5
         )
     else:
-        assert "while a pipeline reads the" in card
+        assert "but a pipeline reads only the" in card
 
 
 def test_a_fit_on_windows_is_resumed_exactly_and_refuses_another_pooling(tmp_path: Path) -> None:

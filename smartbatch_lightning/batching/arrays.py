@@ -170,7 +170,7 @@ def tutorial_draws(
 def budget_too_small_error(num_samples: int, num_replicas: int, budget: int) -> UsageError:
     """What to raise where equal steps would need two samples in a batch that has room for one."""
     return UsageError(
-        f"{num_samples} samples cannot be shared by {num_replicas} ranks in equally many batches, since "
-        f"the token budget of {budget} lets one sample into a batch. Raise it, or run on a number of devices that "
-        "divides the samples."
+        f"{num_samples} samples cannot be split into equally many batches for {num_replicas} ranks, since the token "
+        f"budget of {budget} allows only one sample per batch. Raise it, or use a number of devices that divides the "
+        "samples."
     )

@@ -47,8 +47,8 @@ def plan_epoch(
         raise UsageError(f"num_replicas is {num_replicas}; give the number of ranks, 1 or more.")
     if len(checked) < num_replicas:
         raise UsageError(
-            f"{len(checked)} samples cannot be shared by {num_replicas} ranks with every sample once and a batch on "
-            f"every rank. Run on at most {len(checked)} devices, or give more data."
+            f"{len(checked)} samples are too few for {num_replicas} ranks, since every rank needs a batch and every "
+            f"sample is used once. Run on at most {len(checked)} devices, or give more data."
         )
     spec = with_jitter(spec if shuffle else replace(spec, jitter=0.0), checked)
     bit_generator = np.random.PCG64(np.random.SeedSequence((spec.seed, epoch))) if shuffle else None
@@ -101,9 +101,9 @@ def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
     """
     checked = np.asarray(lengths)
     if checked.ndim != 1 or not (np.issubdtype(checked.dtype, np.integer) or checked.size == 0):
-        raise UsageError(f"lengths has shape {checked.shape} and type {checked.dtype}; give one integer a sample.")
+        raise UsageError(f"lengths has shape {checked.shape} and type {checked.dtype}; give one integer per sample.")
     if checked.size and checked.min() < 1:
         raise UsageError(
-            f"sample {int(checked.argmin())} has length {checked.min()}; every sample needs a token or more."
+            f"sample {int(checked.argmin())} has length {checked.min()}; every sample needs at least one token."
         )
     return checked

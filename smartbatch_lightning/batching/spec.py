@@ -60,13 +60,13 @@ class BatchSpec:
             raise UsageError(f"padding is {self.padding!r}; choose one of {join_quoted(PADDING_WIDTHS)}.")
         if self.packed and self.max_tokens_per_batch and self.max_tokens_per_batch % self.pad_to_multiple_of:
             raise UsageError(
-                f"packed batches are filled up to a multiple of {self.pad_to_multiple_of} tokens, of which "
-                f"max_tokens_per_batch, {self.max_tokens_per_batch}, is none. Set one of the two to fit."
+                f"pad_to_multiple_of is {self.pad_to_multiple_of}, but max_tokens_per_batch, "
+                f"{self.max_tokens_per_batch}, is not a multiple of it, as packed batches need. Change one of the two."
             )
         if self.padding == "max_length" and self.max_length is None:
-            raise UsageError("padding is 'max_length', but max_length is None; give the width in tokens.")
+            raise UsageError("padding is 'max_length', but max_length is None; set it to the width in tokens.")
         if self.window_pooling and self.max_length is None:
-            raise UsageError("samples are windows, but max_length is None; give the tokens of a window.")
+            raise UsageError("samples are windows, but max_length is None; set it to the tokens in a window.")
         if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter < math.inf):
             raise UsageError(f"jitter is {self.jitter}; give a number of tokens, 0 or more, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:

@@ -73,7 +73,7 @@ def find_strategy(batching: str) -> Strategy:
     """
     strategy = look_up(batching, STRATEGIES, "batching")
     if not _takes_one_argument(strategy):
-        raise UsageError(f"batching is {batching!r}, which is no function of a PlanRequest; give a strategy.")
+        raise UsageError(f"batching is {batching!r}, which is not a function of a PlanRequest; give a strategy.")
     if strategy in _OWN:
         return strategy
 
@@ -111,17 +111,17 @@ def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
     if len(order) != num_samples or not np.array_equal(np.sort(order), np.arange(num_samples)):
         raise UsageError(
             f"the plan of the strategy {batching!r} does not hold each of the {num_samples} samples exactly once. "
-            "Make it of a permutation of them."
+            "Build it from a permutation of them."
         )
     sizes = plan.batch_sizes()
     if plan.num_replicas != request.num_replicas or len(plan) % request.num_replicas or sizes.min() < 1:
         raise UsageError(
             f"the plan of the strategy {batching!r} has {len(plan)} batches, the smallest of {sizes.min()} samples, "
-            f"for {request.num_replicas} ranks. Give every rank equally many, none of them empty."
+            f"for {request.num_replicas} ranks. Give every rank the same number, none of them empty."
         )
     tokens = request.spec.tokens(request.lengths[order], plan.offsets)
     if request.is_too_large(int(sizes.max()), int(tokens.max())):
         raise UsageError(
-            f"the strategy {batching!r} made a batch of {sizes.max()} samples or {tokens.max()} tokens, more than "
-            "the batch size or the token budget allows. Cut its order by PlanRequest.cut."
+            f"the strategy {batching!r} made a batch of {sizes.max()} samples or {tokens.max()} tokens, more than the "
+            "batch size or the token budget allows. Cut its order with PlanRequest.cut."
         )

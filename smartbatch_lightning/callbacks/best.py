@@ -87,8 +87,8 @@ class BestCheckpoint(ModelCheckpoint):
         goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
         if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
             raise UsageError(
-                f"{self.dirpath} has the checkpoints of another run, which would be replaced. Go on with that by "
-                "--ckpt_path=last, or give another --checkpoint.dirpath."
+                f"{self.dirpath} has checkpoints of another run, which would be replaced. Resume that run with "
+                "--ckpt_path=last, or set another --checkpoint.dirpath."
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -113,7 +113,7 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None and self.monitor not in metrics:
             logged = join_quoted(sorted(name for name in metrics if name.startswith("val")))
             raise UsageError(
-                f"the metric {self.monitor!r} is to tell which weights are best, but validation logs "
+                f"the metric {self.monitor!r} is monitored for the best weights, but validation logs "
                 f"{logged or 'none'}. Set --checkpoint.monitor to one of these."
             )
         super().on_validation_end(trainer, pl_module)
@@ -175,7 +175,7 @@ class EarlyStop(EarlyStopping):
             found = _monitored(trainer, pl_module, *self._given)
             if found is None:
                 raise UsageError(
-                    "early stopping is asked for, but nothing is validated. Set --data.validation_split, or leave out "
+                    "early stopping is on, but there is no validation. Set --data.validation_split, or leave out "
                     "--early_stopping.patience."
                 )
             monitor, mode = found

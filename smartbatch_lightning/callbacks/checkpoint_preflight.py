@@ -73,6 +73,6 @@ def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
     if module.model is None or (module.pretrained != "demo" and is_fine_tuned(module.model.config)):
         return
     raise UsageError(
-        f"{module.pretrained!r} has not been trained to classify, and no checkpoint was loaded. Give the path of one "
-        "by --ckpt_path, or an exported folder by --model.pretrained."
+        f"{module.pretrained!r} has not been trained to classify, and no checkpoint was loaded. Give one with "
+        "--ckpt_path, or an exported folder with --model.pretrained."
     )

@@ -57,10 +57,10 @@ class EvaluationReport(Callback):
         if not isinstance(pl_module, SequenceClassifier):
             raise UsageError(
                 f"EvaluationReport reports on a SequenceClassifier, but this run has {type(pl_module).__name__}. Leave "
-                "out --evaluation.folder, or make an Evaluation of its predictions."
+                "out --evaluation.folder, or create an Evaluation from its predictions."
             )
         if trainer.is_global_zero:
-            check_writable(self.folder, "Give another one by --evaluation.folder.")
+            check_writable(self.folder, "Set another --evaluation.folder.")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begins to keep logits: a forward hook sees them also where `step` is overridden."""
@@ -82,8 +82,8 @@ class EvaluationReport(Callback):
             return
         if self._logits is None:
             raise UsageError(
-                f"{type(pl_module).__name__} has evaluated a batch without a call of itself, whose logits a report is "
-                "made of. Leave out --evaluation.folder, or call self(...) in step."
+                f"{type(pl_module).__name__} evaluated a batch without calling self(...), but the report needs its "
+                "logits. Leave out --evaluation.folder, or call self(...) in step."
             )
         kept = {"logits": self._logits, "labels": batch["labels"]}
         if "index" in batch:

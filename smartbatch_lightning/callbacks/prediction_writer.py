@@ -28,7 +28,7 @@ from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
 from smartbatch_lightning.tasks.thresholds import read_thresholds
 
-_REMEDY = "Give another --predictions.path, or replace what is there by --predictions.overwrite=true."
+_REMEDY = "Give another --predictions.path, or overwrite it with --predictions.overwrite=true."
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -75,7 +75,7 @@ class PredictionWriter(BasePredictionWriter):
         self._by_label: dict[str, float] = {}  # the thresholds, once they are read
         if self.path.suffix not in (".parquet", ".csv"):
             raise UsageError(
-                f"the predictions' path {path} ends in {self.path.suffix!r}; let it end in .parquet or .csv."
+                f"the predictions' path {path} ends in {self.path.suffix!r}; it has to end in .parquet or .csv."
             )
         self._shards = TableShards(self.path, _REMEDY)
         self._pending: list[dict[str, Tensor]] = []  # of the shard that is being predicted
@@ -90,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
             ValueError: It is there.
         """
         if self.path.exists() and not self.overwrite:
-            raise UsageError(f"{self.path} is there already. {_REMEDY}")
+            raise UsageError(f"{self.path} already exists. {_REMEDY}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses, before any prediction is made, what could not be written.
@@ -105,8 +105,8 @@ class PredictionWriter(BasePredictionWriter):
             writers = [one for one in trainer.callbacks if isinstance(one, BasePredictionWriter)]  # type: ignore[attr-defined]
             if all(isinstance(writer, PredictionWriter) for writer in writers):
                 raise UsageError(
-                    f"PredictionWriter writes predictions of a SequenceClassifier, but this run has "
-                    f"{type(pl_module).__name__}. Give a BasePredictionWriter of your own by --trainer.callbacks."
+                    "PredictionWriter writes predictions of a SequenceClassifier, but this run has "
+                    f"{type(pl_module).__name__}. Add your own BasePredictionWriter with --trainer.callbacks."
                 )
             return
         self.check_path()
@@ -114,7 +114,7 @@ class PredictionWriter(BasePredictionWriter):
         if self.columns:
             _check_columns(self.columns, _input_of(trainer))
         if trainer.is_global_zero:
-            check_writable(self.path.parent, "Give another path by --predictions.path.")
+            check_writable(self.path.parent, "Set another --predictions.path.")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves out what a run with the same data and model has written before it was killed.
@@ -128,7 +128,9 @@ class PredictionWriter(BasePredictionWriter):
         loaders: Any = trainer.predict_dataloaders
         [loader, *others] = loaders if isinstance(loaders, list | tuple) else [loaders]
         if others:
-            raise UsageError(f"there are {len(loaders)} loaders, but one table to write. Predict with one at a time.")
+            raise UsageError(
+                f"there are {len(loaders)} loaders, but only one table to write. Predict with one at a time."
+            )
         known = isinstance(loader, SmartBatchLoader) and isinstance(loader.dataset, TokenDataset)
         finished = 0
         if trainer.is_global_zero:
@@ -186,7 +188,9 @@ class PredictionWriter(BasePredictionWriter):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Says that the same command goes on."""
         if trainer.predicting and trainer.is_global_zero and self._shard:
-            echo(f"{self._shard:,} shards are in {self._shards.folder}. The same command goes on from there.")
+            echo(
+                f"{self._shard:,} shards are in {self._shards.folder}. Run the same command again to resume from there."
+            )
         self._shards.release()
 
     def _leave_out(self, trainer: L.Trainer, sampler: SmartBatchSampler, steps: int) -> None:
@@ -214,8 +218,8 @@ def _input_of(trainer: L.Trainer) -> Dataset:
     datamodule = datamodule_of(trainer)
     if not isinstance(datamodule, TextDataModule):
         raise UsageError(
-            f"columns of a SmartBatchDataModule can be carried through, but this run has {type(datamodule).__name__}. "
-            "Leave --predictions.columns out."
+            f"predictions.columns needs a SmartBatchDataModule, but this run has {type(datamodule).__name__}. Leave "
+            "--predictions.columns out."
         )
     return datamodule.predict_rows
 
@@ -229,8 +233,8 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
     taken = [name for name in columns if name in ("index", "prediction") or name.startswith("probability_")]
     if taken or len(set(columns)) < len(columns):
         raise UsageError(
-            f"predictions.columns is {join_quoted(columns)}, but the table has columns index, prediction and "
-            "probability_NAME of its own, and each name once. Leave out those, or rename them in the data."
+            f"predictions.columns is {join_quoted(columns)}, but index, prediction and probability_NAME are reserved "
+            "and each name may appear once. Leave those out, or rename them in the data."
         )
 
 

@@ -121,7 +121,7 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         self._received, self._since = received, time.monotonic()
         if self._trainer.is_global_zero:
-            log.warning("%s: saving and ending after this step. Ctrl-C twice ends at once.", received.name)
+            log.warning("%s: saving and stopping after this step. Press Ctrl-C twice to stop at once.", received.name)
 
 
 def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
@@ -151,7 +151,7 @@ def _announce(trainer: L.Trainer, what: str, checkpoint: str | None) -> None:
         return
     is_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     how = command_to_go_on(checkpoint) if is_command else f"trainer.fit(..., ckpt_path={checkpoint!r})"
-    echo(f"{what} Checkpoint: {checkpoint}\nGo on with: {how}")
+    echo(f"{what} Checkpoint: {checkpoint}\nResume with: {how}")
 
 
 def _requeue() -> None:

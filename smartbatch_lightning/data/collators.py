@@ -202,7 +202,8 @@ def _numbers(rows: Rows) -> dict[str, Tensor]:
         )
         if values.dtype.kind not in "biuf":
             raise UsageError(
-                f"the column {name!r} holds {type(first).__name__}, which makes no tensor. Remove it from the rows."
+                f"the column {name!r} holds {type(first).__name__}, which cannot become a tensor. Remove it from the "
+                "rows."
             )
         columns["labels" if name == "label" else name] = torch.from_numpy(values)
     return columns

@@ -73,8 +73,8 @@ class _Format:
             )
         if header not in ("infer", 0, None) or (header is None and names is None):
             raise UsageError(
-                f"header is {header!r} in reader_kwargs; give 0 where the first line names the columns, else names, a "
-                "list with a name for each column."
+                f"header is {header!r} in reader_kwargs; give 0 if the first line names the columns, else set names to "
+                "a list with a name for each column."
             )
         skiprows = options.get("skiprows") or 0
         if not isinstance(skiprows, int):
@@ -161,7 +161,7 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
         lines = open(path, encoding=encoding, errors=form.encoding_errors, newline="")  # noqa: SIM115
     except LookupError:
         raise UsageError(
-            f"encoding is {encoding!r} in reader_kwargs, which is not known. Give one such as latin-1."
+            f"encoding is {encoding!r} in reader_kwargs, which is unknown. Give one such as latin-1."
         ) from None
     with lines, _long_fields():
         for _ in range(form.skiprows):
@@ -172,7 +172,7 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
             if form.header == 0:
                 header = next((row for _, row in rows if row), None)
                 if header is None:
-                    raise UsageError(f"{name} is empty. Check that the file is whole, with names of columns and rows.")
+                    raise UsageError(f"{name} is empty. Check that the file is complete, with column names and rows.")
                 _check_header(header, name, form)
                 columns = columns or _column_names(header)
             assert columns is not None
@@ -189,7 +189,7 @@ def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeErr
     if isinstance(error, UnicodeDecodeError):
         found = f"the byte 0x{error.object[error.start]:02x}"
     return UsageError(
-        f"{name} cannot be read as {file_format}: {found} is not {encoding}. Check that the file is whole, and name "
+        f"{name} cannot be read as {file_format}: {found} is not {encoding}. Check that the file is complete, and name "
         "its encoding, such as latin-1 or utf-16, by --data.reader_kwargs='{encoding: latin-1}'."
     )
 
@@ -212,8 +212,8 @@ def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[st
     except csv.Error as error:
         raise UsageError(
             f"{name} cannot be read as csv: {error}, in the row that begins in line {line}. Check that the file is "
-            "whole. Where a backslash stands before quotes in a field, set --data.reader_kwargs='{escapechar: "
-            "\"\\\\\"}'; where quotes are part of the text, '{quoting: 3}'."
+            "complete. If quotes in a field are escaped with a backslash, set --data.reader_kwargs='{escapechar: "
+            "\"\\\\\"}'; if quotes are part of the text, '{quoting: 3}'."
         ) from error
 
 
@@ -228,8 +228,8 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
         if len(row) != width:
             raise UsageError(
                 f"line {line} of {name} has {len(row)} field{'s' * (len(row) > 1)}, but there are {width} columns: "
-                f"{join_quoted(columns)}. Put quotes around a text that holds {form.sep!r}, and remove what stands at "
-                "the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
+                f"{join_quoted(columns)}. Put quotes around text that contains {form.sep!r}, and remove anything extra "
+                "at the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
             )
         if count == 0 and form.header is None and tuple(row) == form.names:
             raise UsageError(
@@ -250,9 +250,9 @@ def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterato
             closes = unpaired and field[-1] == '"' and line - opened < _MOST_LINES_QUOTED
             if closes or _QUOTED.fullmatch(field):
                 raise UsageError(
-                    f"line {line} of {name} ends a field that looks as if it were written in quotes, but fields of "
-                    "this format are read as they stand. Set --data.reader_kwargs='{quoting: 0}' to read them as "
-                    "quoted, or '{quoting: 3}' as they stand."
+                    f"line {line} of {name} has a field that looks quoted, but in this format quotes are read as part "
+                    "of the text. Set --data.reader_kwargs='{quoting: 0}' to read fields as quoted, or '{quoting: 3}' "
+                    "to keep the quotes."
                 )
             if unpaired and field[0] == '"':
                 opened = line
@@ -268,7 +268,7 @@ def _check_header(header: list[str], name: str, form: _Format) -> None:
         )
     if form.unquoted_by_ending and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):
         raise UsageError(
-            f"the first line of {name} has its fields in quotes, but fields are read as they stand. Set "
+            f"the first line of {name} has quoted fields, but quotes are read as part of the text. Set "
             "--data.reader_kwargs='{quoting: 0}' to read them as quoted, or '{quoting: 3}' for names with quotes."
         )
 

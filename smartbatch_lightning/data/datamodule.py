@@ -138,8 +138,8 @@ class SmartBatchDataModule(TextDataModule):
         """
         if self.max_tokens_per_batch and self.tokenization == "lazy":
             raise UsageError(
-                f"max_tokens_per_batch is {self.max_tokens_per_batch}, but with tokenization 'lazy' nobody knows the "
-                "tokens of a batch before it is made. Set --data.batch_size instead, or --data.tokenization=ahead."
+                f"max_tokens_per_batch is {self.max_tokens_per_batch}, but with tokenization 'lazy' token counts are "
+                "not known when batches are planned. Set --data.batch_size instead, or --data.tokenization=ahead."
             )
         truncation = self.truncation if self._loaded is None else self.truncation_in_use
         return BatchSpec(
@@ -238,8 +238,9 @@ class SmartBatchDataModule(TextDataModule):
         stage, truncation = self.trainer.state.fn, self.truncation_in_use.to_dict()
         if self.truncation is None and state.get("truncation", truncation) != truncation:
             raise UsageError(
-                f"the checkpoint was trained on texts cut by {state['truncation']}, but now it is {truncation}. Give "
-                "the data module the same, or the model by SequenceClassifier.load_from_checkpoint, which tells it."
+                f"the checkpoint was trained with truncation {state['truncation']}, but now it is {truncation}. Set "
+                "the same on the data module, or load the model with SequenceClassifier.load_from_checkpoint, which "
+                "knows it."
             )
         if stage == TrainerFn.VALIDATING:
             self._set_aside_as_trained(state["fingerprint"])
@@ -272,9 +273,9 @@ class SmartBatchDataModule(TextDataModule):
         self._adopt_seed(fingerprint["seed"], "validate")
         if dataset_fingerprint(self.train_data, self.spec)["data"] != fingerprint["data"]:
             raise UsageError(
-                f"{self.source}'s samples to validate on are set aside from its training split, but not as for this "
-                f"checkpoint, which may have been trained on them. Give its config, data, max_length "
-                f"and seed, {fingerprint['seed']}; or name a split by --data.validation_split; or test."
+                f"{self.source}'s validation samples are set aside from its training split, but not the same ones as "
+                "for this checkpoint, which may have been trained on them. Use its config, data, max_length and seed, "
+                f"{fingerprint['seed']}; or name a split with --data.validation_split; or use test."
             )
 
     def _on_epoch(self, sampler: SmartBatchSampler) -> None:

@@ -130,8 +130,8 @@ def stored_texts(dataset: Dataset, text_columns: Sequence[str]) -> Dataset:
     """
     if dataset.format["type"] == "custom":
         raise UsageError(
-            "the data set has a transform, which datasets runs whenever rows are read, while texts are taken as they "
-            "are stored. Use Dataset.map instead of set_transform."
+            "the data set has a transform, which datasets applies when rows are read, but texts are read as stored. "
+            "Use Dataset.map instead of set_transform."
         )
     check_texts(dataset, text_columns)
     return dataset.select_columns(list(text_columns)).with_format("arrow")
@@ -287,6 +287,6 @@ def _find_text(ids: list[int], text: list[int]) -> tuple[int, int]:
         if ids[first : first + len(text)] == text:
             return first, first + len(text)
     raise UsageError(
-        "the tokenizer puts special tokens between those of a text, which can only be cut at its beginning or its end. "
-        "Set --data.truncation to head or tail."
+        "the tokenizer puts special tokens inside a text, which can then only be cut at the beginning or the end. Set "
+        "--data.truncation to head or tail."
     )

@@ -122,13 +122,13 @@ def _expanded(names: Sequence[str]) -> list[str]:
         elif glob.has_magic(name):
             matching = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
             if not matching:
-                raise UsageError(f"no file matches {name}. Set --data.dataset to files that are there.")
+                raise UsageError(f"no file matches {name}. Set --data.dataset to existing files.")
         else:
             kind = "is a folder; give the files in it, as by a pattern" if path.is_dir() else "is not there"
             raise UsageError(f"the file {name} {kind}. Set --data.dataset to files that are.")
         found += matching
     if not found:
-        raise UsageError("dataset has a split without files. Set --data.dataset to a file or more for each split.")
+        raise UsageError("dataset has a split without files. Set --data.dataset to one or more files for each split.")
     return found
 
 
@@ -170,7 +170,7 @@ def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> 
     known = _READER_OPTIONS.get(file_format, ())
     if unknown := [option for option in reader_kwargs if option not in known]:
         takes = f"give some of {join_quoted(known)}" if known else "leave reader_kwargs out"
-        raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which is none for {file_format} files; {takes}.")
+        raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which {file_format} files do not have; {takes}.")
 
 
 def _local_files(name: str) -> Iterator[_File]:
@@ -192,16 +192,18 @@ def _local_files(name: str) -> Iterator[_File]:
         inner = list(map(str, manager.iter_files(extracted)))
     except Exception as error:  # of whatever compression it is
         raise UsageError(
-            f"{name} cannot be extracted: {root_cause_message(error)} Check that the file is whole."
+            f"{name} cannot be extracted: {root_cause_message(error)} Check that the file is complete."
         ) from error
     if extracted == str(path):
-        raise UsageError(f"{name} is not compressed as its ending says. Check that the file is whole, or rename it.")
+        raise UsageError(
+            f"{name} is not compressed as its extension says. Check that the file is complete, or rename it."
+        )
     archive = ending_of(name) == ".zip"
     for file in inner:
         ending = ending_of(file) if archive else ending_of(name)
         if ending not in FORMATS:
             raise UsageError(
-                f"{Path(file).name} in {name} is of no format that is read; pack files ending in "
+                f"{Path(file).name} in {name} is not of a supported format; pack files ending in "
                 f"{join_quoted(FORMATS)}."
             )
         yield _File(file, f"{Path(file).name} in {name}" if archive else name, ending, _digest(file, name))
@@ -237,8 +239,8 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
     dataset = _loaded(file, file_format, options)
     if num_rows is not None and len(dataset) != num_rows:
         raise UsageError(
-            f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove lines of spaces alone, and "
-            "characters that are not printed."
+            f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove blank lines with spaces, "
+            "and non-printing characters."
         )
     mixed = [name for name in wanted if name in dataset.features and "Json(" in repr(dataset.features[name])]
     if mixed:
@@ -274,8 +276,8 @@ def _loaded(file: _File, file_format: str, options: dict[str, Any]) -> Dataset:
     except Exception as error:  # datasets raises dozens of kinds, all of them about this file
         cause = (_bad_line(file) if file_format == "json" else None) or root_cause_message(error)
         raise UsageError(
-            f"{file.name} cannot be read as {file_format}: {cause} Check that the file is whole, not empty, "
-            "and of the format that its ending tells."
+            f"{file.name} cannot be read as {file_format}: {cause} Check that the file is complete, not empty, and of "
+            "the format that its extension says."
         ) from error
 
 
@@ -342,7 +344,7 @@ def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> 
             odd = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
             raise UsageError(
                 f"the column {name!r} is {_type_name(kinds[0])} in {first_file.name} and {_type_name(kinds[odd])} in "
-                f"{parts[odd][0].name}. Write it alike in all files of a split, or leave one out."
+                f"{parts[odd][0].name}. Use one type in all files of a split, or leave a file out."
             )
     common = Features(features)
     return concatenate_datasets([dataset.select_columns(list(common)).cast(common) for _, dataset in parts])

@@ -24,7 +24,9 @@ def find_task_class(problem_type: str) -> type[Task]:
     lacking = [name for name in vars(Task) if not name.startswith("_") and not hasattr(task_class, name)]
     if lacking or not isinstance(task_class, type):
         lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
-        raise UsageError(f"problem_type is {problem_type!r}, which {lacks}; give a class with all of `tasks.Task`.")
+        raise UsageError(
+            f"problem_type is {problem_type!r}, which {lacks}; give a class with all members of `tasks.Task`."
+        )
     return task_class
 
 
@@ -84,7 +86,7 @@ class TaskOptions:
         if self.standardize_targets and not isinstance(task or trained, Regression | None):
             raise UsageError(
                 f"standardize_targets is true, but problem_type is {problem_type!r}, which has no targets. Set "
-                "--data.problem_type=regression where labels are numbers; else leave standardize_targets out."
+                "--data.problem_type=regression if labels are numbers; otherwise leave standardize_targets out."
             )
         if task is None or trained is None:
             return task or trained

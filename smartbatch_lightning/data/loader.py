@@ -147,7 +147,7 @@ class SmartBatchLoader(DataLoader[Any]):
         if state and state["consumed"][0][0] != ranks:
             raise UsageError(
                 f"the checkpoint is of {state['consumed'][0][0]} ranks, now there are {ranks}. Pass the data module to "
-                "the Trainer, datamodule=..., instead of its loaders; then it goes on on any number of ranks."
+                "the Trainer, datamodule=..., instead of its loaders; then it can resume on any number of ranks."
             )
         if state:
             self.plan_sampler.load_state_dict(state)
@@ -161,7 +161,7 @@ def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, 
     """
     if fixed := _DECIDED_BY_BATCHES & set(options):
         raise UsageError(
-            f"loader_kwargs has {join_quoted(sorted(fixed))}, which the batches decide. Set --data.batch_size and "
+            f"loader_kwargs has {join_quoted(sorted(fixed))}, which the batch plan sets. Use --data.batch_size and "
             "--data.batching, or override configure_sampler."
         )
     try:

@@ -40,8 +40,8 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     ]
     if differing:
         raise UsageError(
-            f"the checkpoint cannot be resumed exactly: {'; '.join(differing)}. Set these as they were; or set "
-            "--data.ignore_fingerprint_mismatch=true to go on at the same step of the new plan; or start from its "
+            f"the checkpoint cannot be resumed exactly: {'; '.join(differing)}. Restore these settings; or set "
+            "--data.ignore_fingerprint_mismatch=true to continue at the same step of the new plan; or start from its "
             "weights with SequenceClassifier.load_from_checkpoint."
         )
 
@@ -116,7 +116,8 @@ def adopt_lightnings_count(trainer: L.Trainer, sampler: SmartBatchSampler) -> No
     """Goes on by Lightning's counters where a checkpoint has no state of the data module, with a warning."""
     batches = progress.position(trainer).batches or 0
     rank_zero_warn(
-        "The checkpoint has no state of this data module, perhaps because its class was renamed. Going on after "
-        f"{batches} batches of the epoch, which is exact if data, seed, batching and the number of ranks are as before."
+        "The checkpoint has no state of this data module, perhaps because its class was renamed. Resuming after "
+        f"{batches} batches of the epoch, which is exact only if data, seed, batching and the number of ranks are the "
+        "same as before."
     )
     sampler.load_state_dict({"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, batches)]})

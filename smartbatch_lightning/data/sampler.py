@@ -187,7 +187,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         if not self.consumed and len(plan) != len(self) * self.num_replicas:
             raise UsageError(
                 f"the strategy {self.spec.batching!r} made {len(plan)} batches in epoch {self.epoch}, and "
-                f"{len(self) * self.num_replicas} before. Let the number be the same in every epoch."
+                f"{len(self) * self.num_replicas} before. The number has to be the same in every epoch."
             )
         return (batch.tolist() for batch in plan.rank_batches(self.rank, step))
 

@@ -44,8 +44,8 @@ def plain_source(dataset: Any) -> Any:
         return [os.fspath(one) for one in dataset]
     if not _is_table(dataset):
         raise UsageError(
-            f"dataset is {_describe(dataset)}; give a name, files, a Dataset, a DatasetDict, a pandas or polars frame, "
-            "an Arrow table, a list of dicts, or these by split."
+            f"dataset is {_describe(dataset)}; give a name, files, a Dataset, a DatasetDict, a pandas or polars "
+            "DataFrame, an Arrow table, a list of dicts, or a dict of these by split."
         )
     return dataset
 
@@ -120,11 +120,11 @@ def read_dataset(
         if config is None and "Config name is missing" in str(error):
             names = get_dataset_config_names(str(path) if path.is_dir() else dataset)
             raise UsageError(
-                f"the data set {dataset} has several configurations: {join_quoted(names)}. Choose one by "
+                f"the data set {dataset} has several configurations: {join_quoted(names)}. Choose one with "
                 "--data.dataset_config."
             ) from error
         if path.is_dir():
-            remedy = "Check that its files are whole and not empty."
+            remedy = "Check that its files are complete and not empty."
             if config is not None:
                 remedy = f"{remedy[:-1]}, or leave out its configuration {config!r}, --data.dataset_config=null."
             raise UsageError(
@@ -185,8 +185,8 @@ def splits_of(data: Any) -> DatasetDict:
 def _as_dataset(data: Any) -> Dataset:
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise UsageError(
-            f"the data set is an {type(data).__name__}, whose rows come one after another, while batches are chosen "
-            "among all. Load it without streaming, or train on it by StreamDataModule."
+            f"the data set is an {type(data).__name__}, whose rows are streamed, but batches are planned from the "
+            "whole data set. Load it without streaming, or train on it with StreamDataModule."
         )
     try:
         if isinstance(data, Dataset):
@@ -204,8 +204,8 @@ def _as_dataset(data: Any) -> Dataset:
             f"{describe_source(data)} cannot be read: {root_cause_message(error)} Give every column values of one type."
         ) from error
     raise UsageError(
-        f"the data set is {_describe(data)}; give a Dataset, a DatasetDict, a pandas or polars frame, an Arrow table "
-        "or a list of dicts, or these by split."
+        f"the data set is {_describe(data)}; give a Dataset, a DatasetDict, a pandas or polars DataFrame, an Arrow "
+        "table or a list of dicts, or a dict of these by split."
     )
 
 

@@ -35,8 +35,8 @@ class SplitNames:
         share = self.validation
         if isinstance(share, int | float) and (isinstance(share, bool) or not 0 <= share < 1):
             raise UsageError(
-                f"validation_split is {share}. Give a share between 0 and 1, the name of a split or several, or null "
-                "for no validation."
+                f"validation_split is {share}. Give a fraction between 0 and 1, the name of one or more splits, or "
+                "null for no validation."
             )
         if not self.test:
             raise UsageError(f"test_split is {self.test!r}; give the name of a split, or several.")
@@ -108,7 +108,7 @@ def find_split(
             hint = ""
             if dataset.info.builder_name == "csv":
                 hint = (
-                    f" Where the first line is a row, name all {len(dataset.column_names)} columns by "
+                    f" If the first line is a row, name all {len(dataset.column_names)} columns with "
                     "--data.reader_kwargs='{names: [label, text]}'."
                 )
             raise UsageError(
@@ -131,7 +131,7 @@ def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, se
     rare = first[counts == 1]
     if len(rare):
         names = join_quoted(task.decode(labels[rare]).to_pylist())
-        rank_zero_info(f"Too few samples for a part to validate, so that all are trained on: those of {names}.")
+        rank_zero_info(f"Too few samples to set some aside for validation, so all are trained on: those of {names}.")
     return train, validation
 
 
@@ -156,15 +156,15 @@ def stratified_split(strata: ArrayLike, share: float, seed: int = 0) -> tuple[In
     num_samples = len(classes)
     if not 0 < share < 1 or not 0 < round(num_samples * share) < num_samples:
         raise UsageError(
-            f"a share of {share} of {num_samples} samples leaves one part of the split empty. "
-            "Give a share between 0 and 1 that leaves samples in both, or name a split."
+            f"setting aside {share} of {num_samples} samples leaves one part of the split empty. Give a fraction "
+            "between 0 and 1 that leaves samples in both, or name a split."
         )
     stratum, sizes = np.unique(classes, return_inverse=True, return_counts=True)[1:]
     pool = np.flatnonzero(sizes[stratum] > 1)
     if not len(pool):
         raise UsageError(
-            f"a share of {share} of {num_samples} samples cannot be set aside, since every label has a single sample. "
-            "Give more data, or --data.validation_split=null for no validation."
+            f"{share} of {num_samples} samples cannot be set aside, since every label has only one sample. Give more "
+            "data, or --data.validation_split=null for no validation."
         )
     taken = max(1, round(len(pool) * share))
     bit_generator = np.random.PCG64(np.random.SeedSequence(seed))

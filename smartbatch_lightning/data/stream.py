@@ -56,8 +56,8 @@ class StreamDataModule(SmartBatchDataModule):
             self.validation_split = self._names.validated(self._others) or None  # never a share
         if self._names.validation_share(self._others):
             raise UsageError(
-                f"validation_split is {self.validation_split}, but of a stream no share can be set aside. Give a "
-                "Dataset as another split, and its name."
+                f"validation_split is {self.validation_split}, but no fraction of a stream can be set aside. Add a "
+                "Dataset as another split, and give its name."
             )
         self._first: Dataset | None = None
         self._batches: _Batches | None = None
@@ -109,7 +109,7 @@ class StreamDataModule(SmartBatchDataModule):
     def _num_batches(self) -> int:
         assert self.trainer is not None
         if self.trainer.max_steps == -1:
-            raise UsageError("a stream has no epochs by which training could end. Set --trainer.max_steps.")
+            raise UsageError("a stream has no epochs, so training would never end. Set --trainer.max_steps.")
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     @property
@@ -191,4 +191,4 @@ def _endless(stream: IterableDataset) -> Iterator[dict[str, Any]]:
             rows += 1
             yield row
         stream.set_epoch(stream.epoch + 1)
-    raise UsageError("the stream has no rows. Give one that has.")
+    raise UsageError("the stream has no rows. Give one with rows.")

@@ -133,7 +133,7 @@ class TextDataModule(L.LightningDataModule):
         check_at_least(1, max_length=max_length)
         if max_length < 3:
             raise UsageError(
-                f"max_length is {max_length}, but two tokens are special ones; set --data.max_length to 3 or more."
+                f"max_length is {max_length}, but two tokens are special tokens; set --data.max_length to 3 or more."
             )
         if tokenization not in ("ahead", "lazy"):
             raise UsageError(f"tokenization is {tokenization!r}; choose 'ahead' or 'lazy'.")
@@ -276,7 +276,7 @@ class TextDataModule(L.LightningDataModule):
         if self.tokenization == "lazy" and not isinstance(table, LazyTokenTable):
             raise UsageError(
                 f"tokenization is 'lazy', but {type(self).__name__}.tokenize gave token ids. Leave the option out, or "
-                "let tokenize return what TextDataModule.tokenize does."
+                "have tokenize return what TextDataModule.tokenize does."
             )
         if len(table) != len(dataset):
             raise UsageError(
@@ -314,7 +314,7 @@ class TextDataModule(L.LightningDataModule):
         if self._seed is None:
             self._seed = run_seed(self.trainer)
             if not seed_is_given():
-                rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints keep it.")
+                rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints store it.")
         self._standardize_targets()
         if stage == "fit":
             self.train_data, self.validation_data = self._train_and_validation()
@@ -411,8 +411,8 @@ class TextDataModule(L.LightningDataModule):
         if self.task is None:
             raise UsageError(
                 f"the label classes are unknown: {self.source} has no training split {self.train_split!r} with labels, "
-                "and the model is of no checkpoint. Give --ckpt_path, or --data.label_names, in the order of their "
-                "numbers."
+                "and the model is not from a checkpoint. Set --ckpt_path, or --data.label_names in the order of the "
+                "class ids."
             )
         train_labels = self._load().train_labels if split == self.train_split else None
         return self.task.encode(train_labels or self.label_source.read(dataset, split))
@@ -432,7 +432,7 @@ def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]
     if len(columns) > 2 and text_separator is None:
         raise UsageError(
             f"text_columns is {text_columns!r}; give one column, or two for pairs of sentences, or set "
-            "--data.text_separator to what joins the texts of all to one, such as ' '."
+            "--data.text_separator, such as ' ', to join them all into one text."
         )
     if len(columns) == 1 and text_separator is not None:
         raise UsageError(

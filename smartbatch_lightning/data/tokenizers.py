@@ -34,14 +34,14 @@ def find_tokenizer(
         return given if model is None else fit_tokenizer(given, model.config)
     if given is None and model is None and not is_demo:
         raise UsageError(
-            f"no tokenizer is given for {source}, and there is no model that tells its own. Set --data.tokenizer, or "
+            f"no tokenizer is given for {source}, and there is no model to take one from. Set --data.tokenizer, or "
             "tokenizer= in Python, for example to bert-base-uncased."
         )
     name = given or (model.tokenizer_name if model else "demo")
     if name == "demo" and not is_demo:
         raise UsageError(
-            f"the demo's model and tokenizer know few words but the demo's. For {source} set --model.pretrained, or "
-            "tokenizer= in Python, for example to bert-base-uncased."
+            f"the demo's model and tokenizer know little more than the demo's words. For {source} set "
+            "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
         )
     tokenizer = load_tokenizer(name, max_length, model.tokenizer_kwargs if model and given is None else {})
     return tokenizer if model is None else fit_tokenizer(tokenizer, model.config)
@@ -107,8 +107,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     pad = pad_token_id(tokenizer, config)
     if pad is None:
         raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} has no token to pad with, nor one for the end of a text. Give "
-            "the data module a tokenizer with a pad_token that is in its vocabulary."
+            f"the tokenizer {tokenizer.name_or_path} has neither a padding token nor an end token. Give the data "
+            "module a tokenizer with a pad_token that is in its vocabulary."
         )
     names = list(tokenizer.model_input_names)
     if "token_type_ids" in names and not takes_token_types(config):
@@ -183,7 +183,7 @@ def check_end_tokens(
     odd = np.flatnonzero((counts != usual * windows) | (counts == 0))
     if len(odd):
         raise UsageError(
-            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, which the "
-            f"model reads the last one of, and other rows {usual}; {len(odd):,} rows are so. A text that spells it has "
-            "one more: drop it, or spell it in another way."
+            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, of which "
+            f"the model reads the last, but other rows have {usual}; {len(odd):,} rows are affected. A text that "
+            "contains the token has one too many: drop the row, or change the text."
         )

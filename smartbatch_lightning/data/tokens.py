@@ -116,7 +116,7 @@ class TokenTable:
             if ids.min() < 0 or ids.max() >= vocabulary_size:
                 raise UsageError(
                     f"tokenize gave ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocabulary_size:,} "
-                    "tokens. Give the data module the tokenizer that the ids are of."
+                    "tokens. Give the data module the tokenizer that made the ids."
                 )
 
     def counts(self, token: int) -> NDArray[np.int64]:
@@ -169,7 +169,7 @@ class TokenFile(TokenTable):
             or len(self) != shards[0].num_samples
             or not (np.all(self.lengths >= 1) and np.all(self.lengths <= (shards[0].max_length or np.inf)))
         ):
-            raise ValueError(f"{path} does not hold the samples that its files declare. Delete it; it is made again.")
+            raise ValueError(f"{path} does not hold the samples that its files declare. Delete it; it will be rebuilt.")
 
     def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
         return TokenFile, (self.path,)
@@ -255,4 +255,4 @@ class _Shard:
                     {name: Ragged(one.values.to_numpy(), one.offsets.to_numpy()) for name, one in columns.items()}
                 )
         except (pa.ArrowException, OSError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is no valid token file: {error}. Delete it; it is made again.") from error
+            raise ValueError(f"{path} is not a valid token file: {error}. Delete it; it will be rebuilt.") from error

@@ -70,8 +70,8 @@ class Truncation:
         """Refuses pairs of texts where something else than their beginnings or ends is kept."""
         if self.side is None and len(text_columns) == 2 and text_separator is None:
             raise UsageError(
-                f"truncation is {self.truncation!r}, but pairs of texts are cut on one side, the longer text first. "
-                "Set it to head or tail; or join the two by --data.text_separator."
+                f"truncation is {self.truncation!r}, but text pairs can only be cut on one side, the longer text "
+                "first. Set it to head or tail; or join the two with --data.text_separator."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Truncation:
         number, lost = len(tokens), len(tokens) - room
         if room < 1:
             raise UsageError(
-                f"max_length is {max_length}, but {max_length - room} tokens are special ones. Set --data.max_length "
+                f"max_length is {max_length}, but {max_length - room} tokens are special tokens. Set --data.max_length "
                 f"to {max_length - room + 1} or more."
             )
         if self.truncation == "head":

@@ -290,7 +290,7 @@ class _Measured:
             return None, ["No temperature was fitted: all is predicted rightly, and ever lower ones lessen the loss."]
         fitted = fit_temperature(self.logits.loss)
         if fitted is None:
-            return None, ["No temperature was fitted: the loss falls on to where all labels are equally likely."]
+            return None, ["No temperature was fitted: the loss keeps falling until all labels are equally likely."]
         return fitted, []
 
     def _mistakes(self, wrong: Tensor) -> list[Mistake]:

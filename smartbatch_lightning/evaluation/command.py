@@ -46,7 +46,7 @@ def evaluate(
     from smartbatch_lightning.evaluation.classification import ClassificationResults
     from smartbatch_lightning.evaluation.evaluation import Evaluation
 
-    check_writable(folder, "Give another one by --folder.")
+    check_writable(folder, "Set another --folder.")
     if model_folder is not None and thresholds != "best":
         raise UsageError(
             "model_folder is given, but no thresholds to write there. Set --thresholds=best, or leave it out."
@@ -63,7 +63,7 @@ def evaluate(
     )
     if thresholds == "best" and not evaluation.task.names_with_threshold:
         raise UsageError(
-            "thresholds=best is for several labels a sample or two classes, but here the outputs are "
+            "thresholds=best needs a multi-label task or two classes, but here the outputs are "
             f"{join_quoted(evaluation.task.label_names)}. Leave it out."
         )
     if model_folder is not None:

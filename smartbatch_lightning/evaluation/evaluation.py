@@ -222,17 +222,17 @@ class Evaluation:
         if outside.any():
             sample, number = np.argwhere(outside)[0]
             raise UsageError(
-                f"row {self.rows[sample]} has {self.scores[sample, number]:g} for "
-                f"{self.task.label_names[number]!r}, which is no probability. Give numbers from 0 to 1."
+                f"row {self.rows[sample]} has {self.scores[sample, number]:g} for {self.task.label_names[number]!r}, "
+                "which is not a probability. Give numbers from 0 to 1."
             )
         if isinstance(self.task, SingleLabelClassification):
             sums = self.scores.sum(axis=1)
             if (wrong := np.abs(sums - 1) > 0.01).any():
                 sample = int(wrong.argmax())
                 raise UsageError(
-                    f"the probabilities of row {self.rows[sample]} sum to {sums[sample]:.4g}, but of single labels "
-                    "they sum to 1. Of several labels a sample, give labels as lists, with a delimiter, or in a column "
-                    "each."
+                    f"the probabilities of row {self.rows[sample]} sum to {sums[sample]:.4g}, but for single-label "
+                    "tasks they have to sum to 1. For multi-label tasks, give labels as lists, with a delimiter, or "
+                    "one column each."
                 )
             if self.labels.min() < 0 or self.labels.max() >= len(self.task.label_names):
                 raise UsageError(
@@ -244,7 +244,7 @@ class Evaluation:
 def _check_task(task: Task) -> None:
     if not isinstance(task, SingleLabelClassification | MultiLabelClassification | Regression):
         raise UsageError(
-            f"{type(task).__name__} is none of the tasks that are evaluated: single labels, several labels, regression."
+            f"{type(task).__name__} cannot be evaluated; supported are single-label, multi-label and regression tasks."
         )
 
 

@@ -99,7 +99,7 @@ class _Table:
             table = _read_csv(path, columns, source, label_names) if path.suffix == ".csv" else _read(path, columns)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(
-                f"the predictions {path} cannot be read: {error}. Give a Parquet or CSV file that predict has written."
+                f"the predictions {path} cannot be read: {error}. Give a Parquet or CSV file written by predict."
             ) from error
         if not len(table):
             raise UsageError(f"{path} has no rows. Give predictions of one sample or more.")
@@ -124,7 +124,7 @@ class _Table:
             if sorted(self.label_names) != sorted(classes):
                 raise UsageError(
                     f"label_names is {join_quoted(self.label_names)}, but {self.path} has probabilities of "
-                    f"{join_quoted(classes)}. Give these names, in the order of their numbers."
+                    f"{join_quoted(classes)}. Give these names, in the order of their ids."
                 )
             encoder = replace(encoder, counted=tuple(self.label_names))
         source = self.label_source
@@ -189,7 +189,7 @@ class _Table:
         else:
             raise UsageError(
                 f"{self.path} has neither a column 'probability_NAME' for each class nor numbers in 'prediction'; it "
-                f"has {join_quoted(self.names)}. Give a table that predict has written."
+                f"has {join_quoted(self.names)}. Give a table written by predict."
             )
         columns = self.label_source.columns
         return Regression(columns if width == len(columns) else tuple(f"{columns[0]}_{one}" for one in range(width)))
@@ -201,8 +201,8 @@ class _Table:
             return
         if self.columns(self.label_source).class_names is None:
             raise UsageError(
-                f"the column {name!r} of {self.path} has whole numbers, but the classes are "
-                f"{join_quoted(self.class_names)}. Set label_names to these in the order of their numbers."
+                f"the column {name!r} of {self.path} has integers, but the classes are "
+                f"{join_quoted(self.class_names)}. Set label_names to these in the order of their ids."
             )
 
 
@@ -261,6 +261,6 @@ def _check_columns(path: Path, names: Sequence[str], source: LabelSource, text_c
     for option, columns in (("label_column", source.columns), ("text_column", text_columns)):
         if missing := [name for name in columns if name not in names]:
             raise UsageError(
-                f"{path} has no column {join_quoted(missing)}; it has {join_quoted(names)}. Set {option}, or let "
-                "predict carry that column of its input along."
+                f"{path} has no column {join_quoted(missing)}; it has {join_quoted(names)}. Set {option}, or have "
+                "predict copy that column from its input."
             )

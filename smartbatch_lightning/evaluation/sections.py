@@ -77,7 +77,7 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
                     "roc": figures.roc(results.curves),
                     "precision_recall": figures.precision_recall(results.curves),
                 },
-                note=f"The {len(results.curves)} with the least average precision." if left_out else "",
+                note=f"The {len(results.curves)} classes with the lowest average precision." if left_out else "",
             )
         )
     calibrations = {"as predicted": results.calibration}
@@ -88,7 +88,9 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
             "Calibration",
             [_calibration_row(name, one) for name, one in calibrations.items()],
             {"reliability": figures.reliability(calibrations)},
-            note="Of the probability of every label." if several else "Of the probability of the likeliest class.",
+            note="Based on the probability of every label."
+            if several
+            else "Based on the probability of the likeliest class.",
         )
     )
     value = "F1 of a sample" if several else "accuracy"
@@ -181,7 +183,11 @@ def _by_length(groups: Sequence[Group], lengths: Lengths | None, value: str, *, 
         for one in groups
     ]
     figure = figures.groups(groups, f"{value[0].upper()}{value[1:]} by length", lengths.unit, value, share=share)
-    note = "" if lengths.max_length is None else f"Texts of more than {lengths.max_length:,} tokens were cut there."
+    note = (
+        ""
+        if lengths.max_length is None
+        else f"Texts of more than {lengths.max_length:,} tokens were truncated to that length."
+    )
     return [Section("By length", rows, {"lengths": figure}, note)]
 
 

@@ -70,7 +70,7 @@ class Adapters:
         if difference.max() > torch.finfo(expected.dtype).eps ** 0.5:
             raise UsageError(
                 f"merged into the weights of {type(merged).__name__}, the adapters give logits that differ by up to "
-                f"{difference.max():.2g} from those that were trained. Export them alone by adapter=true."
+                f"{difference.max():.2g} from the trained ones. Export only the adapters with adapter=true."
             )
         return merged
 
@@ -102,7 +102,7 @@ def read_peft_config(given: Any) -> Any:
     except Exception as error:  # peft checks arguments in many ways
         raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
     if config.peft_type.value not in _TRIED:
-        raise UsageError(f"peft_config is {kind!r}, which was not tried here. Give one of {join_quoted(_TRIED)}.")
+        raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(_TRIED)}.")
     return config
 
 

@@ -353,8 +353,8 @@ class SequenceClassifier(L.LightningModule):
             rank_zero_info(str(self.adapters))
         elif self.model is self._transformer and is_quantized(self.model):
             raise UsageError(
-                "the model's weights are in 8 or 4 bits, in which they are not trained. Set --model.peft_config, such "
-                "as {peft_type: LORA}."
+                "the model's weights are in 8 or 4 bits and cannot be trained. Set --model.peft_config, such as "
+                "{peft_type: LORA}."
             )
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
@@ -426,8 +426,8 @@ class SequenceClassifier(L.LightningModule):
         """
         if any(parameter.requires_grad for parameter in self._frozen):
             raise UsageError(
-                "parameters were unfrozen while training on several ranks, which do not share the gradients of what is "
-                "frozen when fit starts. Train on one device; or unfreeze between two fits."
+                "parameters were unfrozen while training on several ranks, which do not synchronise gradients of "
+                "parameters that were frozen when fit started. Train on one device; or unfreeze between two fits."
             )
         words = (self._seed, self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
@@ -562,7 +562,7 @@ class SequenceClassifier(L.LightningModule):
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and "optimizer_states" not in checkpoint:
             raise UsageError(
-                "the checkpoint holds weights alone, as save_weights_only=True writes them, and no training can go on "
+                "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
                 "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
             )
         if fitting and self.model is not None:
@@ -646,7 +646,7 @@ class SequenceClassifier(L.LightningModule):
             if ignored := [name for name in named_specs(self.metrics or []) if name not in metrics]:
                 raise UsageError(
                     f"metrics has {join_quoted(ignored)}, but {type(self).__name__} overrides configure_metrics "
-                    "without them. Leave metrics out, or add there what super().configure_metrics gives."
+                    "without them. Leave metrics out, or include what super().configure_metrics returns."
                 )
             return StageMetrics(metrics, self.task).to(self.device)
 
@@ -721,8 +721,8 @@ class SequenceClassifier(L.LightningModule):
             asked.remove("attn_implementation")  # a kernel that knows them
         if asked:
             raise UsageError(
-                f"model_kwargs has {join_quoted(asked)}, but packed batches take the attention of this package, which "
-                "gives out no weights, or a kernel such as flash_attention_2. Leave that out, or set "
+                f"model_kwargs has {join_quoted(asked)}, but packed batches need this package's attention, which does "
+                "not return attention weights, or a kernel such as flash_attention_2. Leave that out, or set "
                 "--data.padding=longest."
             )
         enable_packing(self._transformer)

@@ -79,7 +79,7 @@ def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
         return
     config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     rank_zero_info(
-        f"Padding is {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, for the model too, whose configuration "
+        f"Padding is {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, also for the model, whose configuration "
         f"had {'none' if before is None else f'token {before}'}."
     )
 
@@ -101,7 +101,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     vocabulary_size = setting(model.config.get_text_config(), "vocab_size")  # CANINE hashes characters
     if vocabulary_size is not None and len(data.tokenizer) > vocabulary_size:
         raise UsageError(
-            f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, but the model knows "
+            f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, but the model has "
             f"{vocabulary_size}. Give the data module the model's own tokenizer."
         )
     if model.config.model_type == "xmod" and model.config.default_language is None:
@@ -114,9 +114,9 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     reason = depends_on_width(model.config, data.max_length)
     if reason is not None and not data.spec.fixed_width:
         rank_zero_warn(
-            f"{model.config.model_type} models have {reason}, so that what they say of a text depends on the others of "
-            "its batch. To have the same in every batch set --data.padding=max_length, and call the pipeline of the "
-            "exported model with padding='max_length'."
+            f"{model.config.model_type} models have {reason}, so their result for a text depends on the other texts in "
+            "its batch. To get the same result in every batch, set --data.padding=max_length, and call the pipeline of "
+            "the exported model with padding='max_length'."
         )
 
 

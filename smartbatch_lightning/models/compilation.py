@@ -33,7 +33,7 @@ def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
         ValueError: It is none.
     """
     if how and gradient_checkpointing:
-        raise UsageError(f"compile is {how!r}, but gradient_checkpointing takes uncompiled layers. Use one of them.")
+        raise UsageError(f"compile is {how!r}, but gradient_checkpointing needs uncompiled layers. Use one of them.")
     if isinstance(how, str):
         from torch._inductor import list_mode_options  # a second of imports
 

@@ -13,8 +13,7 @@ from smartbatch_lightning.errors import UsageError
 
 # Where a trained model's numbers are not finite.
 REMEDY = (
-    "Take a checkpoint of before training diverged, or --trainer.precision=32-true where it is half precision that is "
-    "left."
+    "Use a checkpoint from before training diverged, or set --trainer.precision=32-true if half precision overflows."
 )
 
 

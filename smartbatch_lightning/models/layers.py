@@ -19,8 +19,8 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     found = find_layers(model)
     if found is None:
         raise UsageError(
-            f"{type(model).__name__} has no single stack of layers that could be frozen or given rates of their own. "
-            "Leave out layer_decay, freeze_layers and freeze_embeddings."
+            f"{type(model).__name__} has no single stack of layers to freeze or to give separate learning rates. Leave "
+            "out layer_decay, freeze_layers and freeze_embeddings."
         )
     return found
 
@@ -66,8 +66,8 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
     found = len(encoder_layers(model))
     if layers > found:
         raise UsageError(
-            f"freeze_layers is {layers}, but the model has {found} layers with weights of their own. Give so many, or "
-            "less."
+            f"freeze_layers is {layers}, but the model has {found} layers with their own weights. Set it to at most "
+            "that."
         )
     for parameter, depth in parameter_depths(model).items():
         if depth <= layers:
@@ -81,7 +81,9 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
         ValueError: It is of a family that cannot.
     """
     if not model.supports_gradient_checkpointing:
-        raise UsageError(f"{type(model).__name__} knows no gradient checkpointing. Leave gradient_checkpointing out.")
+        raise UsageError(
+            f"{type(model).__name__} does not support gradient checkpointing. Leave gradient_checkpointing out."
+        )
     # newer versions of transformers have another name for it, and warn of the old one
     renamed = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable

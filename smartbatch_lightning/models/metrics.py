@@ -56,7 +56,7 @@ class StageMetrics(nn.Module):
     def __init__(self, metrics: MetricCollection, task: Task) -> None:
         super().__init__()
         if "loss" in metrics:
-            raise UsageError("configure_metrics gives a metric the name 'loss', which the mean loss has. Rename it.")
+            raise UsageError("configure_metrics returns a metric named 'loss', the name of the mean loss. Rename it.")
         self.loss = _MeanLoss()
         self.metrics = metrics
         self._task = task
@@ -168,10 +168,10 @@ def find_monitored(
     logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in ("loss", *metrics)}
     name = name or name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
     if name not in logged and not others:
-        raise UsageError(f"the metric {name!r} is to be monitored, but what is logged is {join_quoted(logged)}.")
+        raise UsageError(f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}.")
     better = False if logged.get(name) == "loss" else None
     if logged.get(name) in metrics:
         better = metrics[logged[name]].higher_is_better
     if mode is None and better is None:
-        raise UsageError(f"the metric {name!r} does not say whether more of it is better. Give mode, min or max.")
+        raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
     return name, mode or ("max" if better else "min")

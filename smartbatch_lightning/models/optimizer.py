@@ -56,8 +56,8 @@ def build_optimizer(
         optimizer = make(groups)
     except Exception as error:  # an optimizer may raise anything
         raise UsageError(
-            f"no optimizer could be made of the model's parameter groups: {root_cause_message(error)} Give another "
-            "--model.optimizer, or override configure_optimizer."
+            f"no optimizer could be created from the model's parameter groups: {root_cause_message(error)} Give "
+            "another --model.optimizer, or override configure_optimizer."
         ) from error
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer makes a {type(optimizer).__name__}; give a class of torch.optim.Optimizer.")
@@ -112,17 +112,19 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
     if not 0 < settings.layer_decay <= 1:
-        raise UsageError(f"layer_decay is {settings.layer_decay}; give a factor above 0 that is 1, for none, or less.")
+        raise UsageError(
+            f"layer_decay is {settings.layer_decay}; give a factor above 0 and up to 1, where 1 means no decay."
+        )
     adam = (settings.learning_rate, settings.adam_epsilon, settings.weight_decay)
     if settings.optimizer is not None and adam != (None, 1e-8, 0):
         raise UsageError(
-            "learning_rate is {}, adam_epsilon {} and weight_decay {}, which are AdamW's, but optimizer is given. Set "
-            "its own lr, eps and weight_decay in its init_args, and learning_rate to null.".format(*adam)
+            "learning_rate is {}, adam_epsilon {} and weight_decay {}, which are for AdamW, but optimizer is given. "
+            "Set its own lr, eps and weight_decay in its init_args, and learning_rate to null.".format(*adam)
         )
     if schedule.sets_rates and (settings.layer_decay != 1 or settings.head_learning_rate is not None):
         raise UsageError(
-            "lr_scheduler has max_lr, one learning rate for all parameters, beside layer_decay or head_learning_rate. "
-            "Leave it out, and each group rises to its own."
+            "lr_scheduler has max_lr, one learning rate for all parameters, together with layer_decay or "
+            "head_learning_rate. Leave it out, and each group warms up to its own rate."
         )
 
 

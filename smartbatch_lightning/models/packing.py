@@ -162,9 +162,9 @@ def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precis
     """
     reason = ""
     if capability < FLASH_CAPABILITY:
-        reason = "the card has no FlashAttention. Padded batches, --data.padding=longest, may be faster."
+        reason = "the GPU does not support FlashAttention. Padded batches, --data.padding=longest, may be faster."
     elif "16" not in precision:
-        reason = f"FlashAttention does not take {precision}. Set --trainer.precision=bf16-mixed for it."
+        reason = f"FlashAttention does not support {precision}. Set --trainer.precision=bf16-mixed for it."
     if reason:
         return f"Attention of packed batches is computed sample by sample: {reason}"
     dropout = attention_dropout(model)

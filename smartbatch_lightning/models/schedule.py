@@ -66,15 +66,15 @@ class Schedule:
             raise UsageError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
         if warmup_steps < 0 or not 0 <= warmup_ratio <= 1:
             raise UsageError(
-                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give steps of 0 or more, or a share "
+                f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give 0 or more steps, or a fraction "
                 "between 0 and 1."
             )
         chosen: Any = lr_scheduler
         if isinstance(chosen, Mapping):
             if arguments or "class_path" not in chosen:
                 raise UsageError(
-                    f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, and no "
-                    "lr_scheduler_kwargs beside them."
+                    f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without "
+                    "lr_scheduler_kwargs."
                 )
             # flags such as --model.lr_scheduler.init_args.step_size=3 come without init_args
             others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
@@ -101,7 +101,7 @@ class Schedule:
         if (warmup_steps or warmup_ratio) and "num_warmup_steps" not in self._parameters:
             raise UsageError(
                 f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}, but lr_scheduler is {self._name}, "
-                "which has no warm-up. Set both to 0, or take a schedule with one, such as constant_with_warmup."
+                "which has no warm-up. Set both to 0, or use a schedule with one, such as constant_with_warmup."
             )
 
     @property
@@ -155,7 +155,7 @@ class Schedule:
         if "monitor" in self._arguments and "mode" not in self._arguments:
             monitored = self._arguments["monitor"]
             if not str(monitored).startswith("val_loss"):
-                raise TypeError(f"mode is missing: max where a higher {monitored} is better, else min")
+                raise TypeError(f"mode is missing: max if a higher {monitored} is better, else min")
         if "monitor" not in self._parameters:
             self.monitor = self._arguments.pop("monitor", None)
 
@@ -185,8 +185,8 @@ def check_validation(trainer: L.Trainer) -> None:
     validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
     if _by_validation(trainer) and not validated:
         raise UsageError(
-            "lr_scheduler is ReduceLROnPlateau, which goes by validation, but there is none. Set "
-            "--data.validation_split, or take another schedule."
+            "lr_scheduler is ReduceLROnPlateau, which needs validation, but there is none. Set "
+            "--data.validation_split, or use another schedule."
         )
 
 
@@ -201,7 +201,7 @@ def step_by_validation(trainer: L.Trainer) -> None:
         if config.monitor not in metrics:
             logged = sorted(name for name in metrics if name.startswith("val"))
             raise UsageError(
-                f"lr_scheduler is ReduceLROnPlateau and goes by {config.monitor!r}, but validation logs "
+                f"lr_scheduler is ReduceLROnPlateau and monitors {config.monitor!r}, but validation logs "
                 f"{join_quoted(logged)}. Set its monitor to one of these, with mode max or min."
             )
         if not trainer.sanity_checking:
@@ -297,8 +297,8 @@ def follow_rates(trainer: L.Trainer) -> None:
             )
         if not isinstance(schedule, LambdaLR | ReduceLROnPlateau) and [group["lr"] for group in groups] != rates:
             raise UsageError(
-                f"a callback has set learning rates, which {type(schedule).__name__} does not go on from. Take a "
-                "schedule by its name among transformers', or leave the callback out."
+                f"a callback has set learning rates, which {type(schedule).__name__} would override. Use one of "
+                "transformers' schedules by name, or leave the callback out."
             )
         if isinstance(schedule, LambdaLR):
             schedule.lr_lambdas += [schedule.lr_lambdas[0]] * len(added)

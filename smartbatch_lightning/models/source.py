@@ -96,8 +96,8 @@ class ModelSource:
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
             raise UsageError(
-                "num_labels is not given, and there is no SmartBatchDataModule to tell how many classes there are. "
-                "Set --model.num_labels."
+                "num_labels is not given, and there is no SmartBatchDataModule to take the number of classes from. Set "
+                "--model.num_labels."
             )
         return self._pretrained_model(config)
 

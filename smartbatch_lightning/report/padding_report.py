@@ -126,8 +126,8 @@ class PaddingReport:
         echo(f"An epoch of the {len(self.lengths):,} samples that are trained. {tables.STRATEGIES_LEGEND}")
         if self.tokenized_ahead is not None:
             echo(
-                "Texts are tokenized lazily, and batches planned by estimated lengths. Tokenized ahead, * would pad "
-                f"{self.tokenized_ahead:.2%}."
+                "Texts are tokenized lazily, so batches are planned by estimated lengths. With tokenization ahead, * "
+                f"would pad {self.tokenized_ahead:.2%}."
             )
         echo("")
         echo(tables.frontier(self.frontier, self.jitter))

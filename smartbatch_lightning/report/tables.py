@@ -14,10 +14,9 @@ _WIDTH_OF_TEXT = 78
 _WIDTH_OF_CLASSES = 60
 
 STRATEGIES_LEGEND = (
-    "* as configured.\n"
-    "Batch overlap: share of a sample's batch-mates that it meets again in the next epoch.\n"
-    "Expected speed-up: an estimate from the operations of linear layers and attention, over fixed padding.\n"
-    "Balance: slowest rank over the mean. Largest batch: samples x width; samples: tokens where packed."
+    "* as configured.\nBatch overlap: share of a sample's batch-mates that share a batch with it again in the next "
+    "epoch.\nExpected speed-up over fixed padding: estimated from the operations of linear layers and "
+    "attention.\nBalance: slowest rank over the mean. Largest batch: samples x width, or samples: tokens if packed."
 )
 
 

@@ -32,8 +32,8 @@ def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
     if (trained := problem_type_of(config)) != problem_type:
         hint = "" if config.problem_type else f" {if_config_does_not_say(problem_type)}"
         raise UsageError(
-            f"the model was trained for {trained}, not for {problem_type}. Give a model that was, or one that is not "
-            f"fine-tuned; or set --data.problem_type.{hint}"
+            f"the model was trained for {trained}, not for {problem_type}. Use a model trained for it, or one that is "
+            f"not fine-tuned; or set --data.problem_type.{hint}"
         )
 
 

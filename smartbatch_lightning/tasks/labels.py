@@ -69,7 +69,7 @@ class LabelEncoder:
             if names:
                 found = f"all labels of the split {labels.columns.split!r} are {names[0]!r}"
             raise UsageError(
-                f"{found}; there is nothing to tell apart. Give data with two classes or more, or set "
+                f"{found}; there is nothing to classify. Give data with at least two classes, or set "
                 "--data.label_column."
             )
         _warn_of_near_duplicates(names)
@@ -107,11 +107,9 @@ class LabelEncoder:
                 if delimiter in met and {part.strip() for part in met.split(delimiter)} <= set(self.names):
                     hint = f" If these are several labels, set label_delimiter={delimiter!r}."
             if counted is not None:
-                hint = (
-                    f" Whole numbers count the classes here, from 0 to {len(known) - 1}; give a name for each number."
-                )
+                hint = f" Integers are class ids here, from 0 to {len(known) - 1}; give a name for each id."
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
-                hint = " If whole numbers count the classes, set --data.label_names to the names in that order."
+                hint = " If integers are class ids, set --data.label_names to the names in their order."
             raise UsageError(
                 f"{labels.row(unknown)} has the label {join_quoted([met])}, which is none of "
                 f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
@@ -167,8 +165,8 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
 
     if values.null_count == len(values) > 1:
         raise UsageError(
-            f"the split {columns.split!r} has no label in {name!r} in any row, as test sets have whose labels are kept "
-            "secret. Name another split, or use predict, which needs no labels."
+            f"the split {columns.split!r} has no label in {name!r} in any row, as in test sets with hidden labels. "
+            "Name another split, or use predict, which needs no labels."
         )
     if values.null_count:
         missing = first_true(values.is_null())
@@ -220,6 +218,6 @@ def _warn_of_near_duplicates(names: list[str]) -> None:
     for alike in by_folded.values():
         if len(alike) > 1:
             rank_zero_warn(
-                f"The classes {join_quoted(alike)} differ in case or spaces alone, and are trained as different "
-                "classes. If they are one, write them alike in the data."
+                f"The classes {join_quoted(alike)} differ only in case or spaces, and are trained as different "
+                "classes. If they are the same, spell them the same in the data."
             )

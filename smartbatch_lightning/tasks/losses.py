@@ -41,7 +41,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"label_smoothing is {self.label_smoothing}; give a share from 0 to below 1.")
+            raise UsageError(f"label_smoothing is {self.label_smoothing}; give a fraction from 0 to below 1.")
         if not 0 <= self.focal_gamma < math.inf:
             raise UsageError(f"focal_gamma is {self.focal_gamma}; give a number that is 0 or more, such as 2.")
         for argument, weights in (("class_weights", self.class_weights), ("pos_weight", self.pos_weight)):
@@ -177,8 +177,8 @@ def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[fl
         return None
     if isinstance(weights, str):
         raise UsageError(
-            f"{argument} is {weights!r}, but there is no training data to count labels in, nor a checkpoint that was "
-            "trained so. Give numbers by name, or leave it out."
+            f"{argument} is {weights!r}, but there is neither training data to count labels in nor a checkpoint that "
+            "stores them. Give numbers by name, or leave it out."
         )
     given = {str(name): float(weight) for name, weight in weights.items()}
     if unknown := [name for name in given if name not in names]:

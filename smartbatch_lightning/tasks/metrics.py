@@ -68,8 +68,8 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
         name = name or str(metric).rpartition(".")[2]
         if name in specs or name == "loss" or not str(name).isidentifier():
             raise UsageError(
-                f"metrics has the name {name!r}, which {'stands twice' if name in specs else 'no metric may have'}. "
-                "Give them by other names, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
+                f"metrics has the name {name!r}, which {'appears twice' if name in specs else 'is reserved'}. Give "
+                "them other names, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
             )
         specs[name] = (str(metric), options)
         _candidates(str(metric))
@@ -102,7 +102,7 @@ def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabe
     classes = [one for one in found if inspect.isclass(one) and issubclass(one, Metric)]
     if not classes:
         raise UsageError(
-            f"metrics has {metric!r}, which is none of {join_quoted(sorted(_NAMES))}, and no class of torchmetrics for "
+            f"metrics has {metric!r}, which is none of {join_quoted(sorted(_NAMES))}, and not a torchmetrics class for "
             "this task. Correct the name."
         )
     return classes
@@ -136,7 +136,7 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
 
 @cache
 def _announce_second(metric: str, name: str) -> None:
-    rank_zero_info(f"{metric} is that of {name!r}, the second class. --data.label_names gives classes another order.")
+    rank_zero_info(f"{metric} is for {name!r}, the second class. Set --data.label_names to change the order.")
 
 
 def _of_second_class(kind: type[Metric]) -> type[Metric]:

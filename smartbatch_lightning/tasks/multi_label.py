@@ -229,8 +229,8 @@ class MultiLabelClassification:
             indicators = self.indicators
         if indicators is None:
             raise UsageError(
-                f"every list of labels in the split {columns.split!r} holds a 0 and a 1, which may be two labels, or "
-                "say whether the sample has each of two. Give names in place of numbers."
+                f"every list of labels in the split {columns.split!r} holds a 0 and a 1, which could be two label ids "
+                "or two 0/1 indicators. Use names instead of numbers."
             )
         return indicators
 
@@ -239,8 +239,8 @@ class MultiLabelClassification:
         names = self.positions or self.label_names
         if values.shape[1] != len(names):
             raise UsageError(
-                f"the split {split!r} has {values.shape[1]} zeros or ones for each sample, but there are {len(names)} "
-                f"labels: {join_quoted(self.label_names)}. Give one for each label."
+                f"the split {split!r} has {values.shape[1]} zeros or ones per sample, but there are {len(names)} "
+                f"labels: {join_quoted(self.label_names)}. Give one per label."
             )
         return values[:, order_of(self.label_names, names)]
 
@@ -282,8 +282,8 @@ def _are_truth_values(columns: LabelColumns, width: int) -> NDArray[np.bool_]:
 
 def _odd_row(columns: LabelColumns, row: int, width: int, as_elsewhere: str) -> UsageError:
     return UsageError(
-        f"{columns.row(row)} has not a 0 or 1 for each of the {width} labels in {columns.names[0]!r}, as "
-        f"{as_elsewhere}. Correct it, or drop such rows; where the lists number labels, give names in place of numbers."
+        f"{columns.row(row)} does not have a 0 or 1 for each of the {width} labels in {columns.names[0]!r}, as "
+        f"{as_elsewhere}. Correct it, or drop such rows; if the lists hold label ids, use names instead."
     )
 
 
@@ -314,9 +314,9 @@ def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
     if not columns.are_lists:
         if columns.delimiter is None:
             raise UsageError(
-                f"the label column {name!r} of the split {columns.split!r} holds {lists.type}, but {_PROBLEM_TYPE} has "
-                "lists, texts with a delimiter, or a column of 0 and 1 for each label. Set --data.label_delimiter, or "
-                "name several columns by --data.label_column."
+                f"the label column {name!r} of the split {columns.split!r} holds {lists.type}, but {_PROBLEM_TYPE} "
+                "needs lists, strings with a delimiter, or a 0/1 column for each label. Set --data.label_delimiter, or "
+                "name several columns with --data.label_column."
             )
         lists = _split(lists, columns.delimiter, is_text(lists.type))
     lengths = np.asarray(pc.list_value_length(lists), np.int64)

@@ -124,7 +124,7 @@ class Regression:
             )
         if sorted(names) == sorted(self.names) and tuple(names) != self.names:
             raise UsageError(
-                f"the model's targets are {join_quoted(names)}, in this order; name the columns so by "
+                f"the model's targets are {join_quoted(names)}, in this order; give columns with these names in "
                 "--data.label_column, and leave out --data.label_names."
             )
         assert isinstance(trained, Regression)
@@ -156,8 +156,8 @@ class Regression:
             )
         if len(targets) > 1 and (targets == -1).all():
             raise UsageError(
-                f"all targets of the split {columns.split!r} are -1, as in test sets whose targets are kept secret. "
-                "Name another split, or use predict, which needs no labels."
+                f"all targets of the split {columns.split!r} are -1, as in test sets with hidden targets. Name another "
+                "split, or use predict, which needs no labels."
             )
         return targets[:, order_of(self.names, columns.names)] if len(columns.names) > 1 else targets
 
@@ -266,12 +266,12 @@ def _read_lists(columns: LabelColumns) -> NDArray[np.float64]:
     [name], lengths = columns.names, pc.list_value_length(columns.values)
     width = lengths[0].as_py() if len(lengths) else 0
     if not width:
-        raise UsageError(f"{columns.row(0)} has no target in {name!r}. Give every row as many targets.")
+        raise UsageError(f"{columns.row(0)} has no target in {name!r}. Give every row the same number of targets.")
     even = pc.fill_null(pc.equal(lengths, width), False)
     if not pc.all(even).as_py():
         raise UsageError(
-            f"{columns.row(first_true(pc.invert(even)))} has not {width} targets in {name!r}, as the first row has. "
-            "Give every row as many."
+            f"{columns.row(first_true(pc.invert(even)))} does not have {width} targets in {name!r}, as the first row "
+            "does. Give every row the same number."
         )
     return _numbers(columns, name, flattened(columns.values), width).reshape(-1, width)
 
@@ -281,8 +281,8 @@ def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row:
     if found is None and is_text(values.type):
         first = next(row for row, text in enumerate(values.to_pylist()) if not _is_number(text))
         raise UsageError(
-            f"{columns.row(first // per_row)} has {join_quoted([values[first].as_py()])} in {name!r}, which is no "
-            "number. Write numbers as in 1234.5, without a unit or separators of thousands, or drop such rows; or set "
+            f"{columns.row(first // per_row)} has {join_quoted([values[first].as_py()])} in {name!r}, which is not a "
+            "number. Write numbers like 1234.5, without units or thousands separators, or drop such rows; or set "
             "--data.label_column or --data.problem_type."
         )
     if found is None:

@@ -157,7 +157,7 @@ def _read_labels(columns: LabelColumns) -> Labels:
             what = f"the label column {columns.names[0]!r} of the split {columns.split!r} holds lists"
         several = "multi_label_classification"
         raise UsageError(
-            f"{what}, but problem_type is {_PROBLEM_TYPE!r}, which has one label a sample. Give one column without a "
+            f"{what}, but problem_type is {_PROBLEM_TYPE!r}, which has one label per sample. Give one column without a "
             f"delimiter, or set --data.problem_type={several}. {if_config_does_not_say(several)}"
         )
     return labels_in(columns, columns.values)
@@ -172,13 +172,13 @@ def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
         several = sum(delimiter in name for name in names)
         if 2 * several > len(names) and 2 * len(set(parts)) <= len(parts):
             rank_zero_warn(
-                f"Most of the {len(names):,} classes, such as {join_quoted(names[:3])}, look like several labels with "
-                f"{delimiter!r} between them, and are trained as classes of their own. If they are several, set "
+                f"Most of the {len(names):,} classes, such as {join_quoted(names[:3])}, look like several labels "
+                f"separated by {delimiter!r}, but are trained as single classes. If they are several labels, set "
                 f"--data.label_delimiter={delimiter!r}." + ("" if recur else f" If they are {numbers}.")
             )
             return
     if not recur:
         rank_zero_warn(
             f"There are {len(names):,} classes in {num_samples:,} samples, such as {join_quoted(names[:3])}. If they "
-            f"are {numbers}; if the labels stand in another column, set --data.label_column."
+            f"are {numbers}; if the labels are in another column, set --data.label_column."
         )

@@ -120,8 +120,8 @@ def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[s
     """
     if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
         raise UsageError(
-            f"label_column names {join_quoted(columns)}, but the labels are {join_quoted(names)}. Name a column for "
-            "each by --data.label_column, and leave out --data.label_names."
+            f"label_column names {join_quoted(columns)}, but the labels are {join_quoted(names)}. Give a column for "
+            "each in --data.label_column, and leave out --data.label_names."
         )
     named = list(columns) if set(columns) == set(names) else list(positions or names)
     return [named.index(name) for name in names]

@@ -42,8 +42,8 @@ class Standardization:
             std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
             if std == 0 or values.min() == values.max():
                 raise UsageError(
-                    f"the target {name!r} is {values[0]} in every sample that is trained on, and cannot be "
-                    "standardised. Leave it out of --data.label_column, or set --data.standardize_targets=false."
+                    f"the target {name!r} is {values[0]} in every training sample, so it cannot be standardised. Leave "
+                    "it out of --data.label_column, or set --data.standardize_targets=false."
                 )
             means.append(mean)
             deviations.append(std)

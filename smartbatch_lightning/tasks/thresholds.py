@@ -27,7 +27,7 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
         thresholds = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"the thresholds {path} cannot be read: {error}. Write them by smartbatch evaluate --thresholds=best."
+            f"the thresholds {path} cannot be read: {error}. Create them with smartbatch evaluate --thresholds=best."
         ) from error
     if not isinstance(thresholds, dict):
         raise UsageError(f"the thresholds {path} hold {type(thresholds).__name__}; give numbers by label.")
