@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # bash configs/cluster/torchrun.sh [more options of smartbatch fit]
-# One machine, all its GPUs; a rank that dies takes the others along, and all start again from the newest checkpoint.
+# One machine, all its GPUs; if a rank dies, all ranks restart from the latest checkpoint.
 # On several machines: --nnodes=N --rdzv-backend=c10d --rdzv-endpoint=HOST:29500, the same command on each, and
-# --trainer.num_nodes=N. To go on with fewer GPUs, start it with fewer: the rest of the epoch is planned again for these.
+# --trainer.num_nodes=N. To resume with fewer GPUs, start it with fewer: the rest of the epoch is replanned for them.
 set -euo pipefail
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
 
