@@ -3,10 +3,10 @@
     SMARTBATCH_IMDB_DIR=... python -m benchmarks.pipeline
 
 MiniLM (6 layers, hidden size 384) classifies the same reviews of IMDB, cut at 400 tokens: by `pipeline` with the
-reviews as they come, one at a time and in batches, and in batches of reviews that the caller has sorted by length,
-which the pipeline does not do itself; and by `Trainer.predict`, padded and packed, which gives each review its row back.
-They take turns in one process, and nothing is cached: ours tokenizes anew in every turn, checks of its data included.
-The probabilities are compared before anything is timed. Half an hour on two cores; `--reviews 64` is over in a minute.
+reviews as they come, one at a time and in batches, and in batches of reviews that the caller has sorted by length;
+and by `Trainer.predict`, padded and packed. They take turns in one process, and nothing is cached: ours tokenizes anew
+in every turn, checks of its data included. The probabilities are compared before anything is timed. Half an hour on
+two cores; `--reviews 64` is over in a minute.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder / "model")
-        options = {"truncation": True, "max_length": MAX_LENGTH, "top_k": None}
+        options: Any = {"truncation": True, "max_length": MAX_LENGTH, "top_k": None}
         classify = pipeline("text-classification", str(folder / "model"), dtype=torch.float32, **options)
         model = SequenceClassifier(str(folder / "model"))
         several = f"batches of {args.batch_size}"
@@ -80,10 +80,8 @@ def main() -> None:
         for padding, spec in _OURS.items():
             spec = {"batch_size": args.batch_size, **spec}
             contestants[f"predict, {padding}, {several}"] = partial(by_predict, model, texts, folder, spec)
-        probabilities = {name: run(0) for name, run in contestants.items()}
-        seconds = interleaved(
-            {name: lambda turn, run=run: run(turn + 1) for name, run in contestants.items()}, args.repeats, warmups=0
-        )
+        probabilities = {name: run(-1) for name, run in contestants.items()}
+        seconds = interleaved(contestants, args.repeats, warmups=0)
     first = next(iter(probabilities.values()))
     peers = [name for name in contestants if name.startswith("pipeline")]
     rows = [

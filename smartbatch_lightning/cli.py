@@ -8,9 +8,10 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace, auto_cli
@@ -38,6 +39,7 @@ from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
 from smartbatch_lightning.progress import check_flags
 from smartbatch_lightning.storage import check_writable
@@ -209,13 +211,21 @@ class ConfigSaver(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class _Parser(LightningArgumentParser):
-    """Refuses a value of another type in one line; jsonargparse tells of every type why it is not of that one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the process."""
-        message = re.sub(r"\n\s*Errors:.*\n\s*(?=Given value: )", ". ", message, flags=re.DOTALL)
-        super().error(" ".join(message.split()), ex)
+# What most runs need, by command.
+_DATA = ("config", "data.dataset", "data.text_columns", "data.label_column", "data.max_length")
+_BATCHES = ("data.batch_size", "data.max_tokens_per_batch", "data.padding")
+_FIT = (*_DATA, *_BATCHES, "data.validation_split", "model.pretrained", "model.learning_rate")
+_TRAINER = ("trainer.devices", "trainer.precision", "trainer.default_root_dir")
+_OF_A_CHECKPOINT = ("ckpt_path", "config", "data.dataset")
+_MOST_USED = {
+    "fit": (*_FIT, "trainer.max_epochs", *_TRAINER, "early_stopping.patience", "export_model.folder", "ckpt_path"),
+    "validate": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "evaluation.folder"),
+    "test": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "evaluation.folder"),
+    "predict": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "predictions.path", "predictions.columns"),
+    "prepare": (*_DATA, "data.cache_dir", "model.pretrained"),
+    "report": (*_DATA, *_BATCHES, "model.pretrained", "folder", "ranks"),
+    "export": (*_OF_A_CHECKPOINT, "folder"),
+}
 
 
 class SmartBatchCLI(LightningCLI):
@@ -245,22 +255,30 @@ class SmartBatchCLI(LightningCLI):
         if called and called[0] in (commands := self.subcommands()):
             # of those that are not called the options are not collected, which takes a tenth of a second each
             self.subcommands = lambda: {called[0]: commands[called[0]]}  # type: ignore[method-assign]
+        classes: dict[str, type] = {"model": model_class, "data": datamodule_class}
         options = {
             "seed_everything_default": 321,
             "save_config_callback": ConfigSaver,
             "save_config_kwargs": {"overwrite": True},  # which it never does, but Lightning would stop at its own file
-            "parser_class": _Parser,
+            "parser_class": Parser,
             "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
+                "version": version("smartbatch_lightning"),
                 "description": "Fine-tune BERT and other encoders on text classification.",
                 "epilog": "Besides, without model and data: smartbatch evaluate --help and smartbatch cache --help.",
-                # in place of sixty lines of options above every mistake
-                **{command: {"usage": "%(prog)s [options]"} for command in self.subcommands()},
+                **{
+                    command: {
+                        "usage": "%(prog)s [options]",
+                        "classes": classes,
+                        "most_used": _MOST_USED.get(command, ()),
+                    }
+                    for command in self.subcommands()
+                },
             },
             **options,
         }
-        self._classes = {"model": model_class, "data": datamodule_class}
+        self._classes = classes
         with _as_a_command() if args is None else nullcontext():
             super().__init__(
                 model_class,
@@ -412,7 +430,7 @@ def main() -> None:
                 as_positional=False,
                 prog=f"smartbatch {name}",
                 usage="%(prog)s [options]" if name == "evaluate" else None,
-                parser_class=_Parser,
+                parser_class=Parser,
             )
     else:
         SmartBatchCLI()

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
-from smartbatch_lightning.cli import main
+from smartbatch_lightning.cli import _MOST_USED, main
 from smartbatch_lightning.console import command_to_go_on
 
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -294,24 +295,66 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "--model.learning_rate=abc"], 'error: Parser key ".*learning_rate.*abc.*'),
-        slow(["fit", "--data.batch_size=abc"], 'error: Parser key ".*batch_size.*abc.*'),
-        slow(["fit", "--model=Nope"], 'error: Parser key "model": .* Given value: Nope'),
-        slow(
-            ["evaluate", "--predictions=p", "--temperature=warm"],
-            'error: Parser key "temperature": .*Given value: warm',
-        ),
+        (["fit", "--model.learning_rate=abc"], "--model.learning_rate: expected .*float.*, null. Got value: abc"),
+        slow(["fit", "--data.max_length=abc"], "--data.max_length: expected int. Got value: abc"),
+        slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
+        slow(["fit", "--model=Nope"], "--model: expected one of .*SequenceClassifier, null. Got value: Nope"),
+        slow(["fit", "--model.class_path=no.Model"], "--model: Problem with .* 'no.Model': No module named 'no'"),
+        slow(["fit", "--config=no.yaml"], "--config: File does not exist: '.*no.yaml'"),
+        slow(["evaluate", "--predictions=p", "--temperature=warm"], "--temperature: expected .*float.* Got value: warm"),
+        (["fit", "--data.max_lenght=9"], r"There is no option --data.max_lenght. Did you mean --data.max_length\?"),
+        slow(["fit", "--max_length=9"], r"There is no option --max_length. Did you mean --data.max_length\?"),
+        slow(["fit", "--trainer.max_epoch=9"], r"There is no option .*max_epoch. Did you mean --trainer.max_epochs\?"),
+        slow(["fit", "--early_stopping.patiense=9"], r"There is no .* Did you mean --early_stopping.patience\?"),
+        slow(["fit", "--config=misspelt.yaml"], r"There is no option --data.max_lenght. .* --data.max_length\?"),
+        slow(["fit", "--config=trainer.yaml"], r"There is no option --trainer.max_epoch. .* --trainer.max_epochs\?"),
+        slow(["fit", "--model.nothing_like_it=9"], "There is no option --model.nothing_like_it."),
+        slow(["fit", "stray"], "unrecognized arguments: stray"),
     ],
 )
-def test_a_value_of_another_type_is_told_in_one_line(arguments, message, monkeypatch, capsys) -> None:
+def test_an_unknown_option_or_a_value_of_another_type_is_told_in_one_line(
+    arguments, message, tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "misspelt.yaml").write_text("data: {dataset: demo, max_lenght: 9}")
+    (tmp_path / "trainer.yaml").write_text("trainer: {max_epoch: 9}")
     monkeypatch.setattr(sys, "argv", ["smartbatch", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    usage, tip, error = capsys.readouterr().err.splitlines()
-    assert (usage[:6], tip[:4]) == ("usage:", "tip:")
-    assert re.fullmatch(message, error)
+    usage, tip, error = capsys.readouterr().err.splitlines()[-3:]
+    assert ("usage:" in usage or usage.startswith(" "), tip[:4]) == (True, "tip:")
+    assert re.fullmatch("error: " + message, error)
+
+
+def test_help_shows_what_most_runs_need_and_help_all_everything(monkeypatch, capsys) -> None:
+    shown = {}
+    for option in ("--help", "--help_all"):
+        monkeypatch.setattr(sys, "argv", ["smartbatch", "fit", option])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit):
+            main()
+        shown[option] = capsys.readouterr().out
+    for option in ("--data.dataset", "--data.max_length", "--model.pretrained", "--trainer.max_epochs", "--help_all"):
+        assert option in shown["--help"]
+    assert "--trainer.num_sanity_val_steps" in shown["--help_all"]
+    assert len(shown["--help"].splitlines()) < 90 < len(shown["--help_all"].splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SmartBatchCLI.subcommands())
+def test_every_option_that_the_help_of_a_command_shows_is_one_that_it_takes(command, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["smartbatch", command, "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit):
+        main()
+    options = re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.MULTILINE)
+    assert options == list(_MOST_USED[command])
+
+
+def test_the_package_is_a_command_too_and_tells_its_version() -> None:
+    told = subprocess.run([sys.executable, "-m", "smartbatch_lightning", "--version"], capture_output=True, text=True)
+    assert told.stdout == f"smartbatch {metadata.version('smartbatch_lightning')}\n"
 
 
 @pytest.mark.parametrize(

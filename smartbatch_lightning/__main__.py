@@ -1,0 +1,8 @@
+"""`python -m smartbatch_lightning`, which is `smartbatch`."""
+
+import sys
+
+from smartbatch_lightning.cli import main
+
+sys.argv[0] = "smartbatch"  # as which help and mistakes name it
+main()

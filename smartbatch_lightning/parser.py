@@ -1,0 +1,125 @@
+"""The parser of the command line: a help text of one screen, and each mistake in one line, with the nearest options."""
+
+import argparse
+import difflib
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+_NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, where `--help` shows what most runs need and `--help_all` everything.
+
+    Args:
+        args: As jsonargparse takes them.
+        classes: Class by key of what may also be another class by `class_path`: of these jsonargparse shows no options.
+        most_used: Options that `--help` shows, such as `data.dataset`; all where there are none.
+        options: As jsonargparse takes them.
+    """
+
+    def __init__(
+        self, *args: Any, classes: dict[str, type] | None = None, most_used: tuple[str, ...] = (), **options: Any
+    ) -> None:
+        super().__init__(*args, allow_abbrev=False, **options)
+        self.classes = classes or {}
+        self.most_used = most_used
+        if most_used:
+            self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
+
+    def options(self) -> dict[str, argparse.Action]:
+        """What may be set, by name: no help for classes, and no keys that hold others; those of commands too."""
+        found: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                for command in action.choices.values():
+                    found |= command.options()
+            elif action.option_strings and action.default is not argparse.SUPPRESS:
+                found[action.dest] = action
+        for key, of in self.classes.items():
+            parser = Parser()
+            parser.add_class_arguments(of, key)
+            found |= parser.options()
+        return {name: action for name, action in found.items() if not isinstance(action.default, Namespace)}
+
+    def format_help(self, *args: Any) -> str:
+        """What `--help` shows."""
+        if not self.most_used:
+            return super().format_help(*args)
+        command = self.prog.replace(" [options]", "")
+        keys = " and ".join(f"{command} --{key}.help" for key in self.classes)
+        short = argparse.ArgumentParser(
+            command,
+            "%(prog)s [options]",
+            self.description,
+            f"These are the options that most runs need. For all: {command} --help_all. For those of a class: {keys}.",
+        )
+        options = self.options()
+        for name in filter(options.__contains__, self.most_used):
+            option = options[name]
+            told = " ".join((option.help or "").replace("`", "").split()).partition(". ")[0].rstrip(".")
+            default = "" if option.default is None else f" (default: {option.default})"
+            metavar = name.rpartition(".")[2].upper()
+            short.add_argument(f"--{name}", metavar=metavar, help=(told + default).replace("%", "%%"))
+        return short.format_help()
+
+    def format_help_all(self) -> str:
+        """What `--help_all` shows."""
+        return super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process, or the parsing of a class, whose parser ends with it."""
+        super().error(self._one_line(message) if self.exit_on_error else message, ex)
+
+    def _one_line(self, message: str) -> str:
+        """The message of jsonargparse without what it says of each type that a value might have had."""
+        keys = re.findall(r'Parser key "(.+?)"', message)
+        inner = message.rpartition('Parser key "')[2]
+        if len(keys) > 1:  # what comes after is of the class that holds the option
+            inner = inner.partition("- Expected a <class 'NoneType'>\n  Given value")[0]
+        not_accepted = re.search(
+            r"(?:Group '(?P<group>.+)' does not accept o|O|does not accept o)ption '(?P<name>[^']+)'", inner
+        )
+        unrecognized = re.match(r"unrecognized arguments: --([\w.]+)", message)
+        if not_accepted or unrecognized:
+            if unrecognized:
+                keys = [unrecognized[1]]
+            elif not_accepted:
+                keys = [*keys, *filter(None, not_accepted.groups())]
+            return self._unknown(".".join(keys).replace("init_args.", ""))
+        if problem := re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL):
+            inner = problem[0]
+        elif keys:
+            inner = inner.partition('":')[2]
+        inner = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", inner)
+        inner = re.sub(
+            r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*?Given value: ",
+            r"expected one of \1. Got value: ",
+            inner,
+            flags=re.DOTALL,
+        )
+        inner = (
+            re.sub(r"<class '([\w.]+)'>", r"\1", inner).replace("NoneType", "null").replace("Expected a ", "expected ")
+        )
+        where = f"--{'.'.join(keys)}: " if keys else ""
+        return " ".join((where + inner).split())
+
+    def _unknown(self, name: str) -> str:
+        options = list(self.options())
+        last = name.rpartition(".")[2]
+        same = [option for option in options if option.rpartition(".")[2] == last]
+        near = same or difflib.get_close_matches(name, options, n=1, cutoff=_NEAREST)
+        meant = f" Did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
+        return f"There is no option --{name}.{meant}"
+
+
+class _HelpAll(argparse._HelpAction):
+    """Shows all options; a subclass so that jsonargparse takes it for a help too, and no setting."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser._print_message(parser.format_help_all())
+        parser.exit()
