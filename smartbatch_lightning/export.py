@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.demo.reviews import LABELS
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.families import depends_on_width
 from smartbatch_lightning.models.adapters import is_quantized
 from smartbatch_lightning.models.classifier import SequenceClassifier
@@ -65,11 +66,18 @@ def export_model(
         adapter: Write only the adapters and the head, as peft does, with the configuration in the subfolder `config`.
 
     Raises:
-        ValueError: As for `check_adapter` and `check_export_folder`; or the model is wrapped, weights are not finite,
-            the disk is full, or the last layer cannot absorb the mean of standardised targets.
+        ValueError: As for `check_adapter` and `check_export_folder`; or the data is not what the model was trained on, the
+            model is wrapped, weights are not finite, the disk is full, or the last layer cannot absorb the mean of
+            standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_adapter(model, adapter)
+    if data.is_demo and set(model.task.label_names) != set(LABELS):
+        raise UsageError(
+            "the data is the demo, but the model was trained on other data, with the labels "
+            f"{join_quoted(model.task.label_names)}. Give the config of its training by --config, or the same --data "
+            "options: the exported folder takes max_length from them."
+        )
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(
             f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the class names. "

@@ -155,6 +155,8 @@ def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(
     assert r"a\|b\`c" in body
     assert "<script" not in body.replace(r"\<", "")
     assert "````bash\nsmartbatch fit ```\n````" in body
+    with pytest.raises(ValueError, match="the data is the demo, but the model was trained on other data.*--config"):
+        export_model(model, SmartBatchDataModule(), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
