@@ -138,7 +138,8 @@ def verified_checkpoint(path: _PATH) -> str:
             what = f"is damaged or no checkpoint: {root_cause_message(error)}"
         message = f"the checkpoint {path} {what.rstrip('.')}. Give another one with --ckpt_path"
         if not remote:
-            others = sorted(other.name for other in Path(path).parent.glob("*.ckpt"))
-            message += f"; in its folder are {others}"
+            folder = Path(path).parent
+            others = sorted(other.name for other in folder.glob("*.ckpt"))
+            message += f"; in its folder are {others}" if others else f"; there is none in {str(folder)!r}"
         raise UsageError(f"{message}.") from error
     return local

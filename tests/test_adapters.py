@@ -12,7 +12,7 @@ from helpers import assert_same, begin, cli, finish, kill_after, slow, trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, StochasticWeightAveraging
 from peft import LoraConfig, PrefixTuningConfig
 from test_families import by_pipeline, make_tiny, probabilities
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, pipeline
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.callbacks.best import BestCheckpoint
@@ -288,6 +288,9 @@ def test_checkpoints_of_other_adapters_or_another_pretrained_model_are_refused(b
     other.bert.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="adapters of a model with other weights than .*other' has now"):
         SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt", pretrained=str(tmp_path / "other"))
+    DistilBertConfig().save_pretrained(tmp_path / "kind")
+    with pytest.raises(ValueError, match="adapters of a bert model, but .*kind' is a distilbert model"):
+        SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt", pretrained=str(tmp_path / "kind"))
     plain = SequenceClassifier(base, num_labels=2)
     plain.configure_model()
     with pytest.raises(ValueError, match="the model has no adapters, which --model.peft_config adds"):

@@ -73,11 +73,16 @@ def test_another_run_in_the_same_folder_is_refused_and_replaces_nothing(tmp_path
     assert (tmp_path / "kept" / "best.ckpt").read_bytes() == before
 
 
-def test_early_stopping_waits_as_many_validations_as_it_is_told(tmp_path: Path) -> None:
+def test_early_stopping_waits_as_many_validations_as_it_is_told_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for patience, epochs in ((1, 3), (2, 4)):
         Planned.PLAN = (0.2, 0.9, 0.5, 0.4, 0.3)
-        _, run = planned(tmp_path, EarlyStop(patience, "val_planned", "max"), max_epochs=5, enable_checkpointing=False)
+        with caplog.at_level("INFO"):
+            options = {"max_epochs": 5, "enable_checkpointing": False}
+            _, run = planned(tmp_path, EarlyStop(patience, "val_planned", "max"), **options)
         assert run.current_epoch == epochs
+        assert f"val_planned did not improve in the last {patience} records. Best score: 0.900" in caplog.text
     Planned.PLAN = (0.2, 0.9, 0.5)
 
 

@@ -225,6 +225,11 @@ def test_a_damaged_checkpoint_ends_with_one_line(
     assert "\n" not in line
 
 
+def test_a_missing_checkpoint_in_a_folder_without_any_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"runs/best.ckpt is not there. .*; there is none in '.*runs'\.$"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "runs" / "best.ckpt")
+
+
 def test_no_damaged_checkpoint_is_loaded_with_other_content(tmp_path: Path) -> None:
     """Bits flipped, bytes inserted and taken out at random places of a small checkpoint."""
     rng = random.Random(1)

@@ -301,7 +301,9 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
         slow(["fit", "--model=Nope"], "--model: expected one of .*SequenceClassifier, null. Got value: Nope"),
         slow(["fit", "--model.class_path=no.Model"], "--model: Problem with .* 'no.Model': No module named 'no'"),
         slow(["fit", "--config=no.yaml"], "--config: File does not exist: '.*no.yaml'"),
-        slow(["evaluate", "--predictions=p", "--temperature=warm"], "--temperature: expected .*float.* Got value: warm"),
+        slow(
+            ["evaluate", "--predictions=p", "--temperature=warm"], "--temperature: expected .*float.* Got value: warm"
+        ),
         (["fit", "--data.max_lenght=9"], r"There is no option --data.max_lenght. Did you mean --data.max_length\?"),
         slow(["fit", "--max_length=9"], r"There is no option --max_length. Did you mean --data.max_length\?"),
         slow(["fit", "--trainer.max_epoch=9"], r"There is no option .*max_epoch. Did you mean --trainer.max_epochs\?"),

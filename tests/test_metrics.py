@@ -103,6 +103,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
     ("metrics", "message"),
     [
         (["f2"], "metrics has 'f2', which is none of 'accuracy'"),
+        (["matthews"], "metrics has 'matthews', .*'matthews_correlation'"),
         ("f1,accuracy", r"metrics is 'f1,accuracy'; give several as a list, \[f1,accuracy\]"),
         (["torchmetrics.Nothing"], "metrics is 'torchmetrics.Nothing', which cannot be imported"),
         ([{"class_path": "F1Score", "args": {}}], "give a name, or class_path and init_args"),

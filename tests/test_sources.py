@@ -580,6 +580,8 @@ def test_objects_that_are_no_data_are_refused(dataset: Any, message: str) -> Non
     ("test", "message"),
     [
         ("sentence,label\nfine,pos\n", "the text column 'text' is not in the split 'test'"),
+        ("a fine film,pos\ndull,neg\n", "names: [text, label]"),
+        ("pos,a fine film\nneg,dull\n", "names: [label, text]"),
         ("text,label\nfine,pos\ndull\n", "line 3 of"),
     ],
 )

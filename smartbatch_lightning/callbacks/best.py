@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.contract import text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
@@ -183,6 +184,11 @@ class EarlyStop(EarlyStopping):
                 monitor, self._given_delta, self.patience, mode=mode, check_on_train_epoch_end=_at_epoch_end(trainer)
             )
         super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs why training ends early."""
+        if trainer.should_stop and self.stopping_reason_message:
+            rank_zero_info(self.stopping_reason_message)
 
     def state_dict(self) -> dict[str, Any]:
         """As Lightning's, with the metric that it is about."""

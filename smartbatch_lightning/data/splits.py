@@ -107,9 +107,11 @@ def find_split(
         if column not in dataset.column_names:
             hint = ""
             if dataset.info.builder_name == "csv":
+                columns = dataset.column_names  # perhaps a text and a label
+                names = "text, label" if len(columns[0]) > len(columns[-1]) else "label, text"
                 hint = (
-                    f" If the first line is a row, name all {len(dataset.column_names)} columns with "
-                    "--data.reader_kwargs='{names: [label, text]}'."
+                    f" If the first line is a row, name all {len(columns)} columns with "
+                    f"--data.reader_kwargs='{{names: [{names}]}}'."
                 )
             raise UsageError(
                 f"the text column {column!r} is not in the split {split!r} of {source}, which has "

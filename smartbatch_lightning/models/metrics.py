@@ -168,7 +168,9 @@ def find_monitored(
     logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in ("loss", *metrics)}
     name = name or name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
     if name not in logged and not others:
-        raise UsageError(f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}.")
+        raise UsageError(
+            f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of these."
+        )
     better = False if logged.get(name) == "loss" else None
     if logged.get(name) in metrics:
         better = metrics[logged[name]].higher_is_better

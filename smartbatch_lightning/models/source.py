@@ -69,6 +69,11 @@ class ModelSource:
             config = self._architecture_config()
             adopt_padding(config, tokenizer)
             if self.adapted:
+                if (found := self._pretrained_config().model_type) != config.model_type:
+                    raise UsageError(
+                        f"the checkpoint has adapters of a {config.model_type} model, but {self.pretrained!r} is a "
+                        f"{found} model. Set --model.pretrained to the one that they were trained with."
+                    )
                 return self._pretrained_model(config)
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
                 config, **options

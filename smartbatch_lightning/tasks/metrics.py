@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.tasks.task import Task
 
@@ -102,8 +102,8 @@ def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabe
     classes = [one for one in found if inspect.isclass(one) and issubclass(one, Metric)]
     if not classes:
         raise UsageError(
-            f"metrics has {metric!r}, which is none of {join_quoted(sorted(_NAMES))}, and not a torchmetrics class for "
-            "this task. Correct the name."
+            f"metrics has {metric!r}, which is none of {', '.join(map(repr, sorted(_NAMES)))}, and not a torchmetrics "
+            "class for this task. Correct the name."
         )
     return classes
 
