@@ -352,13 +352,19 @@ class SmartBatchCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
                 callback.check_path()
+        self._say_if_demo()
 
     def before_fit(self) -> None:
         """Says so where the run is the demo."""
+        self._say_if_demo()
+
+    before_validate = before_test = before_fit
+
+    def _say_if_demo(self) -> None:
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
-                "This is the embedded demo: made-up reviews and a small untrained BERT. How well it does says nothing "
-                "about real texts."
+                "The data is the embedded demo: made-up reviews, for a small untrained BERT. The results say nothing "
+                "about real texts. For other data give --data.dataset, or the --config of a run."
             )
 
     def after_fit(self) -> None:

@@ -66,8 +66,8 @@ def export_model(
         adapter: Write only the adapters and the head, as peft does, with the configuration in the subfolder `config`.
 
     Raises:
-        ValueError: As for `check_adapter` and `check_export_folder`; or the data is not the training
-            data, the model is wrapped, weights are not finite, the disk is full, or the last layer cannot absorb the mean of
+        ValueError: As for `check_adapter` and `check_export_folder`; or the data is not the training data, the model is
+            wrapped, weights are not finite, the disk is full, or the last layer cannot absorb the mean of
             standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"

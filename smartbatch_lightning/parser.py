@@ -10,6 +10,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 _NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
 
+# What jsonargparse says of a value that is of none of several types: these, why it is not each, and the value.
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\n"
+    r"\s+Errors:\s+- (?P<first>[^\n]*)\n.*?Given value: ",
+    re.DOTALL,
+)
+
 
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, where `--help` shows what most runs need and `--help_all` everything.
@@ -95,12 +102,9 @@ class Parser(LightningArgumentParser):
         elif keys:
             inner = inner.partition('":')[2]
         inner = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", inner)
-        inner = re.sub(
-            r"Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]\n.*?Given value: ",
-            r"expected one of \1. Got value: ",
-            inner,
-            flags=re.DOTALL,
-        )
+        inner = _UNION.sub(_expected, inner)
+        if "subclass of" in inner and keys[-1] in self.classes:
+            inner += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
         inner = (
             re.sub(r"<class '([\w.]+)'>", r"\1", inner).replace("NoneType", "null").replace("Expected a ", "expected ")
         )
@@ -116,10 +120,17 @@ class Parser(LightningArgumentParser):
         return f"There is no option --{name}.{meant}"
 
 
+def _expected(union: re.Match[str]) -> str:
+    """The types, or what is wrong with the class that a value names."""
+    if re.search("subclass|dot import", union["first"]):
+        return re.sub(r".*callable class: |\.? Got value: .*", "", union["first"]) + ". Got value: "
+    return f"expected one of {union['types']}. Got value: "
+
+
 class _HelpAll(argparse._HelpAction):
     """Shows all options; a subclass so that jsonargparse takes it for a help too, and no setting."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, Parser)
-        parser._print_message(parser.format_help_all())
+        print(parser.format_help_all(), end="")
         parser.exit()

@@ -298,8 +298,12 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
         (["fit", "--model.learning_rate=abc"], "--model.learning_rate: expected .*float.*, null. Got value: abc"),
         slow(["fit", "--data.max_length=abc"], "--data.max_length: expected int. Got value: abc"),
         slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
-        slow(["fit", "--model=Nope"], "--model: expected one of .*SequenceClassifier, null. Got value: Nope"),
+        slow(["fit", "--model=Nope"], "--model: expected dot import path string: Nope. Got value: Nope"),
         slow(["fit", "--model.class_path=no.Model"], "--model: Problem with .* 'no.Model': No module named 'no'"),
+        slow(
+            ["fit", "--model=torch.nn.Linear"],
+            "--model: .*subclass of SequenceClassifier. .* SmartBatchCLI.MyModel, MyData.*",
+        ),
         slow(["fit", "--config=no.yaml"], "--config: File does not exist: '.*no.yaml'"),
         slow(
             ["evaluate", "--predictions=p", "--temperature=warm"], "--temperature: expected .*float.* Got value: warm"
@@ -465,7 +469,7 @@ def test_the_first_command_of_the_readme_trains_the_demo_in_ninety_seconds(tmp_p
         capture_output=True, text=True, check=True, timeout=90, env=environment,
     )  # fmt: skip
     assert "saved" in run.stdout
-    assert "This is the embedded demo" in run.stderr
+    assert "The data is the embedded demo" in run.stderr
     assert "The real thing: smartbatch fit" in run.stderr
     [last] = [line.split() for line in run.stdout.splitlines() if line.startswith("1 ")]
     assert last[1] == "1,800"  # after the epoch's number the samples, the training loss and val_accuracy

@@ -43,7 +43,7 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 # From the ground up: a room imports rooms of its own floor's line and below it, never above. Rooms of one line are apart.
 FLOORS = [
     ["errors"],
-    ["registry", "storage", "console", "progress", "seeds", "families", "precision"],
+    ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser"],
     ["batching", "demo", "checkpointing", "shards", "cache"],
     ["tasks"],
     ["contract"],
@@ -51,6 +51,7 @@ FLOORS = [
     ["evaluation", "report", "export"],
     ["callbacks"],
     ["cli"],
+    ["__main__"],
 ]
 
 
