@@ -3,11 +3,12 @@
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -279,7 +280,7 @@ class SmartBatchCLI(LightningCLI):
             **options,
         }
         self._classes = classes
-        with _as_a_command() if args is None else nullcontext():
+        with _as_a_command(self._forget_refused_run) if args is None else nullcontext():
             super().__init__(
                 model_class,
                 datamodule_class,
@@ -347,6 +348,18 @@ class SmartBatchCLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
+    def _forget_refused_run(self) -> None:
+        """Removes the folder of a run that was refused before its first step, where Lightning has begun to log."""
+        trainer = getattr(self, "trainer", None)
+        if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.log_dir:
+            return
+        folder = Path(trainer.log_dir)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        if all(any(map(path.match, _LOGGED_AT_START)) for path in files):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                folder.parent.rmdir()  # where no other run is in it
+
     def before_predict(self) -> None:
         """Refuses to overwrite predictions, before the data are tokenized."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -376,6 +389,7 @@ class SmartBatchCLI(LightningCLI):
             )
 
 
+_LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
 # What a user cannot act on.
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
@@ -388,7 +402,7 @@ _IGNORED_WARNINGS = (
 
 
 @contextmanager
-def _as_a_command() -> Iterator[None]:
+def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Leaves out warnings that a user cannot act on, and tells a mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
@@ -401,6 +415,7 @@ def _as_a_command() -> Iterator[None]:
         mistake = _user_message(error)
         if mistake is None:
             raise
+        on_mistake()
         sys.exit(f"error: {mistake}")
 
 

@@ -149,13 +149,18 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
 
 
 def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
-    """Refuses adapters where there are none, and to merge them into weights that are not as precise.
+    """Refuses adapters where there are none or that transformers reads wrongly, and to merge them into coarser weights.
 
     Raises:
         ValueError: It is one of these.
     """
     if adapter and model.peft_config is None:
         raise UsageError("the model has no adapters, which --model.peft_config adds. Leave out adapter.")
+    if adapter and (model.peft_config or {}).get("use_dora"):
+        raise UsageError(
+            "transformers does not load the magnitudes of DoRA from a folder of adapters, so that its results would be "
+            "wrong. Leave out adapter, which merges them into the weights."
+        )
     if model.adapters is not None and not adapter and is_quantized(model.model):
         raise UsageError(
             "adapters cannot be merged losslessly into 8-bit or 4-bit weights. Export only the adapters with "

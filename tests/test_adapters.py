@@ -94,6 +94,7 @@ def test_packed_batches_train_adapters_to_the_weights_of_padded_ones(tmp_path: P
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback", "ignore:SWA is currently only")
 @pytest.mark.parametrize(
     ("averaging", "padding"),
     [
@@ -180,6 +181,10 @@ KINDS = ["BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA",
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks")  # which the command leaves out
+@pytest.mark.filterwarnings(
+    "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly", "ignore:.*script_method"
+)  # peft's
 @pytest.mark.parametrize("config", [{"peft_type": kind} for kind in KINDS] + [{**LORA, "use_dora": True}])
 def test_every_kind_says_the_same_trained_loaded_merged_and_alone(config: dict, tmp_path: Path) -> None:
     from test_families import TEXTS, GivenTexts
@@ -192,7 +197,11 @@ def test_every_kind_says_the_same_trained_loaded_merged_and_alone(config: dict, 
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
     torch.testing.assert_close(probabilities(run, again, module), expected, atol=1e-6, rtol=0)
-    for adapter in (False, True):
+    dora = "use_dora" in config
+    if dora:
+        with pytest.raises(ValueError, match="transformers does not load the magnitudes of DoRA"):
+            export_model(model, module, tmp_path / "adapters", adapter=True)
+    for adapter in (False,) if dora else (False, True):
         export_model(model, module, tmp_path / str(adapter), adapter=adapter)
         said = by_pipeline(tmp_path / str(adapter), texts, 8, adapter=adapter)
         torch.testing.assert_close(said, expected, atol=1e-5, rtol=0)
@@ -212,10 +221,13 @@ def test_layers_have_rates_of_their_own_and_frozen_ones_keep_their_adapters_as_t
     assert learnt == {"1"}
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method", "ignore:The .grad attribute")  # torch's compiler
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, slow({"compile": True})])
 def test_adapters_learn_the_same_computed_twice_or_compiled(options: dict, tmp_path: Path) -> None:
-    _, model = fitted(tmp_path, data(), run={"max_steps": 2})
-    _, other = fitted(tmp_path, data(), run={"max_steps": 2}, **options)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the compiler draws other numbers
+    given = {"model_kwargs": rates, "peft_config": {**LORA, "lora_dropout": 0.0}}
+    _, model = fitted(tmp_path, data(), run={"max_steps": 2}, **given)
+    _, other = fitted(tmp_path, data(), run={"max_steps": 2}, **given, **options)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], weight, atol=1e-5, rtol=0)
 

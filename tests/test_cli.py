@@ -278,6 +278,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
     [
         (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
         (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"),
+        (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
 )
@@ -290,6 +291,7 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
         main()
     assert str(stop.value).startswith(message)
     assert "\n" not in str(stop.value)
+    assert list(Path().iterdir()) == []  # no folder of a run that never began
 
 
 @pytest.mark.parametrize(

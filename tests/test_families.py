@@ -111,6 +111,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
         "feed_forward_size": 64,
     },
+    "mobilebert": {"classifier_activation": False},  # as the pretrained one; its hidden states are large
     "ultravbert": {"vision_config": TINY_VISION},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba": {
@@ -590,6 +591,17 @@ def test_the_longest_text_is_what_the_positions_allow(family: str, longest: int,
 def test_reformer_says_at_which_widths_it_trains(tmp_path: Path) -> None:
     make_tiny("reformer", tmp_path / "base")
     refused(tmp_path, "a multiple of 8 tokens wide. Set --data.padding=max_length and --data.max_length to 8")
+
+
+def test_layers_of_a_reformer_train_behind_frozen_embeddings(tmp_path: Path) -> None:
+    make_tiny("reformer", tmp_path / "base")
+    data = GivenTexts(["some text"] * 4, padding="max_length", max_length=8, batch_size=4)
+    model = SequenceClassifier(str(tmp_path / "base"), freeze_embeddings=True, learning_rate=0.1)
+    before = dict(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").base_model.named_parameters())
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, data)
+    after = dict(model.model.base_model.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("encoder")}
 
 
 def test_xmod_without_a_language_is_told_which_ones_it_has(tmp_path: Path) -> None:

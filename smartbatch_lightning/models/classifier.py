@@ -39,7 +39,7 @@ from smartbatch_lightning.models.adapters import (
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.finite import REMEDY, check_losses, check_weights
-from smartbatch_lightning.models.layers import checkpoint_gradients, freeze
+from smartbatch_lightning.models.layers import checkpoint_gradients, freeze, open_reversible_layers
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import (
     EpochMetrics,
@@ -739,6 +739,7 @@ class SequenceClassifier(L.LightningModule):
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
+        open_reversible_layers(model)
         if self.gradient_checkpointing:
             checkpoint_gradients(model)
         if self.compiled:

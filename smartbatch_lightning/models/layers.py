@@ -74,6 +74,12 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
             parameter.requires_grad_(False)
 
 
+def open_reversible_layers(model: PreTrainedModel) -> None:
+    """Lets layers train behind frozen embeddings in Reformer, whose backward pass stops where its input is frozen."""
+    if model.config.model_type == "reformer":
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+
+
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Lets a model compute its layers again in the backward pass instead of keeping what they computed.
 
