@@ -267,6 +267,7 @@ class SmartBatchCLI(LightningCLI):
             "parser_kwargs": {
                 "version": version("smartbatch_lightning"),
                 "description": "Fine-tune BERT and other encoders on text classification.",
+                "more_commands": tuple(_WITHOUT_MODEL),
                 "epilog": "Besides, without model and data: smartbatch evaluate --help and smartbatch cache --help.",
                 **{
                     command: {

@@ -25,15 +25,22 @@ class Parser(LightningArgumentParser):
         args: As jsonargparse takes them.
         classes: Class by key of what may also be another class by `class_path`: of these jsonargparse shows no options.
         most_used: Options that `--help` shows, such as `data.dataset`; all where there are none.
+        more_commands: Commands that have a parser of their own.
         options: As jsonargparse takes them.
     """
 
     def __init__(
-        self, *args: Any, classes: dict[str, type] | None = None, most_used: tuple[str, ...] = (), **options: Any
+        self,
+        *args: Any,
+        classes: dict[str, type] | None = None,
+        most_used: tuple[str, ...] = (),
+        more_commands: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
         super().__init__(*args, allow_abbrev=False, **options)
         self.classes = classes or {}
         self.most_used = most_used
+        self.more_commands = more_commands
         if most_used:
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
 
@@ -83,6 +90,10 @@ class Parser(LightningArgumentParser):
 
     def _one_line(self, message: str) -> str:
         """The message of jsonargparse without what it says of each type that a value might have had."""
+        if command := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.+)\)", message):
+            commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
+            meant = _meant(difflib.get_close_matches(command[1], commands, n=1))
+            return f"There is no command {command[1]!r}.{meant} The commands are {', '.join(commands)}."
         keys = re.findall(r'Parser key "(.+?)"', message)
         inner = message.rpartition('Parser key "')[2]
         if len(keys) > 1:  # what comes after is of the class that holds the option
@@ -116,8 +127,11 @@ class Parser(LightningArgumentParser):
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]
         near = same or difflib.get_close_matches(name, options, n=1, cutoff=_NEAREST)
-        meant = f" Did you mean {' or '.join(f'--{option}' for option in near)}?" if near else ""
-        return f"There is no option --{name}.{meant}"
+        return f"There is no option --{name}.{_meant([f'--{option}' for option in near])}"
+
+
+def _meant(near: list[str]) -> str:
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _expected(union: re.Match[str]) -> str:

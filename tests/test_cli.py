@@ -317,6 +317,7 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
         slow(["fit", "--config=misspelt.yaml"], r"There is no option --data.max_lenght. .* --data.max_length\?"),
         slow(["fit", "--config=trainer.yaml"], r"There is no option --trainer.max_epoch. .* --trainer.max_epochs\?"),
         slow(["fit", "--model.nothing_like_it=9"], "There is no option --model.nothing_like_it."),
+        slow(["evaluat"], "There is no command 'evaluat'. Did you mean evaluate. The commands are fit, .*, cache."),
         slow(["fit", "stray"], "unrecognized arguments: stray"),
     ],
 )
