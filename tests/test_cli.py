@@ -277,7 +277,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
     ("options", "message"),
     [
         (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
-        (["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"),
+        slow(["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
@@ -361,6 +361,7 @@ def test_every_option_that_the_help_of_a_command_shows_is_one_that_it_takes(comm
     assert options == list(_MOST_USED[command])
 
 
+@pytest.mark.slow
 def test_the_package_is_a_command_too_and_tells_its_version() -> None:
     told = subprocess.run([sys.executable, "-m", "smartbatch_lightning", "--version"], capture_output=True, text=True)
     assert told.stdout == f"smartbatch {metadata.version('smartbatch_lightning')}\n"

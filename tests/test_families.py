@@ -593,6 +593,7 @@ def test_reformer_says_at_which_widths_it_trains(tmp_path: Path) -> None:
     refused(tmp_path, "a multiple of 8 tokens wide. Set --data.padding=max_length and --data.max_length to 8")
 
 
+@pytest.mark.slow
 def test_layers_of_a_reformer_train_behind_frozen_embeddings(tmp_path: Path) -> None:
     make_tiny("reformer", tmp_path / "base")
     data = GivenTexts(["some text"] * 4, padding="max_length", max_length=8, batch_size=4)
