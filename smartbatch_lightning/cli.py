@@ -47,14 +47,14 @@ from smartbatch_lightning.storage import check_writable
 
 
 class SmartBatchTrainer(L.Trainer):
-    """Lightning's Trainer with what the command line can do besides; nothing else needs it.
+    """Lightning's Trainer plus the commands `prepare`, `report` and `export`.
 
     Args:
-        logger: As Lightning's; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger`, whose versions
-            are the starts of the run: what was logged before a requeue stays.
-        callbacks: As Lightning's. The progress bar is drawn every few batches unless there is one among them: drawing
-            takes about a millisecond. Of two that write checkpoints, the `BestCheckpoint` of every run goes.
-        options: Everything else that `Trainer` takes; without `precision` it is the best that the GPU has.
+        logger: As in Lightning; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger` with a version
+            for each start of the run, so that a requeued job keeps its earlier logs.
+        callbacks: As in Lightning. Unless they include a progress bar, one is added that is drawn every five batches,
+            since drawing takes about a millisecond. A `ModelCheckpoint` replaces the default `BestCheckpoint`.
+        options: All other arguments of `Trainer`; `precision` defaults to the best that the GPU supports.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class SmartBatchTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Loads and tokenizes the data, for every later start to find. Run it before the GPUs are taken.
+        """Loads and tokenizes the data ahead of time, so that no GPU waits for it.
 
         Args:
-            model: Whose tokenizer the data module takes.
+            model: The model, whose tokenizer is used.
             datamodule: The data.
-            ckpt_path: Not used; it stands in the `config.yaml` of a run.
-            weights_only: Not used, as `ckpt_path`.
+            ckpt_path: Ignored; here because a run's `config.yaml` has it.
+            weights_only: Ignored, like `ckpt_path`.
         """
         datamodule.trainer = self
         self.strategy.connect(model)  # whose tokenizer the data module takes
         datamodule.prepare_data()
-        echo("The data is prepared: the same arguments find it.")
+        echo("The data is prepared. Runs with the same arguments will use it.")
 
     def report(
         self,
@@ -103,15 +103,15 @@ class SmartBatchTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Tells what each way to batch the data costs, before a run: tables here, JSON and figures in a folder.
+        """Shows how much padding each batching strategy costs: tables here, JSON and figures in a folder.
 
         Args:
-            model: Whose tokenizer the data module takes.
-            datamodule: The data and how they are batched.
-            folder: Where `report.json` and the figures are written.
-            ranks: Ranks for which to tell how evenly they are loaded.
-            ckpt_path: Not used; it stands in the `config.yaml` of a run.
-            weights_only: Not used, as `ckpt_path`.
+            model: The model, whose tokenizer is used.
+            datamodule: The data and its batching.
+            folder: Folder for `report.json` and the figures.
+            ranks: Number of ranks for which to show the load balance.
+            ckpt_path: Ignored; here because a run's `config.yaml` has it.
+            weights_only: Ignored, like `ckpt_path`.
         """
         from smartbatch_lightning.report.padding_report import PaddingReport
 
@@ -131,15 +131,15 @@ class SmartBatchTrainer(L.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """As Lightning's, but predictions are returned only where that is asked for.
+        """Predicts, and writes the predictions to a table.
 
         Args:
             model: The model.
-            dataloaders: Loaders, in place of the data module's.
+            dataloaders: Data loaders to use instead of the data module's.
             datamodule: The data.
-            return_predictions: Keep all predictions in memory and return them, beside writing them.
+            return_predictions: Also keep all predictions in memory and return them.
             ckpt_path: Checkpoint to predict with.
-            weights_only: Not used: a checkpoint is never loaded in a way that could run code.
+            weights_only: Ignored: checkpoints are always loaded without running code in them.
         """
         return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
 
@@ -152,15 +152,15 @@ class SmartBatchTrainer(L.Trainer):
         adapter: bool = False,
         weights_only: bool | None = None,
     ) -> None:
-        """Writes the model of a checkpoint as an ordinary `transformers` folder, with its tokenizer and a model card.
+        """Exports a checkpoint's model as a `transformers` folder, with its tokenizer and a model card.
 
         Args:
-            model: The checkpoint's.
-            datamodule: What it was trained on.
+            model: The model of the checkpoint.
+            datamodule: The data it was trained on.
             ckpt_path: The checkpoint.
-            folder: Where to.
-            adapter: Write adapters of peft and the head alone, instead of merging them into the model's weights.
-            weights_only: Not used: a checkpoint is never loaded in a way that could run code.
+            folder: Folder to export to.
+            adapter: Export only peft adapters and the head instead of merging adapters into the model's weights.
+            weights_only: Ignored: checkpoints are always loaded without running code in them.
         """
         check_exportable(model, datamodule, adapter)
         check_export_folder(folder)
@@ -175,7 +175,7 @@ class SmartBatchTrainer(L.Trainer):
 
 
 def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
-    """Callbacks without those of every run that this one does not want: to stop early, or to write checkpoints."""
+    """Removes the default callbacks that this run does not want: early stopping, or writing checkpoints."""
     kept = [one for one in callbacks if not (isinstance(one, EarlyStop) and one.patience is None)]
     savers = [one for one in kept if isinstance(one, ModelCheckpoint)]
     saves = options.get("enable_checkpointing") is not False and not options.get("barebones")
@@ -185,7 +185,7 @@ def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callb
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Saves the config beside the logs, and never over another one.
+    """Saves the config next to the logs, and never overwrites another one.
 
     Lightning's has two choices where a file is there, to replace it or to stop, and without a logger it takes the
     working directory, where the user's own `config.yaml` may be. Here a run without a logger saves none, and where
@@ -232,15 +232,15 @@ _MOST_USED = {
 class SmartBatchCLI(LightningCLI):
     """`LightningCLI` with this package's classes, or subclasses of them by `class_path`.
 
-    The tokenizer is the model's and the classes are the data's, so neither is stated twice. Gradients are clipped at
-    1.0 and everything is seeded with 321, as in the *Smart Batching Tutorial*.
+    The tokenizer comes from the model and the class names from the data, so neither is given twice. Gradients are
+    clipped at 1.0 and the seed is 321, as in the *Smart Batching Tutorial*.
 
     Args:
-        model_class: Class of the model, or what its `class_path` must be a subclass of.
+        model_class: Class of the model; a `class_path` must name a subclass of it.
         datamodule_class: Class of the data module, likewise.
-        trainer_defaults: As `LightningCLI` takes it; what it leaves out stays as here.
-        args: Arguments instead of those of the command line, whose mistakes end in one line.
-        options: Everything else that `LightningCLI` takes.
+        trainer_defaults: As in `LightningCLI`; added to the defaults above.
+        args: Arguments to use instead of the command line's. Only mistakes on the command line exit with one line.
+        options: All other arguments of `LightningCLI`.
     """
 
     def __init__(
@@ -266,9 +266,9 @@ class SmartBatchCLI(LightningCLI):
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
                 "version": version("smartbatch_lightning"),
-                "description": "Fine-tune BERT and other encoders on text classification.",
+                "description": "Fine-tune BERT and other transformers on text classification.",
                 "more_commands": tuple(_WITHOUT_MODEL),
-                "epilog": "Besides, without model and data: smartbatch evaluate --help and smartbatch cache --help.",
+                "epilog": "Without a model and data: smartbatch evaluate --help and smartbatch cache --help.",
                 **{
                     command: {
                         "usage": "%(prog)s [options]",

@@ -1,4 +1,4 @@
-"""The parser of the command line: a help text of one screen, and each mistake in one line, with the nearest options."""
+"""The command line's parser: help that fits on a screen, and mistakes in one line, with the nearest option."""
 
 import argparse
 import difflib
@@ -19,13 +19,13 @@ _UNION = re.compile(
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, where `--help` shows what most runs need and `--help_all` everything.
+    """LightningCLI's parser, with a `--help` of the options that most runs need and `--help_all` for the rest.
 
     Args:
         args: As jsonargparse takes them.
-        classes: Class by key of what may also be another class by `class_path`: of these jsonargparse shows no options.
-        most_used: Options that `--help` shows, such as `data.dataset`; all where there are none.
-        more_commands: Commands that have a parser of their own.
+        classes: Default class of each key that takes a `class_path`, whose options jsonargparse itself does not show.
+        most_used: Options to show in `--help`, such as `data.dataset`; all of them if empty.
+        more_commands: Commands with a parser of their own, to name with the others.
         options: As jsonargparse takes them.
     """
 
@@ -69,7 +69,7 @@ class Parser(LightningArgumentParser):
             command,
             "%(prog)s [options]",
             self.description,
-            f"These are the options that most runs need. For all: {command} --help_all. For those of a class: {keys}.",
+            f"These are the options that most runs need. All options: {command} --help_all, and {keys}.",
         )
         options = self.options()
         for name in filter(options.__contains__, self.most_used):

@@ -277,7 +277,9 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
     ("options", "message"),
     [
         (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
-        slow(["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"),
+        slow(
+            ["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"
+        ),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
