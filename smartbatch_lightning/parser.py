@@ -10,6 +10,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 _NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
 
+# What jsonargparse says of an option that there is not, at three levels.
+_NOT_ACCEPTED = re.compile(r"(?:Group '(?P<group>.+)' does not accept o|does not accept o|O)ption '(?P<name>[^']+)'")
 # What jsonargparse says of a value that is of none of several types: these, why it is not each, and the value.
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\n"
@@ -89,40 +91,33 @@ class Parser(LightningArgumentParser):
         super().error(self._one_line(message) if self.exit_on_error else message, ex)
 
     def _one_line(self, message: str) -> str:
-        """The message of jsonargparse without what it says of each type that a value might have had."""
+        """Says what is wrong in the terms of the command line; jsonargparse tells of every type why a value is none."""
         if command := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.+)\)", message):
             commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
             meant = _meant(difflib.get_close_matches(command[1], commands, n=1))
             return f"There is no command {command[1]!r}.{meant} The commands are {', '.join(commands)}."
-        keys = re.findall(r'Parser key "(.+?)"', message)
-        inner = message.rpartition('Parser key "')[2]
+        if unrecognized := re.match(r"unrecognized arguments: --([\w.]+)", message):
+            return self._unknown(unrecognized[1])
+        keys, inner = re.findall(r'Parser key "(.+?)"', message), message.rpartition('Parser key "')[2]
+        if unknown := _NOT_ACCEPTED.search(inner):
+            return self._unknown(".".join([*keys, *filter(None, unknown.groups())]))
+        if not keys:
+            return " ".join(message.split())
         if len(keys) > 1:  # what comes after is of the class that holds the option
             inner = inner.partition("- Expected a <class 'NoneType'>\n  Given value")[0]
-        not_accepted = re.search(
-            r"(?:Group '(?P<group>.+)' does not accept o|O|does not accept o)ption '(?P<name>[^']+)'", inner
+        problem = re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL)
+        told = problem[0] if problem else inner.partition('":')[2]
+        told = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", told)
+        told = _UNION.sub(_expected, told)
+        told = (
+            re.sub(r"<class '([\w.]+)'>", r"\1", told).replace("NoneType", "null").replace("Expected a ", "expected ")
         )
-        unrecognized = re.match(r"unrecognized arguments: --([\w.]+)", message)
-        if not_accepted or unrecognized:
-            if unrecognized:
-                keys = [unrecognized[1]]
-            elif not_accepted:
-                keys = [*keys, *filter(None, not_accepted.groups())]
-            return self._unknown(".".join(keys).replace("init_args.", ""))
-        if problem := re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL):
-            inner = problem[0]
-        elif keys:
-            inner = inner.partition('":')[2]
-        inner = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", inner)
-        inner = _UNION.sub(_expected, inner)
-        if "subclass of" in inner and keys[-1] in self.classes:
-            inner += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
-        inner = (
-            re.sub(r"<class '([\w.]+)'>", r"\1", inner).replace("NoneType", "null").replace("Expected a ", "expected ")
-        )
-        where = f"--{'.'.join(keys)}: " if keys else ""
-        return " ".join((where + inner).split())
+        if "subclass of" in told and keys[-1] in self.classes:
+            told += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
+        return " ".join(f"--{'.'.join(keys)}: {told}".split())
 
     def _unknown(self, name: str) -> str:
+        name = name.replace("init_args.", "")
         options = list(self.options())
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]
