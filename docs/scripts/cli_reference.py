@@ -2,16 +2,14 @@
 
 import inspect
 import re
-from argparse import SUPPRESS, Action
+from argparse import Action
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from smartbatch_lightning.cli import _WITHOUT_MODEL, SmartBatchCLI, SmartBatchTrainer
-from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.parser import Parser
 
 _INTRODUCTION = """# Command line
 
@@ -51,13 +49,8 @@ def cli_reference() -> str:
         _ParserOnly(args=[])
     except _ParsedError as parsed:
         [parsers] = parsed.args
-    shared = [
-        *_options(parsers["fit"]),
-        *_of_class(SequenceClassifier, "model"),
-        *_of_class(SmartBatchDataModule, "data"),
-    ]
     by_section: dict[str, list[Action]] = {name: [] for name in _SECTIONS}
-    for option in shared:
+    for option in parsers["fit"].options().values():
         if "." in option.dest:
             by_section.setdefault(option.dest.split(".")[0], []).append(option)
     text = _INTRODUCTION
@@ -69,12 +62,14 @@ def cli_reference() -> str:
         if options:
             text += f"\n## {_SECTIONS.get(name, name)}\n\n" + _list(options)
     for command, parser in parsers.items():
-        own = [option for option in _options(parser) if "." not in option.dest]
+        own = [option for name, option in parser.options().items() if "." not in name]
         text += f"\n## `{command}` {{#{command}}}\n\nThe options above, and\n\n" + _list(own)
     for command, function in alone.items():
-        parser = LightningArgumentParser()
+        parser = Parser()
         parser.add_function_arguments(function)
-        text += f"\n## `{command}` {{#{_anchor(command)}}}\n\nHas these options alone:\n\n" + _list(_options(parser))
+        text += f"\n## `{command}` {{#{_anchor(command)}}}\n\nHas these options alone:\n\n" + _list(
+            parser.options().values()
+        )
     return text
 
 
@@ -89,21 +84,6 @@ def _commands_without_model() -> dict[str, Callable[..., None]]:
 
 def _anchor(command: str) -> str:
     return command.replace(" ", "-")
-
-
-def _of_class(of: type, name: str) -> list[Action]:
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(of, name)
-    return _options(parser)
-
-
-def _options(parser: LightningArgumentParser) -> list[Action]:
-    """What may be set: no help for classes, and no keys that hold others."""
-    return [
-        action
-        for action in parser._actions
-        if action.option_strings and action.default is not SUPPRESS and not isinstance(action.default, Namespace)
-    ]
 
 
 def _list(options: Iterable[Action]) -> str:
