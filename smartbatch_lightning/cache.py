@@ -1,6 +1,5 @@
 """`smartbatch cache`: what token folders there are, and removing those that were not used for longest."""
 
-import fcntl
 import os
 import shutil
 from contextlib import suppress
@@ -13,6 +12,11 @@ from rich.filesize import decimal
 from smartbatch_lightning.console import echo, table_of
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.storage import cache_dir
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where every entry counts as in use
+    fcntl = None  # type: ignore[assignment]
 
 _LIMIT = "SMARTBATCH_CACHE_MAX_SIZE"
 
@@ -33,7 +37,7 @@ class CacheHold:
         with suppress(OSError):
             while self._file is None:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file = _locked(folder, fcntl.LOCK_SH)
+                self._file = _locked(folder, exclusive=False)
             os.utime(self._file)
             if not os.fstat(self._file).st_size:
                 os.write(self._file, about.encode())
@@ -112,7 +116,7 @@ def prune(root: Path, max_size: int) -> int:
 def _remove(entry: Path) -> bool:
     """Removes a folder unless it is in use."""
     try:
-        lock = _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _locked(entry, exclusive=True)
     except OSError:
         return False
     if lock is not None:
@@ -124,7 +128,7 @@ def _remove(entry: Path) -> bool:
 
 def _is_in_use(entry: Path) -> bool:
     try:
-        lock = _locked(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _locked(entry, exclusive=True)
     except OSError:
         return True
     if lock is not None:
@@ -132,11 +136,17 @@ def _is_in_use(entry: Path) -> bool:
     return False
 
 
-def _locked(entry: Path, how: int) -> int | None:
-    """An open file with a lock; None where it was removed in the meantime."""
+def _locked(entry: Path, exclusive: bool) -> int | None:
+    """An open file with a lock; None where it was removed in the meantime.
+
+    Raises:
+        OSError: Another process has it; or the system has no such locks.
+    """
+    if fcntl is None:
+        raise OSError("there are no shared locks on Windows")
     file = os.open(_about(entry), os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         if os.fstat(file).st_nlink:
             return file
     except OSError:

@@ -480,3 +480,23 @@ def test_the_first_command_of_the_readme_trains_the_demo_in_ninety_seconds(tmp_p
     [last] = [line.split() for line in run.stdout.splitlines() if line.startswith("1 ")]
     assert last[1] == "1,800"  # after the epoch's number the samples, the training loss and val_accuracy
     assert float(last[3]) >= 0.90
+
+
+# What Python lacks on Windows, taken away once the libraries that have a way without it are imported.
+_AS_ON_WINDOWS = """
+import signal, sys
+import datasets, lightning.pytorch.cli, torchmetrics, transformers.masking_utils
+for name in ("resource", "fcntl"):
+    sys.modules[name] = None
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):
+    delattr(signal, name)
+from smartbatch_lightning.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "told"), [("prepare", "The data is prepared"), ("report", "Wrote report")])
+def test_data_are_prepared_and_planned_without_what_windows_lacks(command: str, told: str) -> None:
+    run = [sys.executable, "-c", _AS_ON_WINDOWS, command, "--data.max_length=24", "--trainer.accelerator=cpu"]
+    assert told in subprocess.run(run, capture_output=True, text=True, check=True).stdout

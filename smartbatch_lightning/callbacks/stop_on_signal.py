@@ -23,7 +23,8 @@ from smartbatch_lightning.progress import between_steps
 log = logging.getLogger(__name__)
 
 _MOMENT = 1.0  # seconds in which a launcher such as torchrun passes a signal on that all have received
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+# Windows has two of them
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopOnSignal(Callback):
@@ -49,10 +50,11 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self, requeue_signal: str = "SIGUSR1", every_n_steps: int = 1) -> None:
-        if requeue_signal not in signal.Signals.__members__ or requeue_signal in ("SIGKILL", "SIGSTOP"):
+        known = {*signal.Signals.__members__, "SIGUSR1"} - {"SIGKILL", "SIGSTOP"}
+        if requeue_signal not in known:
             raise UsageError(f"requeue_signal is {requeue_signal!r}; give one that can be handled, such as SIGUSR1.")
         check_at_least(1, every_n_steps=every_n_steps)
-        self.requeue_signal = signal.Signals[requeue_signal]
+        self.requeue_signal = signal.Signals.__members__.get(requeue_signal)
         self.every_n_steps = every_n_steps
         self._received: signal.Signals | None = None
         self._since = 0.0
@@ -109,7 +111,7 @@ class StopOnSignal(Callback):
 
     def _take_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():  # no other may
-            for number in {*_SIGNALS, self.requeue_signal}:
+            for number in {*_SIGNALS, self.requeue_signal} - {None}:
                 before = signal.signal(number, self._receive)
                 self._handlers.setdefault(number, before)
 

@@ -1,6 +1,6 @@
 """What a training run does with its time: tokens, padding, waiting, memory and use of the GPU, while it runs."""
 
-import resource
+import math
 import sys
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
@@ -23,6 +23,11 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.models.packing import reads_one_token
 from smartbatch_lightning.progress import between_steps, stands_in_epoch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -328,9 +333,11 @@ def _loader(trainer: L.Trainer) -> SmartBatchLoader | None:
     return loader if isinstance(loader := trainer.train_dataloader, SmartBatchLoader) else None
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes."""
+def _peak_memory(device: torch.device) -> float:
+    """Bytes; NaN on Windows, where Python does not know them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return math.nan
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
