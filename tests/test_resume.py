@@ -443,7 +443,10 @@ def test_a_checkpoint_of_other_texts_of_the_same_lengths_and_labels_is_refused(t
     train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=Given(**options))
     other = Given(**options)
     other.first = 11
-    with pytest.raises(ValueError, match=r"cannot be resumed exactly: data \(texts, .*\) was \w+, now \w+\. Set"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be resumed exactly: data \(texts, .*\) was \w+, now \w+\. Restore these settings; or set",
+    ):
         train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=other)
 
 

@@ -443,8 +443,8 @@ class SequenceClassifier(L.LightningModule):
         # 0 also where another loop than Lightning's Trainer runs this module
         every: int = getattr(self._trainer, "log_every_n_steps", 0)
         if every and (self.trainer.global_step + 1) % every == 0:
-            size = len(batch["labels"])
-            self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+            # not in the progress bar, for which Lightning would wait for the device in every step
+            self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
         if self._trainer is not None:
             self._losses.append((self._trainer.global_step, loss.detach()))
         weight: float = batch.get("loss_weight", 1.0)
