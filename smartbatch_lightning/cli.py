@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -281,6 +282,7 @@ class SmartBatchCLI(LightningCLI):
             **options,
         }
         self._classes = classes
+        self._begun = time.time()
         with _as_a_command(self._forget_refused_run) if args is None else nullcontext():
             super().__init__(
                 model_class,
@@ -352,11 +354,12 @@ class SmartBatchCLI(LightningCLI):
     def _forget_refused_run(self) -> None:
         """Removes the folder of a run that was refused before its first step, where Lightning has begun to log."""
         trainer = getattr(self, "trainer", None)
-        if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.log_dir:
+        if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.loggers:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(trainer.log_dir or ".")
         files = [path for path in folder.rglob("*") if path.is_file()]
-        if all(any(map(path.match, _LOGGED_AT_START)) for path in files):
+        own = [path for path in files if any(map(path.match, _LOGGED_AT_START)) and path.stat().st_mtime > self._begun]
+        if files and own == files:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 folder.parent.rmdir()  # where no other run is in it

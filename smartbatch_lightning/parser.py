@@ -76,10 +76,10 @@ class Parser(LightningArgumentParser):
         options = self.options()
         for name in filter(options.__contains__, self.most_used):
             option = options[name]
-            told = " ".join((option.help or "").replace("`", "").split()).partition(". ")[0].rstrip(".")
+            described = " ".join((option.help or "").replace("`", "").split()).partition(". ")[0].rstrip(".")
             default = "" if option.default is None else f" (default: {option.default})"
             metavar = name.rpartition(".")[2].upper()
-            short.add_argument(f"--{name}", metavar=metavar, help=(told + default).replace("%", "%%"))
+            short.add_argument(f"--{name}", metavar=metavar, help=(described + default).replace("%", "%%"))
         return short.format_help()
 
     def format_help_all(self) -> str:
@@ -106,15 +106,17 @@ class Parser(LightningArgumentParser):
         if len(keys) > 1:  # what comes after is of the class that holds the option
             inner = inner.partition("- Expected a <class 'NoneType'>\n  Given value")[0]
         problem = re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL)
-        told = problem[0] if problem else inner.partition('":')[2]
-        told = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", told)
-        told = _UNION.sub(_expected, told)
-        told = (
-            re.sub(r"<class '([\w.]+)'>", r"\1", told).replace("NoneType", "null").replace("Expected a ", "expected ")
+        described = problem[0] if problem else inner.partition('":')[2]
+        described = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", described)
+        described = _UNION.sub(_expected, described)
+        described = (
+            re.sub(r"<class '([\w.]+)'>", r"\1", described)
+            .replace("NoneType", "null")
+            .replace("Expected a ", "expected ")
         )
-        if "subclass of" in told and keys[-1] in self.classes:
-            told += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
-        return " ".join(f"--{'.'.join(keys)}: {told}".split())
+        if "subclass of" in described and keys[-1] in self.classes:
+            described += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
+        return " ".join(f"--{'.'.join(keys)}: {described}".split())
 
     def _unknown(self, name: str) -> str:
         name = name.replace("init_args.", "")
