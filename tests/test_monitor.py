@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, TrainingMonitor, demo
+from smartbatch_lightning.callbacks import training_monitor
 from smartbatch_lightning.models.flops import training_flops
 
 TRAINED = demo.REVIEWS["train"] // 10
@@ -195,6 +196,19 @@ def test_the_operations_of_training_are_those_of_the_matrix_products() -> None:
     layers = [module for module in model.model.base_model.encoder.modules() if isinstance(module, torch.nn.Linear)]
     assert per_token == pytest.approx(6 * sum(layer.weight.numel() for layer in layers), rel=0.01)
     assert per_square == pytest.approx(12 * config.num_hidden_layers * config.hidden_size, rel=0.01)
+
+
+@pytest.mark.parametrize(("options", "logged"), [({"freeze_embeddings": True}, True), ({"freeze_layers": 1}, False)])
+def test_utilization_is_logged_only_where_all_layers_are_trained(
+    options: dict[str, Any], logged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_monitor, "peak_flops", lambda device, precision: 1e15)  # as of a GPU
+    logger = CSVLogger(tmp_path)
+    run = trainer(
+        tmp_path, callbacks=[TrainingMonitor()], logger=logger, log_every_n_steps=1, max_steps=1, limit_val_batches=0
+    )
+    run.fit(SequenceClassifier(**options), SmartBatchDataModule(max_length=24))
+    assert ("throughput/model_flops_utilization" in Path(logger.log_dir, "metrics.csv").read_text()) == logged
 
 
 def test_the_last_layers_operations_on_tokens_that_no_head_reads_are_not_counted() -> None:

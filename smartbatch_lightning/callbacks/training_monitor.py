@@ -77,7 +77,7 @@ class TrainingMonitor(Callback):
     - `throughput/peak_memory_gib`: peak GPU memory allocated by PyTorch, else peak memory of the process
     - `throughput/model_flops_utilization`: floating point operations that the real tokens need, forward and backward,
       over the peak of the GPUs, if known; as in *PaLM* (Chowdhery et al., 2022, appendix B), counting a forward pass
-      with PyTorch and multiplying by three
+      with PyTorch and multiplying by three, which holds only where all layers are trained: else it is not logged
 
     And every epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
     training ends, a table of all epochs is printed, with losses, metrics and times, including those before a resume.
@@ -119,7 +119,7 @@ class TrainingMonitor(Callback):
         self._peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
         model = pl_module.model if isinstance(pl_module, SequenceClassifier) else None
         self._flops = None
-        if self._peak and model is not None:
+        if self._peak and model is not None and _trains_all_layers(model):
             with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
                 self._flops = training_flops(model.config, one_token=reads_one_token(model))
         self._start = perf_counter()
@@ -331,6 +331,13 @@ def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Tabl
 def _loader(trainer: L.Trainer) -> SmartBatchLoader | None:
     """The training loader, if it says how long batches are waited for."""
     return loader if isinstance(loader := trainer.train_dataloader, SmartBatchLoader) else None
+
+
+def _trains_all_layers(model: nn.Module) -> bool:
+    """Whether no layer is frozen, be it below the trained ones or under an adapter; embeddings take no operations."""
+    layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    weights = (parameter for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
+    return all(weight.requires_grad for weight in weights)
 
 
 def _peak_memory(device: torch.device) -> float:
