@@ -4,7 +4,8 @@
 
 Each part is the command line in a process of its own, with the whole of its start; texts are composed of phrases, 30
 tokens on average, and the model is a BERT of one layer. `memory_gb` is the most that a process had to itself,
-`resident_gb` also counts pages of files that it had mapped, which the system takes back where it needs room.
+`resident_gb` also counts pages of files that it had mapped, which the system takes back where it needs room. What
+grows with the number of texts is best told by `cpu_seconds`, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -36,9 +37,9 @@ _MAX_LENGTH = 64
 _TRAIN_PY = Path(__file__).parents[1] / "train.py"
 
 
-def compose(path: Path, num_samples: int, words: NDArray[np.str_]) -> None:
+def compose(path: Path, num_samples: int, words: NDArray[np.str_], seed: int = SEED) -> None:
     """Writes texts of four phrases each, and labels."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     phrases = pa.array([" ".join(rng.choice(words, rng.integers(2, 13))) for _ in range(_PHRASES)])
     schema = pa.schema({"text": pa.string(), "label": pa.int64()})
     with pq.ParquetWriter(path, schema) as writer:
@@ -94,14 +95,14 @@ def run(
 ) -> Row:
     """Seconds and memory of a command, which is killed when something is so."""
     environment = os.environ | {"SMARTBATCH_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
-    start, memory, resident = perf_counter(), 0, 0
+    start, cpu_seconds, memory, resident = perf_counter(), 0.0, 0, 0
     with (folder / "log.txt").open("wb") as log:
         command = subprocess.Popen(
             [sys.executable, str(_TRAIN_PY), *arguments], env=environment, cwd=folder, stdout=log, stderr=log
         )
         process = psutil.Process(command.pid)
         while command.poll() is None:
-            used = process.memory_info()
+            used, cpu_seconds = process.memory_info(), sum(process.cpu_times()[:2])
             memory, resident = max(memory, used.rss - used.shared), max(resident, used.rss)
             if until is not None and until():
                 command.kill()
@@ -113,6 +114,7 @@ def run(
         "part": part,
         "samples": num_samples,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "memory_gb": memory / 1e9,
         "resident_gb": resident / 1e9,
     }
@@ -124,7 +126,7 @@ def at_scale(num_samples: int, num_predicted: int, folder: Path) -> tuple[list[R
     """All parts in a folder: what each costs, and what the kill and the disk say."""
     words = save_model(folder / "model")
     compose(folder / "train.parquet", num_samples, words)
-    compose(folder / "test.parquet", num_predicted, words)
+    compose(folder / "test.parquet", num_predicted, words, SEED + 1)  # not the same texts, whose tokens would be there
     common = [
         "--model.pretrained=model",
         "--data.dataset={train: train.parquet, test: test.parquet}",
