@@ -31,7 +31,12 @@ from transformers import (
 from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models import attention
-from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_from_torch
+from smartbatch_lightning.models.dropout import (
+    DropoutAttention,
+    FastDropout,
+    bit_generator_from_torch,
+    use_fast_dropout,
+)
 from smartbatch_lightning.models.layers import checkpoint_gradients
 from smartbatch_lightning.models.packing import attention_dropout, enable_packing, reads_one_token, skip_unread_tokens
 from smartbatch_lightning.models.pooling import mean
@@ -200,8 +205,23 @@ def test_fast_dropout_is_attention_on_average_and_drops_as_often_as_asked() -> N
     torch.testing.assert_close(total / 400, plain, atol=0.02, rtol=0)
 
 
+def test_fast_dropout_of_activations_is_torchs_but_for_the_numbers_drawn() -> None:
+    layer = torch.nn.Sequential(torch.nn.Dropout(0.1))
+    use_fast_dropout(layer)
+    assert type(layer[0]) is FastDropout
+    values = torch.ones(300, 500, requires_grad=True)
+    output = layer(values)
+    output.sum().backward()
+    assert torch.equal(values.grad, output)
+    assert output.unique().tolist() == [0, pytest.approx(1 / 0.9)]
+    assert (output == 0).double().mean() == pytest.approx(0.1, abs=0.003)
+    assert layer(values.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(layer.eval()(values), values)
+
+
 def test_the_random_state_of_torch_rules_fast_dropout() -> None:
-    bert = model(CONFIGS[1], attention_probs_dropout_prob=0.5).train()
+    bert = model(CONFIGS[1], hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    use_fast_dropout(bert)
     enable_packing(bert)
     logits = []
     for seed in (1, 1, 2):

@@ -199,8 +199,9 @@ def _sdpa_per_sample(
         if not q.shape[2]:
             continue
         if bits is not None:
-            dropped: Tensor = DropoutAttention.apply(q[0], k[0], v[0], dropout, scale, bits)  # type: ignore[no-untyped-call]
-            outputs.append(dropped[None])
+            one = (tensor.squeeze(0) for tensor in (q, k, v))
+            dropped: Tensor = DropoutAttention.apply(*one, dropout, scale, bits)  # type: ignore[no-untyped-call]
+            outputs.append(dropped.unsqueeze(0))
             continue
         hides = 0 <= radius < k.shape[2] - 1
         place = torch.arange(k.shape[2], device=q.device)

@@ -38,6 +38,7 @@ from smartbatch_lightning.models.adapters import (
 )
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
+from smartbatch_lightning.models.dropout import use_fast_dropout
 from smartbatch_lightning.models.finite import REMEDY, check_losses, check_weights
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze, open_reversible_layers
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
@@ -733,6 +734,7 @@ class SequenceClassifier(L.LightningModule):
         model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
         # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
         model.train()
+        use_fast_dropout(model)
         if self.peft_config is not None:
             self.adapters = add_adapters(model, self.peft_config, fresh)
             self.register_buffer(FINGERPRINT, self.adapters.fingerprint)
