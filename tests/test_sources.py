@@ -8,6 +8,8 @@ import json
 import lzma
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -26,6 +28,7 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict, IterableDataset
 from helpers import trainer
+from hub import hub_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -604,3 +607,23 @@ def test_a_hundred_thousand_rows_are_checked_and_read_in_a_second_or_two(write) 
     before = time.process_time()
     assert len(read_dataset(path)["train"]) == 100_000
     assert time.process_time() - before < 3
+
+
+@pytest.mark.slow
+def test_csv_files_of_the_hub_are_read_as_they_stand(tmp_path: Path) -> None:
+    files = {"train.csv": b'text,label\n007,yes\nNA,no\n"a, b",yes\n', "test.csv": b"text,label\n1.50,no\n"}
+    read = (
+        "import json; from smartbatch_lightning.data.sources import read_dataset;"
+        "print(json.dumps({split: rows.to_list() for split, rows in read_dataset('user/reviews').items()}))"
+    )
+    online = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    with hub_with("user/reviews", files) as endpoint:
+        output = subprocess.run(
+            [sys.executable, "-c", read],
+            env=online | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    rows = {Path(name).stem: list(csv.DictReader(content.decode().splitlines())) for name, content in files.items()}
+    assert json.loads(output) == rows

@@ -112,8 +112,10 @@ def read_dataset(
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
     try:
         if path.is_dir():
-            return _read_folder(path, config, labels, text_columns, options)
-        return splits_of(load_dataset(dataset, config, **options))
+            if _is_saved(path):
+                return splits_of(load_from_disk(str(path)))
+            dataset = str(path)
+        return _read_found(dataset, config, labels, text_columns, options)
     except UsageError:
         raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
@@ -146,21 +148,25 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
-def _read_folder(
-    path: Path, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
+def _read_found(
+    name: str, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
 ) -> DatasetDict:
-    """Reads a folder; `datasets` tells by names or a README which files are of which split."""
-    if _is_saved(path):
-        return splits_of(load_from_disk(str(path)))
-    builder = load_dataset_builder(str(path), config)
+    """Reads a folder or a data set of the Hub; `datasets` tells by names or a README which files are of which split.
+
+    Files of a folder are read as they are when they are named, and so are CSV files of the Hub, in which `datasets`
+    guesses types and nulls.
+    """
+    builder = load_dataset_builder(name, config)
     files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
-    if builder.info.features is not None or {ending_of(name) for of in files.values() for name in of} - set(FORMATS):
-        return splits_of(load_dataset(str(path), config, **options))  # typed by its README, or of another format
+    formats = {FORMATS.get(ending_of(file)) for of_split in files.values() for file in of_split}
+    ours = formats and None not in formats and (Path(name).is_dir() or formats == {"csv"})
+    if not ours or builder.info.features is not None:  # typed by its README
+        return splits_of(load_dataset(name, config, **options))
     defaults = {field.name: field.default for field in fields(builder.config)}
     declared = {
-        name: value
-        for name in csv_files.OPTIONS
-        if name in defaults and (value := getattr(builder.config, name)) != defaults[name]
+        option: value
+        for option in csv_files.OPTIONS
+        if option in defaults and (value := getattr(builder.config, option)) != defaults[option]
     }
     return read_files(files, labels, text_columns, {**declared, **options})
 
