@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +39,7 @@ from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
+from smartbatch_lightning.hub import create_repository
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
@@ -151,6 +151,9 @@ class SmartBatchTrainer(L.Trainer):
         ckpt_path: str,
         folder: str = "model",
         adapter: bool = False,
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Exports a checkpoint's model as a `transformers` folder, with its tokenizer and a model card.
@@ -161,10 +164,16 @@ class SmartBatchTrainer(L.Trainer):
             ckpt_path: The checkpoint.
             folder: Folder to export to.
             adapter: Export only peft adapters and the head instead of merging adapters into the model's weights.
+            push_to_hub: Repository on the Hub, such as `me/reviewer`, to create unless it is there, and to upload all
+                files of the folder to.
+            private: Make the repository private if it is created; by default the owner's default, mostly public.
+            commit_message: Message of the commit on the Hub.
             weights_only: Ignored: checkpoints are always loaded without running code in them.
         """
         check_exportable(model, datamodule, adapter)
         check_export_folder(folder)
+        if push_to_hub is not None:
+            create_repository(push_to_hub, private)
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
@@ -172,7 +181,17 @@ class SmartBatchTrainer(L.Trainer):
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])
         command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")
-        export_model(model, datamodule, folder, metrics_in(checkpoint), command, adapter=adapter)
+        export_model(
+            model,
+            datamodule,
+            folder,
+            metrics_in(checkpoint),
+            command,
+            adapter=adapter,
+            push_to_hub=push_to_hub,
+            private=private,
+            commit_message=commit_message,
+        )
 
 
 def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
@@ -226,7 +245,7 @@ _MOST_USED = {
     "predict": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "predictions.path", "predictions.columns"),
     "prepare": (*_DATA, "data.cache_dir", "model.pretrained"),
     "report": (*_DATA, *_BATCHES, "model.pretrained", "folder", "ranks"),
-    "export": (*_OF_A_CHECKPOINT, "folder"),
+    "export": (*_OF_A_CHECKPOINT, "folder", "push_to_hub", "private"),
 }
 
 
@@ -282,7 +301,6 @@ class SmartBatchCLI(LightningCLI):
             **options,
         }
         self._classes = classes
-        self._begun = time.time()
         with _as_a_command(self._forget_refused_run) if args is None else nullcontext():
             super().__init__(
                 model_class,
@@ -327,7 +345,9 @@ class SmartBatchCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if not path or not Path(path).is_file():
+        if not path or Path(path).is_dir() or _NO_FILE.match(str(path)):
+            return
+        if command in ("prepare", "report") and not Path(path).exists():
             return
         verified_checkpoint(path)
         given = self.config
@@ -349,20 +369,22 @@ class SmartBatchCLI(LightningCLI):
         plugins = list(given) if isinstance(given, list | tuple) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        folder = Path(trainer.log_dir or ".")
+        self._new_folders = [one for one in (folder, *folder.parents) if trainer.loggers and not one.exists()]
+        return trainer
 
     def _forget_refused_run(self) -> None:
-        """Removes the folder of a run that was refused before its first step, where Lightning has begun to log."""
+        """Removes the folders that Lightning has made to log in, where a run was refused before its first step."""
         trainer = getattr(self, "trainer", None)
-        if trainer is None or not trainer.is_global_zero or trainer.global_step or not trainer.loggers:
+        if trainer is None or not trainer.is_global_zero or trainer.global_step or not self._new_folders:
             return
-        folder = Path(trainer.log_dir or ".")
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        own = [path for path in files if any(map(path.match, _LOGGED_AT_START)) and path.stat().st_mtime > self._begun]
-        if files and own == files:
+        folder, *outer = self._new_folders
+        if all(any(map(path.match, _LOGGED_AT_START)) for path in folder.rglob("*") if path.is_file()):
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
-                folder.parent.rmdir()  # where no other run is in it
+                for one in outer:
+                    one.rmdir()  # where no other run is in it
 
     def before_predict(self) -> None:
         """Refuses to overwrite predictions, before the data are tokenized."""
@@ -393,6 +415,8 @@ class SmartBatchCLI(LightningCLI):
             )
 
 
+# Checkpoints that Lightning finds by itself: by a word, by a URL or in its registry.
+_NO_FILE = re.compile(r"(last|best|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
 # What a user cannot act on.
 _IGNORED_WARNINGS = (

@@ -1,9 +1,11 @@
 """What a user can mend: the exception, and how its messages name things and causes."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
+_NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
 _MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 10, 60, 500
 
 
@@ -12,6 +14,18 @@ class UsageError(ValueError):
 
     The command line shows the message alone.
     """
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """The one of some names that a misspelt one is nearest to, in whatever case; none where it is near none."""
+    by_lower = {one.lower(): one for one in names}
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=_NEAREST)]
+
+
+def did_you_mean(near: Iterable[str]) -> str:
+    """A question that goes on a message; empty where there are no names."""
+    names = " or ".join(near)
+    return f" Did you mean {names}?" if names else ""
 
 
 def check_trusted(name: str, error: Exception) -> None:

@@ -16,6 +16,7 @@ from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.demo.reviews import LABELS
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.families import depends_on_width
+from smartbatch_lightning.hub import create_repository, push_folder
 from smartbatch_lightning.models.adapters import is_quantized
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.finite import check_weights
@@ -48,6 +49,9 @@ def export_model(
     command: str | None = None,
     *,
     adapter: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
 ) -> None:
     """Writes weights as safetensors, the configuration with the class names, the tokenizer and a model card.
 
@@ -64,11 +68,15 @@ def export_model(
         metrics: Metrics by name, for the card.
         command: The command that trained the model, for the card.
         adapter: Write only the adapters and the head, as peft does, with the configuration in the subfolder `config`.
+        push_to_hub: Repository on the Hub, such as `me/reviewer`, that is created unless it is there, and to which
+            all files of the folder are uploaded.
+        private: Whether the repository is private if it is created; None for the owner's default.
+        commit_message: Message of the commit on the Hub.
 
     Raises:
-        ValueError: As for `check_adapter` and `check_export_folder`; or the data is not the training data, the model is
-            wrapped, weights are not finite, the disk is full, or the last layer cannot absorb the mean of
-            standardised targets.
+        ValueError: As for `check_adapter`, `check_export_folder`, `create_repository` and `push_folder`; or the data is
+            not the training data, the model is wrapped, weights are not finite, the disk is full, or the last layer
+            cannot absorb the mean of standardised targets.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_adapter(model, adapter)
@@ -85,6 +93,7 @@ def export_model(
         )
     folder = Path(folder)
     check_export_folder(folder)
+    repo_id = None if push_to_hub is None else create_repository(push_to_hub, private)
     check_weights(
         model.model.state_dict().values(),
         f"nothing is written to {folder}",
@@ -94,7 +103,7 @@ def export_model(
     tokenizer.model_max_length = data.max_length
     tokenizer.truncation_side = data.truncation_in_use.side or "right"
     tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # else it is not saved
-    card = _card(model, data, folder.resolve().name, metrics or {}, command, adapter)
+    card = _card(model, data, repo_id or folder.resolve().name, metrics or {}, command, adapter)
     standardization = Standardization.from_fields(model.model.config.to_dict())
     exported: Any = (
         model.model if model.adapters is None else model.adapters.detached([] if adapter else _sample_inputs(data))
@@ -115,6 +124,8 @@ def export_model(
 
     write_into(folder, write, outdated=[THRESHOLDS_FILE])  # of other weights
     echo(f"Wrote the model to {folder}")
+    if repo_id is not None:
+        push_folder(folder, repo_id, commit_message)
 
 
 def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list[dict[str, Tensor]]) -> None:
@@ -214,7 +225,7 @@ def _card(
         library_name="peft" if adapter else "transformers",
         base_model=pretrained if adapter else None,
         pipeline_tag="text-classification",
-        model_name=name,
+        model_name=name.rpartition("/")[2],
         eval_results=[
             EvalResult(
                 task_type="text-classification",
@@ -245,7 +256,7 @@ def _card(
     all_scores = "" if isinstance(model.task, SingleLabelClassification) else ", top_k=None"
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {_escaped(name)}",
+        f"# {_escaped(name.rpartition('/')[2])}",
         f"{_escaped(pretrained)} fine-tuned on {_escaped(data.source)} {_MARK}, to predict "
         f"{_escaped(model.task.description)}.",
         *([] if model.adapters is None else [_escaped(str(model.adapters))]),

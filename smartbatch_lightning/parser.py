@@ -1,14 +1,13 @@
 """The command line's parser: help that fits on a screen, and mistakes in one line, with the nearest option."""
 
 import argparse
-import difflib
 import re
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-_NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
+from smartbatch_lightning.errors import did_you_mean, nearest
 
 # What jsonargparse says of an option that there is not, at three levels.
 _NOT_ACCEPTED = re.compile(r"(?:Group '(?P<group>.+)' does not accept o|does not accept o|O)ption '(?P<name>[^']+)'")
@@ -94,7 +93,7 @@ class Parser(LightningArgumentParser):
         """Says what is wrong in the terms of the command line; jsonargparse tells of every type why a value is none."""
         if command := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.+)\)", message):
             commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
-            meant = _meant(difflib.get_close_matches(command[1], commands, n=1))
+            meant = did_you_mean(nearest(command[1], commands))
             return f"There is no command {command[1]!r}.{meant} The commands are {', '.join(commands)}."
         if unrecognized := re.match(r"unrecognized arguments: --([\w.]+)", message):
             return self._unknown(unrecognized[1])
@@ -123,12 +122,8 @@ class Parser(LightningArgumentParser):
         options = list(self.options())
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]
-        near = same or difflib.get_close_matches(name, options, n=1, cutoff=_NEAREST)
-        return f"There is no option --{name}.{_meant([f'--{option}' for option in near])}"
-
-
-def _meant(near: list[str]) -> str:
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+        near = same or nearest(name, options)
+        return f"There is no option --{name}.{did_you_mean(f'--{option}' for option in near)}"
 
 
 def _expected(union: re.Match[str]) -> str:

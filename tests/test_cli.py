@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import FAST, QUIET, ROOT, cli, slow
+from helpers import FAST, QUIET, ROOT, Fork, cli, slow
 from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
@@ -277,8 +278,13 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
     ("options", "message"),
     [
         (["--data.batch_size=0"], "error: batch_size is 0; give 1 or more."),
+        # before the model is built, or its data is looked for
+        (
+            ["--ckpt_path=nope.ckpt", "--data.dataset=nor.csv"],
+            "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path",
+        ),
         slow(
-            ["--ckpt_path=nope.ckpt"], "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path"
+            ["--model.pretrained=./nor/folder"], "error: there is no folder './nor/folder'. Give the path of a folder"
         ),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
@@ -296,15 +302,37 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
     assert list(Path().iterdir()) == []  # no folder of a run that never began
 
 
-def test_a_refused_start_leaves_the_users_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("config.yaml").write_text("trainer: {max_epochs: 1}")
-    os.utime("config.yaml", (1, 1))
-    options = ["--config=config.yaml", "--checkpoint.monitor=val_x", "--trainer.logger=false"]
-    monkeypatch.setattr(sys, "argv", ["smartbatch", "fit", *FAST, *options])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit, match="'val_x' is monitored"):
-        main()
-    assert Path("config.yaml").read_text() == "trainer: {max_epochs: 1}"
+def smartbatch(*arguments: str) -> None:
+    sys.argv = ["smartbatch", *arguments]
+    main()
+
+
+@pytest.mark.parametrize(
+    ("logger", "made"),
+    [
+        # files of the names that a run gives its own, and newer than its start, in the folder where it logs
+        ({"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": ""}}, True),
+        slow({"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": "new"}}, False),
+        slow(True, False),
+        slow(False, False),
+    ],
+)
+def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, made: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    (folder / "empty").mkdir(parents=True)
+    for name in ("config.yaml", "hparams.yaml", "events.out.tfevents.1"):
+        (folder / name).write_text("trainer: {max_epochs: 1}")
+        os.utime(folder / name, (2**31, 2**31))
+    before = {path: path.is_dir() or path.read_text() for path in folder.rglob("*")}
+    options = ["--config=config.yaml", "--checkpoint.monitor=val_x", f"--trainer.logger={json.dumps(logger)}"]
+    run = Fork(folder, 1, smartbatch, "fit", *FAST, *options)
+    assert run.wait(timeout=120) == 1
+    log = folder / "log.txt"
+    assert "error: the metric 'val_x' is monitored" in log.read_text()
+    log.unlink()
+    after = {path: path.is_dir() or path.read_text(errors="replace") for path in folder.rglob("*")}
+    assert {path: after.get(path) for path in before} == before
+    assert (len(after) > len(before)) == made
 
 
 @pytest.mark.parametrize(

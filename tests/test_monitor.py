@@ -82,6 +82,8 @@ def test_a_step_in_which_nothing_is_logged_never_waits_for_the_device(tmp_path: 
     with Reads():
         run.fit(SequenceClassifier(), data())
     assert reads[5] > 0  # where the monitor and the logger read
+    shown = run.progress_bar_metrics["train_loss_step"]
+    assert shown == pytest.approx(pd.read_csv(Path(run.log_dir) / "metrics.csv")["train_loss_step"].dropna().iloc[-1])
     assert {step for step in reads if 0 < step < 10} <= {4, 5, 9}, reads
 
 

@@ -44,7 +44,7 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 FLOORS = [
     ["errors"],
     ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser"],
-    ["batching", "demo", "checkpointing", "shards", "cache"],
+    ["batching", "demo", "checkpointing", "shards", "cache", "hub"],
     ["tasks"],
     ["contract"],
     ["data", "models"],

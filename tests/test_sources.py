@@ -576,6 +576,19 @@ def test_objects_that_are_no_data_are_refused(dataset: Any, message: str) -> Non
         module(dataset).prepare_data()
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ("Texts,label", "which has 'Texts', 'label'. Set --data.text_columns. Did you mean 'Texts'?"),
+        ("text,labels", "which has 'text', 'labels'. Set --data.label_column. Did you mean 'labels'?"),
+    ],
+)
+def test_a_misspelt_column_is_answered_with_the_nearest(columns: str, message: str, write, tmp_path: Path) -> None:
+    data = module(write("a.csv", f"{columns}\nfine,pos\ndull,neg\n"))
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        trainer(tmp_path).fit(SequenceClassifier(str(demo.model_dir())), data)
+
+
 # --- before anything long ---
 
 

@@ -14,7 +14,9 @@ from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import command_line
 from smartbatch_lightning.contract import datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
+from smartbatch_lightning.hub import create_repository
 from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
@@ -28,11 +30,30 @@ class ModelExport(Callback):
     Args:
         folder: Folder to export to; None for no export.
         adapter: Write only the peft adapters and the head, instead of merging them into the model's weights.
+        push_to_hub: Repository on the Hub, such as `me/reviewer`, to create unless it is there, and to upload all files
+            of the folder to.
+        private: Make the repository private if it is created; by default the owner's default, mostly public.
+        commit_message: Message of the commit on the Hub.
+
+    Raises:
+        ValueError: There is a repository, but no folder.
     """
 
-    def __init__(self, folder: str | None = None, adapter: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        adapter: bool = False,
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> None:
+        if push_to_hub is not None and folder is None:
+            raise UsageError(f"push_to_hub is {push_to_hub!r}, but no folder is given to export to. Set folder.")
         self.folder = folder
         self.adapter = adapter
+        self.push_to_hub = push_to_hub
+        self.private = private
+        self.commit_message = commit_message
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds out before training whether this is a run that can be exported."""
@@ -42,6 +63,8 @@ class ModelExport(Callback):
         check_exportable(pl_module, datamodule, self.adapter)
         if trainer.is_global_zero:
             check_export_folder(self.folder)
+            if self.push_to_hub is not None:
+                create_repository(self.push_to_hub, self.private)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes it, on rank 0."""
@@ -50,7 +73,17 @@ class ModelExport(Callback):
             return
         assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
         assert isinstance(datamodule, SmartBatchDataModule)
-        export = partial(export_model, pl_module, datamodule, self.folder, command=command_line(), adapter=self.adapter)
+        export = partial(
+            export_model,
+            pl_module,
+            datamodule,
+            self.folder,
+            command=command_line(),
+            adapter=self.adapter,
+            push_to_hub=self.push_to_hub,
+            private=self.private,
+            commit_message=self.commit_message,
+        )
         if (best := _best_path(trainer)) is not None:
             checkpoint = torch.load(verified_checkpoint(best), map_location="cpu", weights_only=True)
             with _weights(pl_module, checkpoint["state_dict"]):

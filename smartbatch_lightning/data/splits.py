@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from smartbatch_lightning.batching.arrays import Int64s, argsort
 from smartbatch_lightning.data.encoding import check_texts
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, did_you_mean, join_quoted, nearest
 from smartbatch_lightning.tasks import Task
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -105,8 +105,8 @@ def find_split(
         raise UsageError(f"the split {split!r} of {source} has no samples. Give data with at least one.")
     for column in text_columns:
         if column not in dataset.column_names:
-            hint = ""
-            if dataset.info.builder_name == "csv":
+            hint = did_you_mean(map(repr, nearest(column, dataset.column_names)))
+            if not hint and dataset.info.builder_name == "csv":
                 columns = dataset.column_names  # perhaps a text and a label
                 names = "text, label" if len(columns[0]) > len(columns[-1]) else "label, text"
                 hint = (

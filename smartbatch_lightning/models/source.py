@@ -17,6 +17,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
 from smartbatch_lightning.families import check_has_head, drop_caches
+from smartbatch_lightning.hub import hub_options
 from smartbatch_lightning.models.compatibility import adopt_padding, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
 from smartbatch_lightning.tasks import Task
@@ -140,6 +141,7 @@ class ModelSource:
 
     def _pretrained_config(self) -> PretrainedConfig:
         options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
+        options = hub_options(self._path, options)
         try:
             config, unknown = AutoConfig.from_pretrained(
                 self._path, return_unused_kwargs=True, **{"trust_remote_code": False, **options}
@@ -157,7 +159,8 @@ class ModelSource:
 
     def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
         passed = (*_WHERE, *_NOT_IN_CONFIG)
-        options = {option: value for option, value in self.model_kwargs.items() if option in passed}
+        given = {option: value for option, value in self.model_kwargs.items() if option in passed}
+        options = hub_options(self._path, given)
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 # in float32 whatever the weights are stored in: training in half precision is the Trainer's business

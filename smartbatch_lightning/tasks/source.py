@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, did_you_mean, join_quoted, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,6 +95,7 @@ class LabelSource:
                 raise UsageError(
                     f"the label column {column!r} is not in the split {split!r}, which has "
                     f"{join_quoted(dataset.column_names)}. Set --data.label_column."
+                    + did_you_mean(map(repr, nearest(column, dataset.column_names)))
                 )
         table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
         only = len(self.columns) == 1 and self.delimiter is None
