@@ -429,7 +429,7 @@ def test_predictions_and_exports_of_a_module_of_ones_own_are_refused_unless_it_h
     assert Path("own.txt").read_text() == str(list(range(len(run.datamodule.predict_data))))
     assert not Path("other.csv").exists()
     with pytest.raises(ValueError, match="only a SequenceClassifier .* this run has Bare and SmartBatchDataModule"):
-        SmartBatchCLI(Bare, SmartBatchDataModule, args=["export", "--ckpt_path=any.ckpt", *QUIET])
+        SmartBatchCLI(Bare, SmartBatchDataModule, args=["export", "--ckpt_path=last", *QUIET])
 
 
 def test_a_mistake_in_a_command_line_of_ones_own_is_told_in_one_line(monkeypatch, capsys) -> None:
