@@ -46,7 +46,8 @@ def hub_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UsageError(f"there is no folder {name!r}. {remedy}") from error
-    if (unreachable := connection_error(name)) is None:
+    unreachable = None if options.get("local_files_only") else connection_error(name)
+    if unreachable is None:
         return dict(options)
     cache = Path(options.get("cache_dir") or constants.HF_HUB_CACHE)
     if not (cache / repo_folder_name(repo_id=name, repo_type="model")).exists():

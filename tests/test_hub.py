@@ -18,6 +18,7 @@ from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.data.sources import read_dataset
 from smartbatch_lightning.data.tokenizers import load_tokenizer
+from smartbatch_lightning.models.source import ModelSource
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -187,11 +188,12 @@ def test_without_a_network_what_is_cached_is_loaded_and_what_is_not_is_refused_i
     nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert load_tokenizer("us/base", 24, {"cache_dir": "cache"}).vocab_size
-    started = time.monotonic()
-    data = SmartBatchDataModule(max_length=24)
+    where, started = {"cache_dir": "cache"}, time.monotonic()
+    model, fresh = ModelSource("us/base", where, None).load(2, None, None, untrained_needs_labels=True)
+    assert len(load_tokenizer("us/base", 24, where)) == model.config.vocab_size
+    assert fresh == {"classifier.weight", "classifier.bias"}
     with pytest.raises(ValueError, match="'us/other' is neither a folder nor cached, and the Hub cannot be reached: C"):
-        trainer(Path()).fit(SequenceClassifier("us/other", model_kwargs={"cache_dir": "cache"}), data)
+        trainer(Path()).fit(SequenceClassifier("us/other", model_kwargs=where), SmartBatchDataModule(max_length=24))
     with pytest.raises(ValueError, match="the data set 'us/other' was not found locally or on the Hub: ConnectError"):
         read_dataset("us/other")
     assert time.monotonic() - started < 10

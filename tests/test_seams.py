@@ -1,6 +1,7 @@
 """Tests of the house: imports run one way, each question has one place, and what users bring of their own fits in."""
 
 import ast
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -94,6 +95,16 @@ def test_batching_imports_numpy_alone() -> None:
                 "numpy", "smartbatch_lightning", "dataclasses", "collections", "typing", "math", "functools", "inspect", "itertools"
             }, path  # fmt: skip
             assert rooms_of(imported(tree)) <= {"batching", "errors", "registry"}, path
+
+
+def test_the_sampler_imports_torch_and_numpy_alone() -> None:
+    names = imported(modules()["data/sampler.py"])
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {
+        "numpy",
+        "torch",
+        "smartbatch_lightning",
+    }
+    assert rooms_of(names) == {"batching", "errors"}
 
 
 def mentions(tree: ast.Module, word: str) -> bool:
