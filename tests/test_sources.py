@@ -117,6 +117,27 @@ def test_an_archive_is_read_as_the_files_in_it(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
         archive.writestr("notes.txt", "fine")
     assert "notes.txt in" in refusal(str(tmp_path / "c.zip"))
+    zipfile.ZipFile(tmp_path / "d.zip", "w").close()
+    assert "d.zip has no files in it" in refusal(str(tmp_path / "d.zip"))
+
+
+def test_files_that_are_named_for_other_splits_are_not_trained_on_unless_a_split_is_given_for_them(
+    write, tmp_path: Path
+) -> None:
+    paths = [write(f"d/{split}.csv", as_csv(ROWS)) for split in ("train", "Test-1")]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(paths[0], "in/dev.csv")
+        archive.write(paths[1], "in/test.csv")
+    for dataset in (paths, str(tmp_path / "d" / "*.csv"), str(tmp_path / "a.zip")):
+        assert "are named for different splits" in refusal(dataset)
+    assert read({"train": paths}) == 2 * ROWS
+
+
+def test_columns_of_one_name_are_told_apart_by_their_number(write) -> None:
+    path = write("a.csv", "text,label,label\nfine,1,pos\ndull,0,neg\n")
+    with pytest.raises(ValueError, match="'label' is not in the split 'train', which has 'text', 'label.1', 'label.2'"):
+        module(path).setup("fit")
+    assert read_dataset(path, labels=LabelSource(("label.2",)))["train"]["label.2"][:] == ["pos", "neg"]
 
 
 def test_patterns_lists_and_lists_by_split_are_read_in_order(tmp_path: Path) -> None:
@@ -326,12 +347,14 @@ def test_hundreds_of_random_files_are_read_exactly_or_refused_with_the_line(data
         (b"text;label\na, b;pos\nc;neg\n", {"sep": ";"}),
         (b"text\tlabel\na, b\tpos\nc\tneg\n", {"sep": "\t"}),
         (b"1,a title,caf\xc3\xa9\n2,another,th\xc3\xa9\n", {"names": ["label", "title", "text"]}),
+        (b"sep=;\ntext;label\na, b;pos\nc;neg\n", {"sep": ";", "skiprows": 1}),
+        (b'sep=,\ntext,label\n"a, b",pos\nc,neg\n', {"sep": ",", "skiprows": 1}),
     ],
 )
 def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, remedy: dict, write) -> None:
     path = write("a.csv", content)
     message = refusal(path)
-    assert f"{next(iter(remedy))}:" in message
+    assert all(f"{option}:" in message for option in remedy)
     data = module(path, reader_kwargs=remedy)
     data.prepare_data()
     assert data.splits["train"]["text"][:] in (["café", "thé"], ["a, b", "c"])
@@ -347,6 +370,12 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
         ({"names": ["text", "label"]}, "the first line of .* is the names in reader_kwargs. Add header: 0"),
         ({"names": ["text"], "header": 0}, "line 2 of .* has 2 fields, but there are 1 columns"),
         ({"names": "text"}, "give a list with a name for each column"),
+        ({"names": 2}, "reader_kwargs is {'names': 2}, of which one cannot be"),
+        ({"quoting": "minimal"}, "reader_kwargs is .* of which one cannot be: .*'minimal'. Correct it"),
+        ({"quotechar": "''"}, 'reader_kwargs is .* of which one cannot be: "quotechar" must be a 1-character string'),
+        ({"encoding": 8}, "reader_kwargs is .* of which one cannot be"),
+        ({"skiprows": -1}, "skiprows is -1; give 0 or more"),
+        ({"nrows": "2"}, "nrows is '2'; give a whole number, 0 or more"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict, message: str, write) -> None:
@@ -363,7 +392,8 @@ def test_options_of_other_formats_and_of_objects_are_refused(write) -> None:
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(write) -> None:
-    assert read(write("a.csv", "\ufeff" + as_csv(ROWS))) == ROWS
+    path = write("a.csv", "\ufeff" + as_csv(ROWS))
+    assert read(path) == read(path, reader_kwargs={"encoding": "UTF8"}) == ROWS
 
 
 # --- JSON and Parquet ---
@@ -382,6 +412,25 @@ def test_json_arrays_and_rows_under_a_key_are_read_as_they_stand(write) -> None:
     path = write("b.json", json.dumps({"data": rows}))
     assert "{field: KEY}" in refusal(path)
     assert read(path, reader_kwargs={"field": "data"}) == expected
+
+
+@pytest.mark.parametrize("kind", ["array", "field", "lines with a column of several types"])
+def test_numbers_and_times_in_json_are_what_stands_there(kind: str, write) -> None:
+    rows = [{"text": f"2026-11-0{row}", "label": label} for row, label in enumerate([0.123456789012345, 1.5e-12, 2.0])]
+    if kind == "array":
+        path, options = write("a.json", json.dumps(rows)), {}
+    elif kind == "field":
+        path, options = write("a.json", json.dumps({"data": rows})), {"field": "data"}
+    else:
+        rows[1]["text"] = "a film"
+        lines = [{**row, "other": other} for row, other in zip(rows, [1, "x", {"y": 2}], strict=True)]
+        path, options = write("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines)), {}
+    assert read(path, reader_kwargs=options) == [(row["text"], row["label"]) for row in rows]
+
+
+@pytest.mark.parametrize("content", ['[["fine", "pos"]]', '["fine", "dull"]', '[{"text": "fine"}, null]'])
+def test_a_json_list_of_something_else_than_objects_is_refused(content: str, write) -> None:
+    assert "does not hold a list of JSON objects. Write each row as an object" in refusal(write("a.json", content))
 
 
 def test_a_json_line_that_is_not_whole_is_named(write) -> None:
@@ -564,6 +613,9 @@ def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
         ([], r"dataset is \[\]; give a name"),
         ({}, r"dataset is \{\}; give files by split"),
         (print, "dataset is of the type builtin_function_or_method; give a name"),
+        (np.array(ROWS), "dataset is of the type ndarray; give a name"),
+        (FRAME["text"], "dataset is of the type Series; give a name"),
+        (pl.LazyFrame({"text": ["fine"]}), "dataset is of the type LazyFrame; give a name"),
         ([{"text": "fine", "label": 1}, {"text": "dull", "label": "x"}], "the given list cannot be read: ArrowInvalid"),
         (
             IterableDataset.from_generator(lambda: iter([{"text": "fine"}])),

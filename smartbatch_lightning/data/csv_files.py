@@ -1,8 +1,10 @@
 """CSV and TSV files: their layout, with every row checked; and labels, which are numbers or words by what all are."""
 
+import codecs
 import csv
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 
 OPTIONS = (
     "sep", "delimiter", "names", "column_names", "header", "encoding", "encoding_errors", "quoting", "quotechar",
@@ -76,14 +78,14 @@ class _Format:
                 f"header is {header!r} in reader_kwargs; give 0 if the first line names the columns, else set names to "
                 "a list with a name for each column."
             )
-        skiprows = options.get("skiprows") or 0
-        if not isinstance(skiprows, int):
-            raise UsageError(f"skiprows is {skiprows!r} in reader_kwargs; give the number of lines to leave out.")
+        skiprows, nrows = options.get("skiprows") or 0, options.get("nrows")
+        check_at_least(0, skiprows=skiprows, **({} if nrows is None else {"nrows": nrows}))
+        encoding = options.get("encoding")
         return cls(
             sep=sep,
             names=None if names is None else tuple(map(str, names)),
             header=(0 if names is None else None) if header == "infer" else header,
-            encoding=options.get("encoding"),
+            encoding=None if encoding is None or _is_utf8(encoding) else encoding,
             encoding_errors=options.get("encoding_errors") or "strict",
             quoting=int(options.get("quoting", csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)),
             unquoted_by_ending=tabs and "quoting" not in options,
@@ -92,7 +94,7 @@ class _Format:
             escapechar=options.get("escapechar"),
             skipinitialspace=bool(options.get("skipinitialspace", False)),
             skiprows=skiprows,
-            nrows=options.get("nrows"),
+            nrows=nrows,
         )
 
     def rows(self, lines: Iterator[str]) -> Any:
@@ -131,7 +133,13 @@ def csv_reader_kwargs(
     Raises:
         ValueError: A row or an option is not usable.
     """
-    form = _Format.of(options, tabs=tabs)
+    try:
+        form = _Format.of(options, tabs=tabs)
+        form.rows(iter(()))
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:  # of Python's csv module, codecs and int
+        raise UsageError(f"reader_kwargs is {dict(options)}, of which one cannot be: {error}. Correct it.") from error
     columns, num_rows = _checked(path, name, digest, form)
     given = {option: options[option] for option in ("na_values", "keep_default_na") if option in options}
     return {
@@ -181,6 +189,14 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
             return columns, _count(rows, columns, name, form)
         except UnicodeError as error:
             raise encoding_error(name, "csv", form.encoding or "utf-8", error) from error
+
+
+def _is_utf8(encoding: str) -> bool:
+    """Whether an encoding is UTF-8 by any of its names; files in it may begin with a byte order mark."""
+    try:
+        return codecs.lookup(encoding).name == "utf-8"
+    except LookupError:  # which is told where the file is opened
+        return False
 
 
 def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeError) -> UsageError:
@@ -260,6 +276,11 @@ def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterato
 
 
 def _check_header(header: list[str], name: str, form: _Format) -> None:
+    if header[0].startswith("sep="):
+        raise UsageError(
+            f"the first line of {name} is {form.sep.join(header)!r}, by which Excel knows the separator. Set "
+            f"--data.reader_kwargs='{{sep: {_written((header[0][4:] or form.sep)[0])}, skiprows: 1}}'."
+        )
     others = [separator for separator in _SEPARATORS if len(header) == 1 and separator in header[0]]
     if others:
         raise UsageError(
@@ -278,13 +299,14 @@ def _written(separator: str) -> str:
 
 
 def _column_names(header: list[str]) -> tuple[str, ...]:
-    """As pandas names columns: those without a name and those that are named twice get a number."""
-    names: list[str] = []
+    """A column without a name, and each of those that are named alike, gets its number."""
+    counts, names = Counter(header), []
     for number, cell in enumerate(header):
-        name, copies = cell or f"Unnamed: {number}", 0
-        while name in names:
-            copies += 1
-            name = f"{cell}.{copies}"
+        name = cell
+        if not cell or counts[cell] > 1:
+            name = f"{cell or 'Unnamed'}.{number}"
+            while name in counts:
+                name += "_"
         names.append(name)
     return tuple(names)
 

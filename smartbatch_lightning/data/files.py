@@ -37,6 +37,11 @@ _READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of those that have any
     "json": ("encoding", "field"),
     "parquet": ("filters",),
 }
+_SPLIT_WORDS = {  # in names of files
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BYTES_READ = 1 << 20
 _JSON_BYTES_READ = 10 << 20  # by datasets, at once
@@ -68,7 +73,7 @@ def is_file_name(name: str) -> bool:
 
 
 def read_files(
-    files: Mapping[str, str | Sequence[str]],
+    files: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     labels: LabelSource,
     text_columns: Sequence[str],
     reader_kwargs: Mapping[str, Any],
@@ -78,7 +83,7 @@ def read_files(
     Columns that are neither texts nor labels are kept where all files of a split have them with the same type.
 
     Args:
-        files: By split a file, a URL or a pattern of files, or several.
+        files: By split a file, a URL or a pattern of files, or several; without a split, those to train on.
         labels: Where labels stand. In CSV files an empty field there is a missing label, unless a delimiter stands
             between labels; in other columns it is an empty text, and words such as "None" are words.
         text_columns: Columns of text.
@@ -88,7 +93,8 @@ def read_files(
         ValueError: A file is not there, or cannot be read whole.
     """
     wanted = (*text_columns, *labels.columns)
-    by_split = {split: _expanded([names] if isinstance(names, str) else names) for split, names in files.items()}
+    given = files if isinstance(files, Mapping) else {"train": files}
+    by_split = {split: _expanded([names] if isinstance(names, str) else names) for split, names in given.items()}
     names = [name for of_split in by_split.values() for name in of_split]
     endings = {ending_of(name) for name in names} - {".zip"}
     formats = {FORMATS.get(ending) for ending in endings}
@@ -101,7 +107,10 @@ def read_files(
         _check_reader_kwargs(reader_kwargs, str(file_format))
     loaded = {}
     for split, of_split in by_split.items():
-        parts = [(file, _read(file, reader_kwargs, wanted)) for name in of_split for file in _local_files(name)]
+        local = [file for name in of_split for file in _local_files(name)]
+        if given is not files:
+            _check_is_one_split(local)
+        parts = [(file, _read(file, reader_kwargs, wanted)) for file in local]
         loaded[split] = _concatenated(parts, wanted)
         loaded[split]._fingerprint = _content_fingerprint([file for file, _ in parts], reader_kwargs, loaded[split])
         if labels.delimiter is None and all(FORMATS[file.ending] == "csv" for file, _ in parts):
@@ -198,6 +207,8 @@ def _local_files(name: str) -> Iterator[_File]:
         raise UsageError(
             f"{name} is not compressed as its extension says. Check that the file is complete, or rename it."
         )
+    if not inner:
+        raise UsageError(f"{name} has no files in it. Check that the file is complete.")
     archive = ending_of(name) == ".zip"
     for file in inner:
         ending = ending_of(file) if archive else ending_of(name)
@@ -207,6 +218,21 @@ def _local_files(name: str) -> Iterator[_File]:
                 f"{join_quoted(FORMATS)}."
             )
         yield _File(file, f"{Path(file).name} in {name}" if archive else name, ending, _digest(file, name))
+
+
+def _check_is_one_split(files: Sequence[_File]) -> None:
+    """Refuses files of which some are named for training and others for evaluation, and that no split was given for."""
+    of_split: dict[str, str] = {}
+    for file in files:
+        words = set(re.findall("[a-z]+", f"{Path(file.path).name} {Path(file.name).name}".lower()))
+        named = [split for split, its_words in _SPLIT_WORDS.items() if words & its_words]
+        if len(named) == 1:
+            of_split.setdefault(named[0], file.name)
+    if len(of_split) > 1:
+        raise UsageError(
+            f"{join_quoted(of_split.values())} are named for different splits, but would all be trained on. Give files "
+            "by split, as in --data.dataset='{train: a.csv, test: b.csv}'."
+        )
 
 
 def _digest(path: str, name: str) -> str:
@@ -236,7 +262,7 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
         return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
     if file_format == "parquet" and _has_no_rows(file):
         return Dataset(pq.read_table(file.path))
-    dataset = _loaded(file, file_format, options)
+    dataset = _loaded(file, file_format, options, wanted)
     if num_rows is not None and len(dataset) != num_rows:
         raise UsageError(
             f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove blank lines with spaces, "
@@ -258,7 +284,7 @@ def _has_no_rows(file: _File) -> bool:
         return False
 
 
-def _loaded(file: _File, file_format: str, options: dict[str, Any]) -> Dataset:
+def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequence[str]) -> Dataset:
     def load(**more: Any) -> Dataset:
         # datasets finds what it has read by path and time, to which this name adds the content
         return datasets.load_dataset(
@@ -266,13 +292,21 @@ def _loaded(file: _File, file_format: str, options: dict[str, Any]) -> Dataset:
         )
 
     try:
+        if file_format == "json" and _is_one_value(file, options):
+            return _json_rows(file, options)
         try:
-            return load()
+            dataset = load()
         except Exception:
             size = Path(file.path).stat().st_size
             if file_format != "json" or size <= _JSON_BYTES_READ:
                 raise
-            return load(chunksize=size)  # further down are other columns or types, which one block tells
+            dataset = load(chunksize=size)  # further down are other columns or types, which one block tells
+        rewritten = file_format == "json" and "Json(" in repr(dataset.features)
+        if rewritten and any("float" in repr(dataset.features.get(name)) for name in wanted):
+            return _json_rows(file, options)
+        return dataset
+    except UsageError:
+        raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this file
         cause = (_bad_line(file) if file_format == "json" else None) or root_cause_message(error)
         raise UsageError(
@@ -311,6 +345,34 @@ def _check_holds_rows(file: _File, encoding: str) -> None:
             'to_json(path, orient="records", lines=True); or, where it has a list of rows, name its key by '
             "--data.reader_kwargs='{field: KEY}'."
         )
+
+
+def _is_one_value(file: _File, options: Mapping[str, Any]) -> bool:
+    """Whether a JSON file is a list of rows, or has one under a key, rather than lines."""
+    if "field" in options:
+        return True
+    with open(file.path, encoding=options.get("encoding", "utf-8"), errors="replace") as content:
+        return content.read(_BYTES_READ).lstrip("\ufeff \t\r\n").startswith("[")
+
+
+def _json_rows(file: _File, options: Mapping[str, Any]) -> Dataset:
+    """The rows of a JSON file, in memory, by the reader of Python.
+
+    That of `datasets` rounds numbers to ten decimals unless a file has lines, and one type in each column; of a list of
+    rows it takes texts for times.
+    """
+    encoding = options.get("encoding", "utf-8-sig")
+    with open(file.path, encoding=encoding) as content:
+        if _is_one_value(file, options):
+            rows = json.load(content)
+            rows = rows[options["field"]] if "field" in options else rows
+        else:
+            rows = [json.loads(line) for line in content if line.strip()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{file.name} does not hold a list of JSON objects. Write each row as an object.")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def _bad_line(file: _File) -> str | None:

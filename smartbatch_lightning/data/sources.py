@@ -105,10 +105,8 @@ def read_dataset(
         return splits_of(dataset)
     if dataset == "demo":
         dataset = str(demo.data_dir())
-    if isinstance(dataset, dict):
+    if isinstance(dataset, dict | list) or is_file_name(dataset):
         return read_files(dataset, labels, text_columns, options)
-    if isinstance(dataset, list) or is_file_name(dataset):
-        return read_files({"train": dataset}, labels, text_columns, options)
     path = Path(dataset).expanduser()
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
@@ -240,8 +238,5 @@ def _are_names(value: Any) -> bool:
 
 
 def _describe(data: Any) -> str:
-    return (
-        f"{data!r}"
-        if data is None or isinstance(data, int | float | str) or data == []
-        else f"of the type {type(data).__name__}"
-    )
+    short = data is None or isinstance(data, int | float | str) or (isinstance(data, list) and not data)
+    return f"{data!r}" if short else f"of the type {type(data).__name__}"
