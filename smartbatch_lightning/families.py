@@ -40,6 +40,11 @@ def setting(of: PretrainedConfig, name: str, default: Any = None) -> Any:
     return getattr(of, name, default)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that a table of embeddings needs; more than a tokenizer has tokens where its vocabulary leaves out ids."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def pad_token_of(config: PretrainedConfig) -> int | None:
     """The token that a model takes for padding; None where its configuration has none."""
     token: int | None = setting(config.get_text_config(), "pad_token_id")

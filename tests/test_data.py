@@ -157,11 +157,13 @@ def test_the_validation_share_is_stratified_and_drawn_from_the_seed(module, revi
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_named_validation_split_leaves_the_training_split_whole(module, reviews, tmp_path: Path) -> None:
-    reviews.save_to_disk(tmp_path / "saved")
-    data_module = module(str(tmp_path / "saved"), validation_split="test")
+@pytest.mark.parametrize(
+    ("split", "sizes"), [("test", [60, 20]), (("test", "train"), [60, 20, 60]), (np.float32(0.5), [30, 30])]
+)
+def test_the_validation_split_is_what_its_value_says_of_whatever_type(module, reviews, split, sizes) -> None:
+    data_module = module(reviews, validation_split=split)
     data_module.setup("fit")
-    assert (len(data_module.train_data), len(data_module.validation_data[0])) == (60, 20)
+    assert [len(data_module.train_data), *map(len, data_module.validation_data)] == sizes
 
 
 def test_the_seed_is_that_of_seed_everything_unless_given(module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +251,10 @@ def test_imdb_has_the_tokens_that_were_published(module, imdb: Path) -> None:
         ({"seed": 0.5}, "seed is 0.5; give a whole number, 0 or more"),
         ({"validation_split": float("nan")}, "validation_split is nan. Give a fraction between 0 and 1"),
         ({"validation_split": True}, "validation_split is True. Give a fraction between 0 and 1"),
+        ({"validation_split": np.float32(2)}, "validation_split is 2.0. Give a fraction between 0 and 1"),
+        ({"validation_split": ["dev", "dev"]}, "validation_split is .*. Give a fraction .* one or more splits"),
         ({"test_split": []}, "test_split is .*; give the name of a split"),
+        ({"test_split": ["a", "a"]}, "test_split is .*; give the name of a split"),
     ],
 )
 def test_arguments_out_of_range_are_refused_at_once(module, options: dict, message: str) -> None:

@@ -195,13 +195,27 @@ def test_floats_that_are_no_classes_are_refused(label: float) -> None:
         SingleLabelClassification.from_columns(LabelSource().read(Dataset.from_dict({"label": [1.0, label]}), "train"))
 
 
-def test_classes_that_differ_in_case_or_spaces_are_warned_of(tmp_path: Path) -> None:
-    rows = {"text": ["a film"] * 4, "label": [" pos", "pos", "POS", "neg"]}
-    Dataset.from_dict(rows).to_parquet(tmp_path / "t.parquet")
-    data = module(str(tmp_path / "t.parquet"), validation_split=None)
-    with pytest.warns(UserWarning, match="classes ' pos', 'POS', 'pos' differ only in case or spaces"):
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [([" pos", "pos", "POS", "neg"], "' pos', 'POS', 'pos'"), (["café", "cafe\u0301", "thé"], "'cafe\u0301', 'café'")],
+)
+def test_classes_that_differ_in_case_spaces_or_unicode_form_are_warned_of(labels, named: str) -> None:
+    data = module(Dataset.from_dict({"text": ["a film"] * len(labels), "label": labels}), validation_split=None)
+    with pytest.warns(UserWarning, match=f"classes {named} differ only in case, spaces or Unicode form"):
         data.setup("fit")
-    assert data.num_labels == 4
+    assert data.num_labels == len(labels)
+
+
+@pytest.mark.parametrize("names", ["ab", {"a", "b"}, {0: "a", 1: "b"}])
+def test_names_without_an_order_of_their_own_are_refused(names) -> None:
+    with pytest.raises(ValueError, match="label_names is .*; give a list of names in the order of their ids"):
+        module("demo", label_names=names)
+
+
+@pytest.mark.parametrize("columns", [["text", "label"], ["label"]])
+def test_a_label_column_that_is_a_text_column_too_is_refused(columns: list[str]) -> None:
+    with pytest.raises(ValueError, match="text_columns and label_column both name 'label'"):
+        module("demo", text_columns=columns)
 
 
 def test_an_unknown_label_among_a_thousand_classes_is_a_short_message(tmp_path: Path) -> None:

@@ -257,6 +257,25 @@ def test_classes_that_look_like_several_labels_are_warned_of(base: str, tmp_path
         encoded(base, csv(tmp_path, {"label": labels}))
 
 
+@pytest.mark.parametrize("labels", [LISTS, [[1, 2], [2], []] * 20])
+def test_lists_written_as_text_are_no_classes_and_no_names_with_a_delimiter(labels, base: str, tmp_path: Path) -> None:
+    written = csv(tmp_path, {"label": list(map(str, labels))})
+    with pytest.warns(UserWarning, match="are lists written as text.*save lists in JSON lines or Parquet"):
+        encoded(base, written)
+    with pytest.raises(ValueError, match="'label' of the split 'train' holds lists written as text, such as"):
+        encoded(base, written, label_delimiter=",")
+
+
+def test_targets_of_a_class_label_are_its_names_and_not_its_ids(base: str, tmp_path: Path) -> None:
+    def stars(*names: str) -> str:
+        return saved(tmp_path / names[0], {"label": [0, 4, 2] * 20}, {"label": ClassLabel(names=list(names))})
+
+    _, labels = encoded(base, stars("1", "2", "3", "4", "5"), **REGRESSION)
+    assert labels[:3].tolist() == [1, 5, 3]
+    with pytest.raises(ValueError, match="row 0 .* has 'worst' in 'label', which is not a number"):
+        encoded(base, stars("worst", "bad", "fair", "good", "best"), **REGRESSION)
+
+
 BAD = {
     "a row that is null": (
         lambda f: saved(f, {"label": [None, *LISTS[1:]]}),

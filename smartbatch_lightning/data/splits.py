@@ -1,7 +1,8 @@
 """Which splits a run uses, and setting samples aside for validation, with no class left untrained."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class SplitNames:
     """Names of the splits to train, validate, test and predict on, as a data module takes them.
 
     Raises:
-        ValueError: A share is none, or no split is named to test on.
+        ValueError: What should be a share or names of splits, each once, is not; or no split is named to test on.
     """
 
     train: str
@@ -33,12 +34,13 @@ class SplitNames:
 
     def __post_init__(self) -> None:
         share = self.validation
-        if isinstance(share, int | float) and (isinstance(share, bool) or not 0 <= share < 1):
+        is_share = isinstance(share, Real) and not isinstance(share, bool) and 0 <= share < 1
+        if not (share is None or is_share or _are_names(share)):
             raise UsageError(
                 f"validation_split is {share}. Give a fraction between 0 and 1, the name of one or more splits, or "
                 "null for no validation."
             )
-        if not self.test:
+        if not _are_names(self.test) or not self.test:
             raise UsageError(f"test_split is {self.test!r}; give the name of a split, or several.")
 
     def validated(self, splits: Collection[str]) -> list[str]:
@@ -47,13 +49,13 @@ class SplitNames:
             return next(([name] for name in _VALIDATION_NAMES if name in splits), [])
         if isinstance(self.validation, str):
             return [self.validation]
-        return self.validation if isinstance(self.validation, list) else []
+        return list(self.validation) if isinstance(self.validation, Sequence) else []
 
     def validation_share(self, splits: Collection[str]) -> float:
         """Share of the training split to set aside for validation; 0 for none."""
         if self.validation == "auto":
             return 0.0 if self.validated(splits) else _DEFAULT_SHARE
-        return float(self.validation) if isinstance(self.validation, int | float) else 0.0
+        return float(self.validation) if isinstance(self.validation, Real) else 0.0
 
     @property
     def tested(self) -> list[str]:
@@ -78,6 +80,13 @@ class SplitNames:
         if self.validation != "auto" and split in self.validated([]):
             return "validation_split"
         return "test_split" if split in self.tested else "predict_split"
+
+
+def _are_names(value: Any) -> bool:
+    """Whether it is the name of a split, or names of several, each once."""
+    names = [value] if isinstance(value, str) else value
+    named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return named and len(set(names)) == len(names)
 
 
 def find_split(

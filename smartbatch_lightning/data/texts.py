@@ -1,5 +1,6 @@
 """TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
-from smartbatch_lightning.errors import UsageError, check_at_least
-from smartbatch_lightning.families import reads_last_eos
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.families import reads_last_eos, vocabulary_size
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -140,6 +141,13 @@ class TextDataModule(L.LightningDataModule):
         columns = _checked_columns(text_columns, text_separator)
         SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
         source = LabelSource.of(label_column, label_delimiter)
+        if both := [column for column in columns if column in source.columns]:
+            raise UsageError(
+                f"text_columns and label_column both name {join_quoted(both)}, so the text would give the label away. "
+                "Set --data.label_column or --data.text_columns."
+            )
+        if isinstance(label_names, str | Mapping | Set):
+            raise UsageError(f"label_names is {label_names!r}; give a list of names in the order of their ids.")
         names = None if label_names is None else tuple(label_names)
         self._task_options = TaskOptions(problem_type, names, source, standardize_targets)
         self.dataset = dataset
@@ -288,7 +296,7 @@ class TextDataModule(L.LightningDataModule):
                 check_tokens,
                 max_length=self.max_length,
                 windows=self.truncation_in_use.pooling is not None,
-                vocabulary_size=len(self.tokenizer),
+                vocabulary_size=vocabulary_size(self.tokenizer),
                 end_tokens_of=self.tokenizer if model is not None and reads_last_eos(model.config) else None,
             )
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.labels import LabelEncoder
 
 _LABEL_TYPE = "label_type"  # how labels stand in the data, beside `id2label`
@@ -53,6 +53,11 @@ def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEnco
     """
     check_problem_type(config, problem_type)
     names, label_type = label_names_from_config(config), config.to_dict().get(_LABEL_TYPE)
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"the model's configuration has {join_quoted(names)} as names of classes, of which two are the same. Give "
+            "each its own name in id2label."
+        )
     if label_type is None and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return None
     return LabelEncoder(tuple(names), label_type or "text")

@@ -1,5 +1,7 @@
 """Labels by name: numbered, and written again as they stood in the data."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +16,8 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.source import LabelColumns, first_true, is_text
 
 DELIMITERS = (",", ";", "|")  # that are looked for between labels
+
+AS_LISTS = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
 
 LabelType = Literal["text", "integer", "boolean"]
 
@@ -157,8 +161,7 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
     """
     kind, [name], class_names = values.type, columns.names, columns.class_names
     if class_names is not None:
-        known = pc.and_(pc.greater_equal(values, 0), pc.less(values, len(class_names)))
-        values = pa.chunked_array([pa.array(class_names, pa.string())]).take(pc.if_else(known, values, None))
+        values = columns.named(values)
 
     def labels(names: pa.ChunkedArray, label_type: LabelType) -> Labels:
         return Labels(names.cast(pa.string()), label_type, rows, columns)
@@ -211,13 +214,18 @@ def whole_numbers(names: Sequence[str]) -> bool:
     return bool(names) and all(_is_whole_number(name) and -(2**63) <= int(name) < 2**63 for name in names)
 
 
+def are_written_lists(texts: Sequence[str]) -> bool:
+    """Whether all texts are what Python or JSON write for lists, as pandas does in CSV files."""
+    return bool(texts) and all(re.fullmatch(r"\[\s*(['\"0-9-].*)?\]", text, re.DOTALL) for text in texts)
+
+
 def _warn_of_near_duplicates(names: list[str]) -> None:
     by_folded: dict[str, list[str]] = {}
     for name in names:
-        by_folded.setdefault(name.strip().casefold(), []).append(name)
+        by_folded.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), []).append(name)
     for alike in by_folded.values():
         if len(alike) > 1:
             rank_zero_warn(
-                f"The classes {join_quoted(alike)} differ only in case or spaces, and are trained as different "
-                "classes. If they are the same, spell them the same in the data."
+                f"The classes {join_quoted(alike)} differ only in case, spaces or Unicode form, and are trained as "
+                "different classes. If they are the same, spell them the same in the data."
             )

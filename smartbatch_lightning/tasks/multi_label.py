@@ -15,7 +15,14 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import LabelEncoder, Labels, labels_in, whole_numbers
+from smartbatch_lightning.tasks.labels import (
+    AS_LISTS,
+    LabelEncoder,
+    Labels,
+    are_written_lists,
+    labels_in,
+    whole_numbers,
+)
 from smartbatch_lightning.tasks.losses import BinaryCrossEntropy, LossOptions
 from smartbatch_lightning.tasks.source import (
     ONE_COLUMN,
@@ -317,6 +324,11 @@ def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
                 f"the label column {name!r} of the split {columns.split!r} holds {lists.type}, but {_PROBLEM_TYPE} "
                 "needs lists, strings with a delimiter, or a 0/1 column for each label. Set --data.label_delimiter, or "
                 "name several columns with --data.label_column."
+            )
+        if is_text(lists.type) and are_written_lists(pc.unique(lists).to_pylist()):
+            raise UsageError(
+                f"the label column {name!r} of the split {columns.split!r} holds lists written as text, such as "
+                f"{join_quoted([lists[0].as_py()])}. Instead, {AS_LISTS}."
             )
         lists = _split(lists, columns.delimiter, is_text(lists.type))
     lengths = np.asarray(pc.list_value_length(lists), np.int64)

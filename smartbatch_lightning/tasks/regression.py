@@ -277,6 +277,8 @@ def _read_lists(columns: LabelColumns) -> NDArray[np.float64]:
 
 
 def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row: int = 1) -> NDArray[np.float64]:
+    if columns.class_names is not None:
+        values = columns.named(values)
     found = as_numbers(values)
     if found is None and is_text(values.type):
         first = next(row for row, text in enumerate(values.to_pylist()) if not _is_number(text))

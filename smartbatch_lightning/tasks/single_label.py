@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import if_config_does_not_say, labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import DELIMITERS, LabelEncoder, Labels, labels_in
+from smartbatch_lightning.tasks.labels import AS_LISTS, DELIMITERS, LabelEncoder, Labels, are_written_lists, labels_in
 from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 from smartbatch_lightning.tasks.task import Task
@@ -166,6 +166,12 @@ def _read_labels(columns: LabelColumns) -> Labels:
 def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
     """Tells of classes that look like several labels in one text, or that hardly ever recur."""
     recur = len(names) <= _MANY_CLASSES or 2 * len(names) <= num_samples
+    if are_written_lists(names):
+        rank_zero_warn(
+            f"The {len(names):,} classes, such as {join_quoted(names[:3])}, are lists written as text, but are trained "
+            f"as single classes. If a sample has several labels, {AS_LISTS}."
+        )
+        return
     numbers = "numbers to predict, write them as in 1234.5 and set --data.problem_type=regression"
     for delimiter in DELIMITERS:
         parts = [part for name in names for part in name.split(delimiter)]

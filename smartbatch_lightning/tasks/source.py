@@ -46,6 +46,12 @@ class LabelColumns:
         """There is one column, each row of which holds a list."""
         return len(self.by_name) == 1 and is_list(self.values.type)
 
+    def named(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Names of a `ClassLabel` for its ids; null for numbers that are none."""
+        names = pa.array(self.class_names, pa.string())
+        known = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, len(names)))
+        return pa.chunked_array([names]).take(pc.if_else(known, ids, None))
+
     def row(self, number: int) -> str:
         """A row, as messages name it."""
         return f"row {number} (counted from 0) of the split {self.split!r}"
