@@ -3,8 +3,8 @@
 # Serves it with Hugging Face's text-embeddings-inference, here on a CPU; other images, and the models that it takes:
 # https://huggingface.co/docs/text-embeddings-inference/en/supported_models
 # curl localhost:8080/predict -H 'Content-Type: application/json' -d '{"inputs": "A gem."}'
-# It answers with the softmax over the classes. For several labels and for regression, which need no softmax, add
-# "raw_scores": true.
+# It answers with the softmax of the logits; for several labels or a regression add "raw_scores": true, which gives logits.
+# This image runs model.onnx, which examples/export_onnx.py writes, if the folder has it, else a model of its own.
 set -euo pipefail
 folder=$(realpath "$1")
 
