@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
@@ -267,7 +268,8 @@ class TrainingMonitor(Callback):
         self._epoch = None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        before, self._before_log = self._before_log, self._snapshot(trainer)
+        read = pl_module.read_losses if isinstance(pl_module, SequenceClassifier) else Tensor.tolist
+        before, self._before_log = self._before_log, self._snapshot(trainer, read)
         window = self._before_log - before
         logged = {
             "real_tokens_per_second": window.real_tokens_per_second,
@@ -288,13 +290,13 @@ class TrainingMonitor(Callback):
         if (loss := trainer.callback_metrics.get("train_loss_step")) is not None:
             trainer.progress_bar_metrics["train_loss_step"] = float(loss)
 
-    def _snapshot(self, trainer: L.Trainer) -> Counts:
-        """What was trained until now; waits once for the device, and for the other ranks."""
+    def _snapshot(self, trainer: L.Trainer, read: Callable[[Tensor], list[int]] = Tensor.tolist) -> Counts:
+        """What was trained until now; waits for the other ranks, and once for the device, where `read` does."""
         here = nn.functional.pad(self._on_device, (2, 0))
         here[0], here[1] = self._samples, self._tokens  # without a wait, unlike a copy of a new tensor
         counted = trainer.strategy.reduce(here, reduce_op="sum")
         assert isinstance(counted, Tensor)
-        samples, tokens, real_tokens, squares = counted.tolist()
+        samples, tokens, real_tokens, squares = read(counted)
         seconds = perf_counter() - self._start - self._validating
         loader = _loader(trainer)
         if loader is not self._loader:  # made again, and counting from 0

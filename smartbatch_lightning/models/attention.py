@@ -5,13 +5,15 @@ hides anything, for which Python would wait for the GPU in every forward.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -233,5 +235,22 @@ def _mask(*, attention_mask: Tensor | None = None, local_size: int | None = None
     return sdpa_mask(attention_mask=attention_mask, local_size=local_size, **{**options, **skips})
 
 
+def _without_positions(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """What `transformers` does before `_mask`, which needs no positions, without waiting for the GPU to look at them.
+
+    In every forward of a decoder without an attention mask it would ask whether they start again anywhere.
+    """
+    place = list(inspect.signature(preprocess).parameters).index("position_ids") - 1
+
+    @wraps(preprocess)
+    def preprocess_arguments(config: Any, *args: Any, **options: Any) -> Any:
+        if config._attn_implementation == ATTENTION and len(args) > place:
+            args = (*args[:place], None, *args[place + 1 :])
+        return preprocess(config, *args, **options)
+
+    return preprocess_arguments
+
+
+masking_utils._preprocess_mask_arguments = _without_positions(masking_utils._preprocess_mask_arguments)
 AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)

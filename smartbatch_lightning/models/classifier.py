@@ -39,7 +39,7 @@ from smartbatch_lightning.models.adapters import (
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
-from smartbatch_lightning.models.finite import REMEDY, check_losses, check_weights
+from smartbatch_lightning.models.finite import REMEDY, check_weights, read_losses
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze, open_reversible_layers
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import (
@@ -216,6 +216,7 @@ class SequenceClassifier(L.LightningModule):
         self.epoch_metrics = EpochMetrics()
         self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
         self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
+        self._last_loss: Tensor | None = None  # that was read
         self._seed = run_seed()
         self._random_state: Tensor | None = None  # of before a fit, which draws from states of its own
         self._trained_on: dict[str, Any] | None = None
@@ -440,23 +441,36 @@ class SequenceClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a training batch, with the weight that it has in its optimizer step."""
         loss = self.step(batch, "train")
-        # where Lightning hands it to a logger; in every other step the call alone would cost 0.3 ms
-        # 0 also where another loop than Lightning's Trainer runs this module
-        every: int = getattr(self._trainer, "log_every_n_steps", 0)
-        if every and (self.trainer.global_step + 1) % every == 0:
-            # not in the progress bar, for which Lightning would wait for the device in every step
-            self.log("train_loss_step", loss.detach(), on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
         if self._trainer is not None:
             self._losses.append((self._trainer.global_step, loss.detach()))
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
 
+    def read_losses(self, numbers: Tensor) -> list[int]:
+        """Reads whole numbers from the device together with the losses since the last time, so as to wait for it once.
+
+        Args:
+            numbers: Shape (n,), int64.
+
+        Raises:
+            ValueError: A loss is not finite.
+        """
+        losses, self._losses = self._losses, []
+        if losses:
+            self._last_loss, read = read_losses(self.trainer, losses, numbers, self._how_to_converge())
+            return read
+        return numbers.tolist()
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Looks at the losses where one is logged, so as not to wait for the device in other steps."""
+        """Logs the loss where Lightning logs; in other steps that would wait for the device, and cost 0.3 ms."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
         if logged or len(self._losses) >= _MOST_LOSSES:
             self._check_losses()
+        if logged and self._last_loss is not None:
+            # from the CPU, where it stays; not in the progress bar, for which Lightning would wait in every step
+            size = len(batch["labels"])
+            self.log("train_loss_step", self._last_loss, on_step=True, on_epoch=False, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Metrics of a validation batch."""
@@ -685,9 +699,8 @@ class SequenceClassifier(L.LightningModule):
         return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
 
     def _check_losses(self) -> None:
-        losses, self._losses = self._losses, []
-        if losses:
-            check_losses(self.trainer, losses, self._how_to_converge())
+        if self._losses:
+            self.read_losses(torch.empty(0, dtype=torch.int64, device=self.device))
 
     def _how_to_converge(self) -> str:
         if self.optimizer is not None:

@@ -17,27 +17,36 @@ REMEDY = (
 )
 
 
-def check_losses(trainer: L.Trainer, losses: list[tuple[int, Tensor]], remedy: str) -> None:
-    """Refuses losses that are not finite, on all ranks, which all have to call it; waits for the device.
+def read_losses(
+    trainer: L.Trainer, losses: list[tuple[int, Tensor]], numbers: Tensor, remedy: str
+) -> tuple[Tensor, list[int]]:
+    """Reads the last loss and other numbers from the device, for which Python waits once; refuses losses not finite.
 
-    Not while `LearningRateFinder` tries out rates, of which the highest may be too high.
+    All ranks have to call it. While `LearningRateFinder` tries out rates, of which the highest may be too high, any
+    loss will do.
 
     Args:
         trainer: Of the ranks.
-        losses: Optimizer step, as loggers count them, and loss, a scalar, of each batch.
+        losses: Optimizer step, as loggers count them, and loss, a scalar, of each batch; at least one.
+        numbers: Shape (n,), int64.
         remedy: What the message ends with.
 
+    Returns:
+        The last loss, a float32 scalar on the CPU, and the numbers.
+
     Raises:
-        ValueError: One of them is not finite, on one of the ranks.
+        ValueError: A loss is not finite, on one of the ranks.
     """
-    if any(isinstance(callback, _LRCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        return
     values = torch.stack([loss for _, loss in losses])
-    steps = torch.tensor([step for step, _ in losses], device=values.device)
-    none = torch.iinfo(steps.dtype).max
-    first = int(trainer.strategy.reduce(steps.where(~values.isfinite(), none).min(), reduce_op="min"))
-    if first < none:
-        raise UsageError(f"the loss of step {first} is nan or infinite. {remedy}")
+    place = torch.arange(len(values), device=values.device)
+    first = trainer.strategy.reduce(place.where(~values.isfinite(), len(values)).min(), reduce_op="min")
+    assert isinstance(first, Tensor)
+    bits = values[-1].float().view(torch.int32)  # a float among whole numbers
+    *read, found, last = torch.cat((numbers, torch.stack((first, bits)))).tolist()
+    trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if found < len(losses) and not trying:
+        raise UsageError(f"the loss of step {losses[found][0]} is nan or infinite. {remedy}")
+    return torch.tensor(last, dtype=torch.int32).view(torch.float32), read
 
 
 def check_evaluated(trainer: L.Trainer) -> None:
