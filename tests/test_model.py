@@ -1,5 +1,7 @@
 """Tests of the classifier."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from datasets import load_dataset
 from helpers import slow, trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     CamembertConfig,
     DistilBertConfig,
     ElectraConfig,
@@ -22,6 +26,9 @@ from transformers import (
 )
 
 from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
+from smartbatch_lightning.data.tokenizers import load_tokenizer
+from smartbatch_lightning.tasks import SingleLabelClassification
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 FAMILIES = {
@@ -45,7 +52,7 @@ class Steps(Callback):
 
 @pytest.fixture
 def data() -> SmartBatchDataModule:
-    return SmartBatchDataModule(max_length=64, seed=1)
+    return SmartBatchDataModule(tokenizer=str(demo.model_dir()), max_length=64, seed=1)
 
 
 @pytest.mark.parametrize("stage", ["test", slow("validate")])
@@ -468,6 +475,92 @@ def test_a_model_name_without_a_network_says_how_to_use_a_folder(data, tmp_path:
         ValueError, match="'bert-base-uncased' was not found locally or on the Hub.*written by save_pretrained"
     ):
         trainer(tmp_path).fit(SequenceClassifier("bert-base-uncased"), data)
+
+
+def copied(folder: str, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("content", "model_kwargs"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", {}),
+        (None, {"hidden_size": 64}),
+        (None, {"hidden_act": "none"}),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_weights_that_are_not_whole_or_do_not_fit_are_refused_in_one_line(content, model_kwargs, base, tmp_path):
+    folder = copied(base, tmp_path)
+    if content is not None:
+        (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be loaded with model_kwargs .*Correct these, or check that its files"):
+        SequenceClassifier(str(folder), num_labels=2, model_kwargs=model_kwargs).configure_model()
+
+
+def test_weights_of_something_else_are_no_pretrained_model(base: str, tmp_path: Path) -> None:
+    folder = copied(base, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"other.{name}": one for name, one in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="none of the weights of .* is one of BertForSequenceClassification"):
+        SequenceClassifier(str(folder), num_labels=2).configure_model()
+
+
+def test_nothing_is_predicted_by_a_head_that_is_not_among_the_weights(base: str, tmp_path: Path) -> None:
+    folder = copied(base, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
+    run = trainer(tmp_path, callbacks=[CheckpointPreflight()])
+    with pytest.raises(ValueError, match="has not been trained to classify"):
+        run.predict(SequenceClassifier(str(folder)), SmartBatchDataModule("demo", max_length=16, batch_size=64))
+
+
+def test_a_folder_of_adapters_is_told_from_one_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="holds adapters for another model.*adapter=false"):
+        SequenceClassifier(str(tmp_path), num_labels=2).configure_model()
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "gpt2", "t5", slow("mpnet"), slow("roberta")])
+def test_a_folder_without_a_tokenizer_is_refused_and_not_read_by_one_that_knows_no_words(family, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ValueError, match="has no tokenizer, .*tokenizer.save_pretrained|tokenizer .* was not found"):
+        load_tokenizer(str(tmp_path), 16, {})
+
+
+def test_a_vocabulary_that_has_a_word_twice_leaves_an_id_out_and_is_used_as_it_is(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film", "fine", "dull", "odd"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    data = SmartBatchDataModule(
+        [{"text": "odd film", "label": 0}, {"text": "dull", "label": 1}],
+        str(tmp_path),
+        max_length=8,
+        validation_split=0,
+    )
+    data.setup("fit")
+    assert data.train_data[0]["input_ids"].tolist() == [2, 9, 6, 3]
+    model = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 10 tokens, but the model has 9"):
+        trainer(tmp_path).fit(SequenceClassifier(str(tmp_path)), data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pretrained": 5}, "pretrained is of the type int; give a name or a folder"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3'; give a number that is 0 or more"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_at_once(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequenceClassifier(**options)
+
+
+def test_classes_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="'x', 'x' as names of classes, of which two are the same"):
+        SingleLabelClassification.from_config(BertConfig(id2label={0: "x", 1: "x"}))
 
 
 def test_a_model_that_is_not_built_says_how_to_build_it() -> None:

@@ -15,6 +15,8 @@ from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_me
 from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
 from smartbatch_lightning.hub import hub_options
 
+_FEWEST_WORDS = 4  # besides special tokens, as of DNA; one without files has two at most
+
 
 def find_tokenizer(
     given: str | PreTrainedTokenizerBase | None, model: TextModel | None, source: str, is_demo: bool, max_length: int
@@ -57,13 +59,13 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
         kwargs: What else `from_pretrained` takes.
 
     Raises:
-        ValueError: There is none, or it takes fewer tokens.
+        ValueError: There is none, it knows no words, or it takes fewer tokens.
     """
     folder = str(demo.model_dir()) if name == "demo" else name
     options = {"trust_remote_code": False, **hub_options(folder, kwargs)}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises plain ones
         check_trusted(name, error)
         if (missing := _missing_package(error)) is not None:
             raise UsageError(
@@ -73,6 +75,11 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
             f"the tokenizer {name!r} was not found locally or on the Hub: {root_cause_message(error)} "
             "Give the path of a folder written by save_pretrained, or a name on the Hub and a network."
         ) from error
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < _FEWEST_WORDS:
+        raise UsageError(
+            f"{name} has no tokenizer, for which transformers makes up one that knows no words. Save the model's own "
+            "there with tokenizer.save_pretrained, or give one by --data.tokenizer."
+        )
     if 0 < tokenizer.model_max_length < max_length:  # XLNet's says -1
         raise UsageError(
             f"max_length is {max_length}, but {name} takes {tokenizer.model_max_length} tokens at most. "

@@ -180,6 +180,8 @@ class SequenceClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if not isinstance(pretrained, str | Path):
+            raise UsageError(f"pretrained is of the type {type(pretrained).__name__}; give a name or a folder.")
         check_at_least(0, freeze_layers=freeze_layers)
         check_mode(compile, gradient_checkpointing)
         self.pretrained = pretrained

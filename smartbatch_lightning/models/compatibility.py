@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.families import depends_on_width, pad_token_of, setting
+from smartbatch_lightning.families import depends_on_width, pad_token_of, setting, vocabulary_size
 from smartbatch_lightning.models.packing import check_packing
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
@@ -98,11 +98,11 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
             f"max_length is {data.max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
             f"{longest} or less."
         )
-    vocabulary_size = setting(model.config.get_text_config(), "vocab_size")  # CANINE hashes characters
-    if vocabulary_size is not None and len(data.tokenizer) > vocabulary_size:
+    known = setting(model.config.get_text_config(), "vocab_size")  # CANINE hashes characters
+    if known is not None and (needed := vocabulary_size(data.tokenizer)) > known:
         raise UsageError(
-            f"the tokenizer {data.tokenizer.name_or_path} has {len(data.tokenizer)} tokens, but the model has "
-            f"{vocabulary_size}. Give the data module the model's own tokenizer."
+            f"the tokenizer {data.tokenizer.name_or_path} has {needed} tokens, but the model has {known}. Give the "
+            "data module the model's own tokenizer."
         )
     if model.config.model_type == "xmod" and model.config.default_language is None:
         raise UsageError(

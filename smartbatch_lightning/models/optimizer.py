@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import lightning as L
@@ -109,8 +110,8 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
     """
     for name in ("learning_rate", "adam_epsilon", "weight_decay", "head_learning_rate"):
         value = getattr(settings, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"{name} is {value}; give a number that is 0 or more.")
+        if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+            raise UsageError(f"{name} is {value!r}; give a number that is 0 or more.")
     if not 0 < settings.layer_decay <= 1:
         raise UsageError(
             f"layer_decay is {settings.layer_decay}; give a factor above 0 and up to 1, where 1 means no decay."

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,11 @@ class ModelSource:
             )
         except (OSError, ValueError) as error:
             check_trusted(self.pretrained, error)
+            if (Path(self._path) / "adapter_config.json").is_file():
+                raise UsageError(
+                    f"{self.pretrained!r} holds adapters for another model, and not that model. Give a folder with all "
+                    "weights, as export writes it with adapter=false; or the checkpoint, by --ckpt_path."
+                ) from error
             raise UsageError(
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
@@ -169,15 +175,26 @@ class ModelSource:
                 output_loading_info=True,
                 **{"dtype": torch.float32, "trust_remote_code": False, **options},
             )
-        except (ValueError, ImportError) as error:
-            check_trusted(self.pretrained, error)
-            raise UsageError(f"model_kwargs is {self.model_kwargs}: {root_cause_message(error)} Correct it.") from error
         except OSError as error:
             raise UsageError(
                 f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
-        return model, found["missing_keys"]
+        except Exception as error:  # of whatever reads the files, or takes the options
+            check_trusted(self.pretrained, error)
+            raise UsageError(
+                f"{self._path!r} cannot be loaded with model_kwargs {self.model_kwargs}: {root_cause_message(error)} "
+                "Correct these, or check that its files are complete and of one model."
+            ) from error
+        missing = set(found["missing_keys"])
+        if not {name for name, _ in model.named_parameters()} - missing:
+            raise UsageError(
+                f"none of the weights of {self._path!r} is one of {type(model).__name__}, which its configuration "
+                "names. Give a folder written by save_pretrained."
+            )
+        if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):
+            model.config.architectures = None  # by which `is_fine_tuned` would take the head for a trained one
+        return model, missing
 
 
 def _standardized(model: PreTrainedModel, by: Standardization) -> PreTrainedModel:
