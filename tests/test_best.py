@@ -2,6 +2,7 @@
 
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def test_early_stopping_waits_as_many_validations_as_it_is_told_and_says_so(
     Planned.PLAN = (0.2, 0.9, 0.5)
 
 
-def test_validations_after_every_batch_are_looked_at_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interval", [1, timedelta(0)])
+def test_validations_after_every_batch_are_looked_at_one_by_one(interval: int | timedelta, tmp_path: Path) -> None:
     """Lightning takes val_check_interval=1 for 1.0, one validation an epoch."""
 
     class ByBatch(Planned):
@@ -98,7 +100,7 @@ def test_validations_after_every_batch_are_looked_at_one_by_one(tmp_path: Path) 
         tmp_path,
         callbacks=[saver, EarlyStop(1, "val_planned", "max")],
         enable_checkpointing=True,
-        val_check_interval=1,
+        val_check_interval=interval,
         limit_train_batches=4,
         limit_val_batches=1,
         num_sanity_val_steps=0,

@@ -209,9 +209,10 @@ class EarlyStop(EarlyStopping):
 def _at_epoch_end(trainer: L.Trainer) -> bool | None:
     """Whether to look at metrics when an epoch ends; None where Lightning knows.
 
-    It takes a validation after every batch, `val_check_interval=1`, for one after every epoch, `1.0`.
+    It takes a validation after every batch, `val_check_interval=1`, for one after every epoch, `1.0`; and does not look
+    whether validation goes by the clock.
     """
-    return False if isinstance(trainer.val_check_interval, int) else None
+    return None if isinstance(getattr(trainer, "val_check_interval", None), float) else False
 
 
 def _monitored(
