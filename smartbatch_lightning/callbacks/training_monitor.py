@@ -80,8 +80,6 @@ class TrainingMonitor(Callback):
       over the peak of the GPUs, if known; as in *PaLM* (Chowdhery et al., 2022, appendix B), counting a forward pass
       with PyTorch and multiplying by three, which holds only where all layers are trained: else it is not logged
 
-    The progress bar then shows the last `train_loss_step` that was logged.
-
     And every epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
     training ends, a table of all epochs is printed, with losses, metrics and times, including those before a resume.
 
@@ -286,9 +284,6 @@ class TrainingMonitor(Callback):
         figures = {f"throughput/{name}": value for name, value in logged.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step - 1)
-        # into the progress bar by hand: what is logged with `prog_bar=True` Lightning reads in every step
-        if (loss := trainer.callback_metrics.get("train_loss_step")) is not None:
-            trainer.progress_bar_metrics["train_loss_step"] = float(loss)
 
     def _snapshot(self, trainer: L.Trainer, read: Callable[[Tensor], list[int]] = Tensor.tolist) -> Counts:
         """What was trained until now; waits for the other ranks, and once for the device, where `read` does."""

@@ -6,6 +6,7 @@ hides anything, for which Python would wait for the GPU in every forward.
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -251,6 +252,7 @@ def _without_positions(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_arguments
 
 
-masking_utils._preprocess_mask_arguments = _without_positions(masking_utils._preprocess_mask_arguments)
+with suppress(AttributeError, ValueError):  # of a transformers that does this elsewhere, and waits
+    masking_utils._preprocess_mask_arguments = _without_positions(masking_utils._preprocess_mask_arguments)
 AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)

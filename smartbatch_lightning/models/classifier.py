@@ -470,9 +470,9 @@ class SequenceClassifier(L.LightningModule):
         if logged or len(self._losses) >= _MOST_LOSSES:
             self._check_losses()
         if logged and self._last_loss is not None:
-            # from the CPU, where it stays; not in the progress bar, for which Lightning would wait in every step
+            # a tensor on the CPU, since Lightning reads what is in the progress bar in every step
             size = len(batch["labels"])
-            self.log("train_loss_step", self._last_loss, on_step=True, on_epoch=False, batch_size=size)
+            self.log("train_loss_step", self._last_loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Metrics of a validation batch."""
