@@ -4,7 +4,7 @@
 # https://huggingface.co/docs/text-embeddings-inference/en/supported_models
 # curl localhost:8080/predict -H 'Content-Type: application/json' -d '{"inputs": "A gem."}'
 # It answers with the softmax of the logits; for several labels or a regression add "raw_scores": true, which gives logits.
-# This image runs model.onnx, which examples/export_onnx.py writes, if the folder has it, else a model of its own.
+# This image runs model.onnx, which examples/export_onnx.py writes, if the folder has it, else the safetensors.
 set -euo pipefail
 folder=$(realpath "$1")
 
