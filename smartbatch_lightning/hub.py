@@ -1,61 +1,51 @@
 """Hugging Face's Hub: loading from it where it can be reached, and pushing an exported model to it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError, root_cause_message
 
 
-def connection_error(name: str, repo_type: str = "model") -> Exception | None:
-    """Why the Hub cannot be asked for a repository; None where it answers, and in huggingface_hub's offline mode."""
-    try:
-        url = hf_hub_url(name, constants.REPOCARD_NAME, repo_type=repo_type)
-        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (OSError, ValueError):  # the answer, the mode, or a name that there cannot be
-        return None
-    except Exception as error:  # of the library for HTTP, which is another one for each version of huggingface_hub
-        return error
-    return None
-
-
-def hub_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `from_pretrained` by which it reads the cache alone where the Hub cannot be reached.
+@contextmanager
+def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
+    """Within it is loaded what may be on the Hub; in huggingface_hub's offline mode where that cannot be reached.
 
     By itself huggingface_hub tries for half a minute to get each file that is not cached, also those that a model need
-    not have.
+    not have, and calls a folder that is not there a wrong name.
 
     Args:
-        name: Of a model on the Hub, or a folder.
-        options: That are given.
+        name: Of a repository, or a folder.
+        repo_type: `model` or `dataset`.
 
     Raises:
-        ValueError: There is no such folder, and it cannot be a name on the Hub; or nothing of it is cached, and the Hub
-            cannot be reached.
+        OSError: There is no such folder; or the Hub cannot be reached, and not all is cached.
     """
-    if Path(name).exists():
-        return dict(options)
-    remedy = "Give the path of a folder written by save_pretrained, or a name on the Hub and a network."
+    unreachable = None
     try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UsageError(f"there is no folder {name!r}. {remedy}") from error
-    unreachable = None if options.get("local_files_only") else connection_error(name)
-    if unreachable is None:
-        return dict(options)
-    cache = Path(options.get("cache_dir") or constants.HF_HUB_CACHE)
-    if not (cache / repo_folder_name(repo_id=name, repo_type="model")).exists():
-        raise UsageError(
-            f"{name!r} is neither a folder nor cached, and the Hub cannot be reached: "
-            f"{root_cause_message(unreachable)} {remedy}"
-        ) from unreachable
-    return {**options, "local_files_only": True}
+        if not Path(name).exists():
+            url = hf_hub_url(name, constants.REPOCARD_NAME, repo_type=repo_type)
+            get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HFValidationError:
+        if repo_type == "model":  # data sets have other names too, such as of buckets
+            raise FileNotFoundError("there is no such folder") from None
+    except OSError:  # an answer, or the offline mode
+        pass
+    except Exception as error:  # of the library for HTTP, which is another one for each version of huggingface_hub
+        unreachable, constants.HF_HUB_OFFLINE = error, True
+    try:
+        yield
+    except OSError:
+        if unreachable is not None:
+            raise ConnectionError(str(unreachable)) from unreachable
+        raise
+    finally:
+        if unreachable is not None:
+            constants.HF_HUB_OFFLINE = False
 
 
 def create_repository(repo_id: str, private: bool | None = None) -> str:

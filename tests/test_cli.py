@@ -284,7 +284,8 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
             "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path",
         ),
         slow(
-            ["--model.pretrained=./nor/folder"], "error: there is no folder './nor/folder'. Give the path of a folder"
+            ["--model.pretrained=./nor/folder"],
+            "error: the model './nor/folder' was not found locally or on the Hub: FileNotFoundError: there is no such folder.",
         ),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),

@@ -192,8 +192,9 @@ def test_without_a_network_what_is_cached_is_loaded_and_what_is_not_is_refused_i
     model, fresh = ModelSource("us/base", where, None).load(2, None, None, untrained_needs_labels=True)
     assert len(load_tokenizer("us/base", 24, where)) == model.config.vocab_size
     assert fresh == {"classifier.weight", "classifier.bias"}
-    with pytest.raises(ValueError, match="'us/other' is neither a folder nor cached, and the Hub cannot be reached: C"):
+    with pytest.raises(ValueError, match="'us/other' was not found locally or on the Hub: ConnectE.* name on the Hub"):
         trainer(Path()).fit(SequenceClassifier("us/other", model_kwargs=where), SmartBatchDataModule(max_length=24))
     with pytest.raises(ValueError, match="the data set 'us/other' was not found locally or on the Hub: ConnectError"):
         read_dataset("us/other")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20  # a single file took 24
+    assert not constants.HF_HUB_OFFLINE

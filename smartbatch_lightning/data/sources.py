@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from datasets import (
     Dataset,
@@ -23,7 +22,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.data import csv_files
 from smartbatch_lightning.data.files import FORMATS, ending_of, is_file_name, read_files
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.hub import connection_error
+from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
 _MOST_FILES_NAMED = 5
@@ -115,9 +114,8 @@ def read_dataset(
             if _is_saved(path):
                 return splits_of(load_from_disk(str(path)))
             dataset = str(path)
-        elif not _is_cached(dataset) and (unreachable := connection_error(dataset, "dataset")) is not None:
-            raise unreachable  # now, and not when `datasets` has tried for half a minute
-        return _read_found(dataset, config, labels, text_columns, options)
+        with hub_or_cache(dataset, "dataset"):
+            return _read_found(dataset, config, labels, text_columns, options)
     except UsageError:
         raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
@@ -148,11 +146,6 @@ def _may_have_configs(name: str) -> bool:
 
 def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-
-
-def _is_cached(name: str) -> bool:
-    """Whether `datasets` has read a data set of the Hub before."""
-    return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists()
 
 
 def _read_found(

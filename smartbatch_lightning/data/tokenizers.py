@@ -13,7 +13,7 @@ from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
 from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
-from smartbatch_lightning.hub import hub_options
+from smartbatch_lightning.hub import hub_or_cache
 
 _FEWEST_WORDS = 4  # besides special tokens, as of DNA; one without files has two at most
 
@@ -62,9 +62,11 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
         ValueError: There is none, it knows no words, or it takes fewer tokens.
     """
     folder = str(demo.model_dir()) if name == "demo" else name
-    options = {"trust_remote_code": False, **hub_options(folder, kwargs)}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+        with hub_or_cache(folder):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, **{"trust_remote_code": False, **kwargs}
+            )
     except Exception as error:  # tokenizers raises plain ones
         check_trusted(name, error)
         if (missing := _missing_package(error)) is not None:

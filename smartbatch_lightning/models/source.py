@@ -18,7 +18,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
 from smartbatch_lightning.families import check_has_head, drop_caches
-from smartbatch_lightning.hub import hub_options
+from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.models.compatibility import adopt_padding, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
 from smartbatch_lightning.tasks import Task
@@ -142,11 +142,11 @@ class ModelSource:
 
     def _pretrained_config(self) -> PretrainedConfig:
         options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
-        options = hub_options(self._path, options)
         try:
-            config, unknown = AutoConfig.from_pretrained(
-                self._path, return_unused_kwargs=True, **{"trust_remote_code": False, **options}
-            )
+            with hub_or_cache(self._path):
+                config, unknown = AutoConfig.from_pretrained(
+                    self._path, return_unused_kwargs=True, **{"trust_remote_code": False, **options}
+                )
         except (OSError, ValueError) as error:
             check_trusted(self.pretrained, error)
             if (Path(self._path) / "adapter_config.json").is_file():
@@ -165,16 +165,16 @@ class ModelSource:
 
     def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
         passed = (*_WHERE, *_NOT_IN_CONFIG)
-        given = {option: value for option, value in self.model_kwargs.items() if option in passed}
-        options = hub_options(self._path, given)
+        options = {option: value for option, value in self.model_kwargs.items() if option in passed}
         try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                # in float32 whatever the weights are stored in: training in half precision is the Trainer's business
-                self._path,
-                config=config,
-                output_loading_info=True,
-                **{"dtype": torch.float32, "trust_remote_code": False, **options},
-            )
+            with hub_or_cache(self._path):
+                model, found = AutoModelForSequenceClassification.from_pretrained(
+                    # in float32 whatever the weights are stored in: half precision is the Trainer's business
+                    self._path,
+                    config=config,
+                    output_loading_info=True,
+                    **{"dtype": torch.float32, "trust_remote_code": False, **options},
+                )
         except OSError as error:
             raise UsageError(
                 f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
