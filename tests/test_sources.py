@@ -414,7 +414,7 @@ def test_json_arrays_and_rows_under_a_key_are_read_as_they_stand(write) -> None:
     assert read(path, reader_kwargs={"field": "data"}) == expected
 
 
-@pytest.mark.parametrize("kind", ["array", "field", "lines with a column of several types"])
+@pytest.mark.parametrize("kind", ["array", "field", "lines", "lines with a column of several types"])
 def test_numbers_and_times_in_json_are_what_stands_there(kind: str, write) -> None:
     rows = [{"text": f"2026-11-0{row}", "label": label} for row, label in enumerate([0.123456789012345, 1.5e-12, 2.0])]
     if kind == "array":
@@ -422,8 +422,8 @@ def test_numbers_and_times_in_json_are_what_stands_there(kind: str, write) -> No
     elif kind == "field":
         path, options = write("a.json", json.dumps({"data": rows})), {"field": "data"}
     else:
-        rows[1]["text"] = "a film"
-        lines = [{**row, "other": other} for row, other in zip(rows, [1, "x", {"y": 2}], strict=True)]
+        others = [1, 2, 3] if kind == "lines" else [1, "x", {"y": 2}]
+        lines = [{**row, "other": other} for row, other in zip(rows, others, strict=True)]
         path, options = write("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines)), {}
     assert read(path, reader_kwargs=options) == [(row["text"], row["label"]) for row in rows]
 

@@ -301,8 +301,9 @@ def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequ
             if file_format != "json" or size <= _JSON_BYTES_READ:
                 raise
             dataset = load(chunksize=size)  # further down are other columns or types, which one block tells
-        rewritten = file_format == "json" and "Json(" in repr(dataset.features)
-        if rewritten and any("float" in repr(dataset.features.get(name)) for name in wanted):
+        kinds = repr([dataset.features.get(name) for name in wanted])
+        rounded = "Json(" in repr(dataset.features) and "float" in kinds
+        if file_format == "json" and (rounded or "timestamp" in kinds):
             return _json_rows(file, options)
         return dataset
     except UsageError:
@@ -358,8 +359,8 @@ def _is_one_value(file: _File, options: Mapping[str, Any]) -> bool:
 def _json_rows(file: _File, options: Mapping[str, Any]) -> Dataset:
     """The rows of a JSON file, in memory, by the reader of Python.
 
-    That of `datasets` rounds numbers to ten decimals unless a file has lines, and one type in each column; of a list of
-    rows it takes texts for times.
+    That of `datasets` takes texts for times, and rounds numbers to ten decimals unless a file has lines and one type in
+    each column.
     """
     encoding = options.get("encoding", "utf-8-sig")
     with open(file.path, encoding=encoding) as content:
