@@ -177,6 +177,12 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
+        trained = checkpoint.get(datamodule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("max_length", datamodule.max_length)
+        if datamodule.max_length != trained:
+            raise UsageError(
+                f"the checkpoint was trained with max_length {trained}, but it is {datamodule.max_length}, at which a "
+                f"pipeline would cut texts. Set --data.max_length={trained}, or give the config of the training."
+            )
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
         model.load_state_dict(checkpoint["state_dict"])

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.console import echo, printable
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.demo.reviews import LABELS
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.families import depends_on_width
 from smartbatch_lightning.hub import create_repository, push_folder
@@ -80,11 +79,11 @@ def export_model(
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_adapter(model, adapter)
-    if data.is_demo and set(model.task.label_names) != set(LABELS):
+    if not {*(names := data.label_names or [])} <= {*model.task.label_names}:
         raise UsageError(
-            "the data is the demo, but the model was trained on other data, with the labels "
-            f"{join_quoted(model.task.label_names)}. Give the config of its training by --config, or the same --data "
-            "options: the exported folder takes max_length from them."
+            f"the data has the labels {join_quoted(names)}, but the model was trained on other data, with "
+            f"{join_quoted(model.task.label_names)}. Give the config of its training by --config, or the same "
+            "--data options: the exported folder takes max_length from them."
         )
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(

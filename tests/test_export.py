@@ -61,6 +61,8 @@ def test_a_checkpoint_is_exported_by_command_with_a_card_of_its_run(tmp_path: Pa
     )
     checkpoint = run.trainer.checkpoint_callback.best_model_path
     folder = tmp_path / "told"
+    with pytest.raises(ValueError, match="was trained with max_length 24, but it is 400.*Set --data.max_length=24"):
+        cli("export", f"--ckpt_path={checkpoint}", f"--folder={folder}")
     cli("export", "--data.max_length=24", f"--ckpt_path={checkpoint}", f"--folder={folder}")
     assert {path.name for path in folder.iterdir()} >= {
         "README.md",
@@ -155,7 +157,9 @@ def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(
     assert r"a\|b\`c" in body
     assert "<script" not in body.replace(r"\<", "")
     assert "````bash\nsmartbatch fit ```\n````" in body
-    with pytest.raises(ValueError, match="the data is the demo, but the model was trained on other data.*--config"):
+    with pytest.raises(
+        ValueError, match="the data has the labels .*, but the model was trained on other data.*--config"
+    ):
         export_model(model, SmartBatchDataModule(), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
