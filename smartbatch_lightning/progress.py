@@ -51,8 +51,13 @@ def check_flags(trainer: L.Trainer) -> None:
     """
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
-    if getattr(trainer, "val_check_interval", None) == 0:  # which a trainer that validates by the clock lacks
+    if validation_interval(trainer) == 0:
         raise UsageError("val_check_interval is 0; give more, or set limit_val_batches to 0 for no validation.")
+
+
+def validation_interval(trainer: L.Trainer) -> float | None:
+    """As given, a whole number of batches or a part of an epoch; None where validation goes by the clock."""
+    return getattr(trainer, "val_check_interval", None)  # an attribute that is then not there
 
 
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:

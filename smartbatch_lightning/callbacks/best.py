@@ -15,7 +15,7 @@ from smartbatch_lightning.contract import text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.metrics import Mode
-from smartbatch_lightning.progress import between_steps
+from smartbatch_lightning.progress import between_steps, validation_interval
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -212,7 +212,7 @@ def _at_epoch_end(trainer: L.Trainer) -> bool | None:
     It takes a validation after every batch, `val_check_interval=1`, for one after every epoch, `1.0`; and does not look
     whether validation goes by the clock.
     """
-    return None if isinstance(getattr(trainer, "val_check_interval", None), float) else False
+    return None if isinstance(validation_interval(trainer), float) else False
 
 
 def _monitored(
