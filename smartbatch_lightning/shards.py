@@ -171,6 +171,6 @@ def _as_json(value: Any) -> str:
 def _without_formulas(table: pa.Table) -> pa.Table:
     for number, column in enumerate(table.columns):
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            escaped = pc.replace_substring_regex(column, r"\A([=+\-@\t\r])", r"'\1")
+            escaped = pc.replace_substring_regex(column, r"\A('*[=+\-@\t\r])", r"'\1")
             table = table.set_column(number, table.column_names[number], escaped)
     return table

@@ -413,3 +413,15 @@ def test_ids_of_a_class_label_keep_their_names_so_that_a_table_can_be_evaluated_
     right = np.mean([names[label] == found for label, found in zip(table["label"], table["prediction"], strict=True)])
     evaluation = Evaluation.from_table(str(tmp_path / "predictions.parquet"))
     assert evaluation.results.summary["accuracy"] == pytest.approx(right)
+
+
+def test_labels_in_csv_are_read_again_as_they_were_whatever_they_begin_with(tmp_path: Path) -> None:
+    names = ["'=a", "''-b", "'c", "-d"]
+    probabilities = {f"probability_{name}": np.eye(len(names))[number] for number, name in enumerate(names)}
+    shards = TableShards(tmp_path / "out.csv", "Ask.")
+    shards.take({}, overwrite=False)
+    columns = {"index": range(len(names)), "label": names, "prediction": names, **probabilities}
+    shards.write(pa.table({name: pa.array(values) for name, values in columns.items()}), 0, 0, 1)
+    shards.join(1, "index", lambda table: table)
+    shards.release()
+    assert Evaluation.from_table(str(tmp_path / "out.csv")).results.summary["accuracy"] == 1

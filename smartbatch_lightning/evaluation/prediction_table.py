@@ -231,7 +231,7 @@ def _read_csv(path: Path, columns: list[str], source: LabelSource, label_names: 
         column = table.column(name)
         if is_text(column.type):
             # as predict keeps a spreadsheet from taking it for a formula
-            column = pc.replace_substring_regex(column, r"\A'([=+\-@\t\r])", r"\1")
+            column = pc.replace_substring_regex(column, r"\A'('*[=+\-@\t\r])", r"\1")
             table = table.set_column(number, name, _lists(column) if name in labels else column)
     return table
 
