@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import run_stream
-from datasets import Dataset
-from helpers import Fork, assert_same, finish
+from datasets import Dataset, IterableDataset
+from helpers import Fork, assert_same, finish, trainer
 from run_stream import ROWS, fit, stream
 from transformers import AutoTokenizer
 
-from smartbatch_lightning import StreamDataModule, demo
+from smartbatch_lightning import SequenceClassifier, StreamDataModule, demo
 
 
 def counts(batches: list[list[list[int]]]) -> Counter[tuple[int, ...]]:
@@ -54,3 +54,20 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
         StreamDataModule(stream(), validation_split=0.1)
     with pytest.raises(ValueError, match="the split 'train' is Dataset .* Use SmartBatchDataModule"):
         StreamDataModule(Dataset.from_list(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"text": "fine", "label": "c"}, "after 16 rows of the stream: row 14 .* has the label 'c'"),
+        ({"text": 5, "label": "a"}, "after 16 rows of the stream: .*int"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_told_by_its_place_in_the_stream(odd, message: str, tmp_path: Path) -> None:
+    rows = [{"text": "fine", "label": "ab"[row % 2]} for row in range(40)]
+    rows[30] = odd
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    options = {"label_names": ["a", "b"], "batch_size": 4, "max_length": 16}
+    data = StreamDataModule(stream, str(demo.model_dir()), buffer_size=16, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=20, max_epochs=-1, limit_val_batches=0).fit(SequenceClassifier(), data)

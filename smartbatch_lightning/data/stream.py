@@ -173,7 +173,10 @@ class _Batches:
         rows = _endless(stream)
         while first < self._length:
             self._marks.append({"first": first, "buffer": buffer, "stream": deepcopy(stream.state_dict())})
-            samples = data.samples(islice(rows, data.buffer_size))
+            try:
+                samples = data.samples(islice(rows, data.buffer_size))
+            except (ValueError, TypeError) as error:  # of pyarrow, or our own
+                raise UsageError(f"after {buffer * data.buffer_size:,} rows of the stream: {error}") from error
             plan = plan_epoch(samples.lengths, data.spec, epoch=buffer, num_replicas=trainer.world_size)
             for step, batch in enumerate(plan.rank_batches(trainer.global_rank), first):
                 if self._start["batches"] <= step < self._length:
