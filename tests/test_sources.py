@@ -14,6 +14,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -692,3 +693,13 @@ def test_csv_files_of_the_hub_are_read_as_they_stand(tmp_path: Path) -> None:
         ).stdout
     rows = {Path(name).stem: list(csv.DictReader(content.decode().splitlines())) for name, content in files.items()}
     assert json.loads(output) == rows
+
+
+@pytest.mark.parametrize(("other", "told"), [("more.jsonl", True), ("extra.csv", True), ("notes.txt", False)])
+def test_files_of_a_folder_that_are_not_read_are_named(other: str, told: bool, tmp_path: Path) -> None:
+    for name in ("train.csv", "test.csv", "validation.csv"):
+        Path(tmp_path, name).write_text("text,label\na,b\n")
+    Path(tmp_path, other).write_text("text,label\nc,d\n" if other.endswith(".csv") else '{"text": "c", "label": "d"}\n')
+    with pytest.warns(match=f"'{other}' are not read") if told else nullcontext():
+        splits = read_dataset(str(tmp_path))
+    assert {name: rows["text"] for name, rows in splits.items()} == {"train": ["a"], "test": ["a"], "validation": ["a"]}

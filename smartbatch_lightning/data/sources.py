@@ -17,6 +17,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.data import csv_files
@@ -157,6 +158,8 @@ def _read_found(
     guesses types and nulls.
     """
     builder = load_dataset_builder(name, config)
+    if config is None and Path(name).is_dir() and not Path(name, "README.md").exists():
+        _warn_of_unread(Path(name), builder.config.data_files or {})
     files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
     formats = {FORMATS.get(ending_of(file)) for of_split in files.values() for file in of_split}
     ours = formats and None not in formats and (Path(name).is_dir() or formats == {"csv"})
@@ -169,6 +172,18 @@ def _read_found(
         if option in defaults and (value := getattr(builder.config, option)) != defaults[option]
     }
     return read_files(files, labels, text_columns, {**declared, **options})
+
+
+def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
+    """Tells of files of data that `datasets` leaves out: of another format, or beside files named for splits."""
+    read = {Path(file).resolve() for of_split in files.values() for file in of_split}
+    endings = set(FORMATS) - {".json"}  # which others than data have, such as a model's configuration
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ending_of(path.name) in endings]
+    if unread := [str(path.relative_to(folder)) for path in found if path.resolve() not in read]:
+        rank_zero_warn(
+            f"Of the folder {folder}, {join_quoted(unread)} are not read. To read them too, give files by split, as in "
+            "--data.dataset='{train: [a.csv, b.csv], test: c.csv}'."
+        )
 
 
 def splits_of(data: Any) -> DatasetDict:
