@@ -468,7 +468,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_refused_before_training(t
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "step": 1}, tmp_path / "a.ckpt")
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, tmp_path / "a.ckpt")
     assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt") == {"state_dict": {}, "step": 1}
 
