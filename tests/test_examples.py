@@ -121,6 +121,7 @@ def test_the_config_for_several_labels_trains_and_predicts_those_above_a_half_fo
         assert row["prediction"] == ";".join(above)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_config_for_text_pairs_learns_a_number() -> None:
     fit, test = run_commands("text_pairs.yaml")

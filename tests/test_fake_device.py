@@ -89,8 +89,8 @@ def module_of(config: PretrainedConfig, dtype: torch.dtype, packed: bool) -> Seq
     ("config", "packed", "precision"),
     [
         (BERT, True, "bf16-mixed"),
-        (BERT, False, "bf16-mixed"),
-        (ROBERTA, True, "bf16-mixed"),
+        slow(BERT, False, "bf16-mixed"),
+        slow(ROBERTA, True, "bf16-mixed"),
         (MODERNBERT, True, "bf16-mixed"),
         slow(BERT, True, "bf16-true"),
         slow(BERT, False, "bf16-true"),

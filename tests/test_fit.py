@@ -38,7 +38,7 @@ def data(**options) -> SmartBatchDataModule:
 
 @pytest.mark.parametrize(
     ("batching", "num_workers"),
-    [("smart", 2), ("tutorial", 0), *(slow(name, 0) for name in ("smart", "random"))]
+    [("smart", 2), *(slow(name, 0) for name in ("smart", "tutorial", "random"))]
     + [slow(name, 2) for name in ("tutorial", "random")],
 )
 def test_every_epoch_trains_every_sample_once_in_a_plan_of_its_own(batching, num_workers, seen, tmp_path: Path) -> None:

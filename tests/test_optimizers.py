@@ -420,7 +420,7 @@ def test_what_an_optimizer_or_schedule_does_not_take_is_refused_when_it_is_given
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_scheduler": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
+        slow({"lr_scheduler": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler": "builtins.id"}, "lr_scheduler builtins.id makes a int"),
     ],
 )
