@@ -20,7 +20,7 @@ from smartbatch_lightning.storage import is_valid, write_together
 
 _FORMAT = 5
 _ROWS_PER_SHARD = 2**16
-_THREADS = 2  # one converts what it has encoded while the other's Rust tokenizer uses all cores
+_THREADS = 3  # some convert what they have encoded while the Rust tokenizer of another uses all cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
