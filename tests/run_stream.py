@@ -1,7 +1,9 @@
 """Trains on a stream, on one rank or two, and writes the token ids of each rank's batches: started by the tests."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
@@ -24,12 +26,16 @@ class Diary(L.Callback):
         self.batches: list[list[list[int]]] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True)
-        self.batches.append([ids[:length] for ids, length in rows])
+        if "cu_seq_lens_q" in batch:
+            starts, [ids] = batch["cu_seq_lens_q"].tolist(), batch["input_ids"].tolist()
+            self.batches.append([ids[start:end] for start, end in pairwise(starts)])
+        else:
+            rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(dim=1).tolist(), strict=True)
+            self.batches.append([ids[:length] for ids, length in rows])
 
 
 def fit(
-    folder: Path, max_steps: int, ckpt_path: Path | None = None, devices: int = 1
+    folder: Path, max_steps: int, ckpt_path: Path | None = None, devices: int = 1, **options: Any
 ) -> tuple[L.Trainer, list[list[list[int]]]]:
     """Trains so many steps, or goes on from a checkpoint, and writes one after step 7."""
     diary = Diary()
@@ -40,7 +46,7 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     L.seed_everything(1, verbose=False)
-    data = StreamDataModule(stream(), batch_size=4, max_length=24, buffer_size=16)
+    data = StreamDataModule(stream(), buffer_size=16, **{"batch_size": 4, "max_length": 24, **options})
     model = SequenceClassifier(str(demo.model_dir()), learning_rate=1e-3)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return trainer, diary.batches

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import run_stream
 from datasets import Dataset, IterableDataset
-from helpers import Fork, assert_same, finish, trainer
+from helpers import Fork, assert_same, finish, slow, trainer
 from run_stream import ROWS, fit, stream
 from transformers import AutoTokenizer
 
@@ -37,6 +37,39 @@ def test_a_stream_is_batched_buffer_by_buffer_and_resumed_exactly(tmp_path: Path
     assert_same(resumed.lightning_module.state_dict(), whole.lightning_module.state_dict())
 
 
+@pytest.mark.parametrize("padding", ["packed", slow("longest")])
+def test_a_stream_that_is_tokenized_ahead_keeps_a_token_budget_and_is_resumed_exactly(padding, tmp_path: Path) -> None:
+    options = {"tokenization": "ahead", "batch_size": None, "max_tokens_per_batch": 72, "padding": padding}
+    whole, batches = fit(tmp_path, 24, **options)
+    costs = [sum(map(len, batch)) if padding == "packed" else len(batch) * max(map(len, batch)) for batch in batches]
+    assert max(costs) <= 72
+    assert len(set(map(len, batches))) > 1
+    rows = [tuple(ids) for batch in batches for ids in batch]
+    assert Counter(rows[: len(ROWS)]) == passes(1)
+    resumed, rest = fit(tmp_path, 24, tmp_path / "step=7.ckpt", **options)
+    assert rest == batches[7:]
+    assert_same(resumed.lightning_module.state_dict(), whole.lightning_module.state_dict())
+
+
+@pytest.mark.parametrize("tokenization", ["lazy", slow("ahead")])
+def test_the_windows_of_a_text_in_a_stream_stay_in_one_batch(tokenization: str, tmp_path: Path) -> None:
+    options = {"tokenization": tokenization, "max_length": 16, "truncation": "windows", "stride": 4}
+    _, batches = fit(tmp_path, 12, **options)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
+    windows = [
+        tokenizer(row["text"], truncation=True, max_length=16, stride=4, return_overflowing_tokens=True)["input_ids"]
+        for row in ROWS
+    ]
+    counted = Counter(tuple(window) for text in windows for window in text)
+    assert counts(batches) == counted
+    for batch in batches:
+        left = Counter(map(tuple, batch))
+        whole = [text for text in windows if not Counter(map(tuple, text)) - left]
+        for text in whole:
+            left -= Counter(map(tuple, text))
+        assert not left
+
+
 @pytest.mark.slow
 def test_two_ranks_share_the_rows_of_a_stream_in_equally_many_steps(tmp_path: Path) -> None:
     finish(Fork(tmp_path, 2, run_stream.main, tmp_path), tmp_path)
@@ -52,8 +85,13 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, -1)
     with pytest.raises(ValueError, match="no fraction of a stream can be set aside"):
         StreamDataModule(stream(), validation_split=0.1)
-    with pytest.raises(ValueError, match="the split 'train' is Dataset .* Use SmartBatchDataModule"):
+    with pytest.raises(ValueError, match="the split 'train' is Dataset; .* Use SmartBatchDataModule"):
         StreamDataModule(Dataset.from_list(ROWS))
+    plain = Dataset.from_list(ROWS).to_iterable_dataset()  # labels are numbers, not a ClassLabel
+    with pytest.raises(ValueError, match="behind the first 16 of the stream may have other labels than '0', '1'"):
+        trainer(tmp_path, max_steps=2, max_epochs=-1).fit(
+            SequenceClassifier(), StreamDataModule(plain, str(demo.model_dir()), buffer_size=16)
+        )
 
 
 @pytest.mark.parametrize(

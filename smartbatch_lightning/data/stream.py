@@ -11,19 +11,24 @@ from lightning.pytorch.trainer.states import TrainerFn
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import plan_epoch
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.resume import check_fingerprint, dataset_fingerprint
 from smartbatch_lightning.data.tokens import TokenDataset
-from smartbatch_lightning.errors import UsageError, check_at_least
+from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.tasks import Regression
 
 
 class StreamDataModule(SmartBatchDataModule):
     """Trains on an `IterableDataset`, as from `load_dataset(..., streaming=True)`, for the Trainer's `max_steps`.
 
-    Rows are read into a buffer, which is planned like an epoch and tokenized batch by batch; then comes the next
-    buffer. After the last row, the stream starts over with its next epoch. Every rank reads all rows but tokenizes only
-    its own batches, so ranks take the same number of steps, and no row is trained twice before all have been. A run
-    resumes exactly from the stream's own state, on the same number of ranks, except that rows in the shuffle buffer of
-    `IterableDataset.shuffle` are lost.
+    Rows are read into a buffer, which is planned like an epoch; then comes the next buffer. After the last row, the
+    stream starts over with its next epoch. By default a rank tokenizes only its own batches, planned by estimated
+    lengths. With `tokenization="ahead"` every rank tokenizes whole buffers, so that lengths are exact and
+    `max_tokens_per_batch` can be used.
+
+    Every rank reads all rows and trains its share, so ranks take the same number of steps, and no row is trained twice
+    before all have been. A run resumes exactly from the stream's own state, on the same number of ranks, except that
+    rows in the shuffle buffer of `IterableDataset.shuffle` are lost.
 
     Only the first buffer is known in advance: it determines class weights and the mean and deviation of targets, while
     classes must be given by `label_names` or a `ClassLabel`. There are no epochs, samples are batched only within their
@@ -45,10 +50,10 @@ class StreamDataModule(SmartBatchDataModule):
         self.buffer_size = buffer_size
         splits = dict(dataset) if isinstance(dataset, Mapping) else {self.train_split: dataset}
         stream = splits.pop(self.train_split, None)
-        if not isinstance(stream, IterableDataset) or self.tokenization != "lazy":
+        if not isinstance(stream, IterableDataset):
             raise UsageError(
-                f"the split {self.train_split!r} is {type(stream).__name__} and tokenization {self.tokenization!r}; a "
-                "stream is an IterableDataset and tokenized lazily. Use SmartBatchDataModule for other data."
+                f"the split {self.train_split!r} is {type(stream).__name__}; a stream is an IterableDataset. Use "
+                "SmartBatchDataModule for other data."
             )
         self._stream = stream
         self._others = {name: data for name, data in splits.items() if not isinstance(data, IterableDataset)}
@@ -67,6 +72,26 @@ class StreamDataModule(SmartBatchDataModule):
         if self._first is None:
             self._first = self._buffer(islice(self._stream, self.buffer_size))
         return {self.train_split: self._first, **self._others}
+
+    def tokenize(self, dataset: Dataset) -> Any:
+        """Tokenizes a buffer or another split, without the cache."""
+        table = LazyTokenTable(dataset, self.text_encoder)
+        return table if self.tokenization == "lazy" else table.tokenized()
+
+    def setup(self, stage: str) -> None:
+        """Makes the data sets of a stage, of the stream its first buffer.
+
+        Raises:
+            ValueError: Nothing tells the classes of rows beyond the first buffer, or see `SmartBatchDataModule`.
+        """
+        super().setup(stage)
+        labels = self._load().train_labels
+        known = self._task_options.label_names or labels is None or labels.class_names or len(labels.names) > 1
+        if stage == "fit" and not known and not isinstance(self.task, Regression):
+            raise UsageError(
+                f"label_names is not set, and rows behind the first {self.buffer_size:,} of the stream may have other "
+                f"labels than {join_quoted(self.label_names or ())}. Set label_names to all classes."
+            )
 
     def train_dataloader(self) -> "_Batches":  # type: ignore[override]
         """The batches of all steps.

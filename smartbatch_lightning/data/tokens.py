@@ -61,10 +61,14 @@ class TokenTable:
         self._starts = [0, *accumulate(map(len, lengths))]
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Any]) -> "TokenTable":
+    def from_rows(cls, rows: Iterable[Any], lost_tokens: Sequence[int] = ()) -> "TokenTable":
         """Keeps rows in memory: lists of ids, or mappings with `input_ids` and perhaps `token_type_ids`.
 
         Where a mapping has an `attention_mask`, tokens that it leaves out are left out.
+
+        Args:
+            rows: One for each sample.
+            lost_tokens: Tokens of each sample that were cut; by default none.
 
         Raises:
             ValueError: A row has no tokens, or holds something else than whole numbers.
@@ -83,7 +87,7 @@ class TokenTable:
             columns[name] = Ragged(np.concatenate(arrays).astype(COLUMN_TYPES[name]), offsets)
         if not columns:
             raise UsageError("tokenize gave no rows of token ids; give a list of ids for each sample.")
-        return cls([columns])
+        return cls([columns], [np.array(lost_tokens, np.int32)] if len(lost_tokens) else ())
 
     @property
     def lost_tokens(self) -> NDArray[np.int32] | None:
