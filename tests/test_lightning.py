@@ -543,3 +543,13 @@ def test_a_batch_size_finder_beside_a_token_budget_is_refused(tmp_path: Path) ->
     run = trainer(tmp_path, callbacks=[BatchSizeFinder()], max_steps=2)
     with pytest.raises(ValueError, match="bounded by max_tokens_per_batch, 500. Use one of the two"):
         run.fit(SequenceClassifier(), data(max_tokens_per_batch=500))
+
+
+class Listener(SequenceClassifier):
+    def configure_callbacks(self):
+        return []
+
+
+def test_a_module_whose_configure_callbacks_forgets_super_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Listener.configure_callbacks does not call super\(\).configure_callbacks"):
+        trainer(tmp_path, max_steps=1).fit(Listener(), data())

@@ -169,23 +169,31 @@ class SmartBatchDataModule(TextDataModule):
             truncation=self.truncation_in_use.to_dict(),
         )
 
+    def prepare_data(self) -> None:
+        """Refuses settings of the Trainer that it cannot train with, then does as `TextDataModule`.
+
+        Raises:
+            ValueError: A flag is out of range, or a batch size finder stands beside a token budget; and see there.
+        """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            progress.check_flags(self.trainer)
+            if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
+                raise UsageError(
+                    f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "
+                    f"{self.max_tokens_per_batch}. Use one of the two."
+                )
+        super().prepare_data()
+
     def setup(self, stage: str) -> None:
         """Makes the data sets of a stage.
 
         Raises:
             ValueError: No batch can hold a sample, or the ranks have other data or settings than each other.
         """
-        if stage == "fit" and self.trainer is not None:
-            progress.check_flags(self.trainer)
         super().setup(stage)
         if stage == "fit":
             forget_objects(self, self.hparams)
             self._train_sampler = self._restored = None
-            if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
-                raise UsageError(
-                    f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "
-                    f"{self.max_tokens_per_batch}. Use one of the two."
-                )
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
         check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
         model = text_model_of(self.trainer)

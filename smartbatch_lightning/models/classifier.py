@@ -296,8 +296,8 @@ class SequenceClassifier(L.LightningModule):
     # --- Lightning's hooks ---
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds a callback that has to run before all others; an override must include it."""
-        if not any(isinstance(callback, ModelLifecycle) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        """Adds a callback that has to run before all others; an override must call `super().configure_callbacks()`."""
+        if not ModelLifecycle.runs_in(self.trainer):
             self.trainer.callbacks.insert(0, ModelLifecycle())  # type: ignore[attr-defined]
         return []
 
@@ -305,7 +305,15 @@ class SequenceClassifier(L.LightningModule):
         """Makes checkpoints load without running code and be written atomically, unless the Trainer has its own IO.
 
         Lightning itself would run code in a checkpoint loaded by URL.
+
+        Raises:
+            ValueError: An override of `configure_callbacks` has not called that of `super()`.
         """
+        if not ModelLifecycle.runs_in(self.trainer):
+            raise UsageError(
+                f"{type(self).__name__}.configure_callbacks does not call super().configure_callbacks(), which adds "
+                "what builds the model. Call it first, and return your callbacks."
+            )
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":

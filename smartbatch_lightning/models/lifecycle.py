@@ -35,6 +35,11 @@ from smartbatch_lightning.progress import nothing_was_left
 class ModelLifecycle(Callback):
     """The first callback of a run: builds the model, and does what has to come before other callbacks' hooks."""
 
+    @staticmethod
+    def runs_in(trainer: L.Trainer) -> bool:
+        """Whether a Trainer has one."""
+        return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Builds what has not been built, where no strategy shards what is made in `configure_model`.
 
