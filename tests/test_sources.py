@@ -193,6 +193,29 @@ def test_a_file_exchanged_under_the_same_name_size_and_time_gives_the_new_rows(w
         assert read_dataset(path)["train"]._fingerprint == second._fingerprint
 
 
+_READ_OFF_LINE = """
+import socket, sys
+socket.getaddrinfo = lambda *address, **_: sys.exit(f"asked {address}")
+from smartbatch_lightning.data.sources import read_dataset
+for source in sys.argv[1:]:
+    print(read_dataset(source)["train"][0])
+"""
+
+
+@pytest.mark.slow
+def test_local_files_of_every_format_are_read_without_asking_a_server(tmp_path: Path) -> None:
+    FRAME.to_csv(tmp_path / "a.csv", index=False)
+    FRAME.to_json(tmp_path / "b.jsonl", orient="records", lines=True)
+    FRAME.to_parquet(tmp_path / "c.parquet")
+    Dataset.from_pandas(FRAME).save_to_disk(tmp_path / "saved")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    sources = map(str, (tmp_path / "a.csv", tmp_path / "b.jsonl", tmp_path / "c.parquet", arrow, tmp_path / "saved"))
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", _READ_OFF_LINE, *sources]
+    read = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert read.stdout.splitlines() == [str(FRAME.iloc[0].to_dict())] * 5, read.stderr
+
+
 def test_a_folder_of_csv_files_reads_as_the_files_alone(write, tmp_path: Path) -> None:
     rows = [("None", "NA"), ("NA", "null"), ("", "NA"), ("null", "null")]
     path = write("folder/train.csv", as_csv(rows))

@@ -196,7 +196,7 @@ class SmartBatchDataModule(TextDataModule):
             self._train_sampler = self._restored = None
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
         check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
-        model = text_model_of(self.trainer)
+        model = self._load().model
         before = None if model is None or self.trainer is None or self.trainer.ckpt_path else model.trained_on
         if stage == "validate" and before is not None:
             self._set_aside_as_trained(before)

@@ -16,6 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DownloadConfig, DownloadManager, Features, Value, concatenate_datasets
 from datasets.data_files import DataFilesList
+from datasets.packaged_modules.arrow.arrow import Arrow
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from xxhash import xxh3_64, xxh3_128
 
 from smartbatch_lightning.data import csv_files
@@ -31,6 +35,8 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+# load_dataset would do, but it first tells a server of the call, and waits for seconds where none answers
+_BUILDERS: dict[str, Any] = {"csv": Csv, "json": Json, "parquet": Parquet, "arrow": Arrow}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of those that have any
     "csv": csv_files.OPTIONS,
@@ -286,10 +292,15 @@ def _has_no_rows(file: _File) -> bool:
 
 def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequence[str]) -> Dataset:
     def load(**more: Any) -> Dataset:
-        # datasets finds what it has read by path and time, to which this name adds the content
-        return datasets.load_dataset(
-            file_format, file.digest, data_files=glob.escape(file.path), split="train", **options, **more
+        builder = _BUILDERS[file_format](
+            # datasets finds what it has read by path and time, to which this adds the content and what reads it
+            config_name=f"{file.digest}-{datasets.__version__}",
+            data_files={"train": glob.escape(file.path)},
+            **options,
+            **more,
         )
+        builder.download_and_prepare()
+        return builder.as_dataset("train")
 
     try:
         if file_format == "json" and _is_one_value(file, options):

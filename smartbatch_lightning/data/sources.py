@@ -13,7 +13,6 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     get_dataset_config_names,
-    load_dataset,
     load_dataset_builder,
     load_from_disk,
 )
@@ -104,7 +103,7 @@ def read_dataset(
             )
         return splits_of(dataset)
     if dataset == "demo":
-        dataset = str(demo.data_dir())
+        dataset = demo.files()
     if isinstance(dataset, dict | list) or is_file_name(dataset):
         return read_files(dataset, labels, text_columns, options)
     path = Path(dataset).expanduser()
@@ -164,7 +163,10 @@ def _read_found(
     formats = {FORMATS.get(ending_of(file)) for of_split in files.values() for file in of_split}
     ours = formats and None not in formats and (Path(name).is_dir() or formats == {"csv"})
     if not ours or builder.info.features is not None:  # typed by its README
-        return splits_of(load_dataset(name, config, **options))
+        if options:
+            builder = load_dataset_builder(name, config, **options)
+        builder.download_and_prepare()
+        return splits_of(builder.as_dataset())
     defaults = {field.name: field.default for field in fields(builder.config)}
     declared = {
         option: value

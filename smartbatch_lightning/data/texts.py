@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
-from smartbatch_lightning.contract import text_model_of
+from smartbatch_lightning.contract import TextModel, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.lazy import LazyTokenTable
@@ -39,6 +39,7 @@ class _Loaded:
     """What one set-up has loaded; the next one loads again, since model and settings may be others."""
 
     splits: DatasetDict
+    model: TextModel | None
     tokenizer: PreTrainedTokenizerBase
     train_labels: LabelColumns | None
     task: Task | None
@@ -290,7 +291,7 @@ class TextDataModule(L.LightningDataModule):
             raise UsageError(
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
-        model = text_model_of(self.trainer)
+        model = self._load().model
         table.check(
             partial(
                 check_tokens,
@@ -359,7 +360,9 @@ class TextDataModule(L.LightningDataModule):
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
             task = self._task_options.find(train_labels, trained, training=training)
             truncation = self.truncation or Truncation.of_model(trained, tokenizer)
-            self._loaded = _Loaded(splits, tokenizer, train_labels, task, training or trained is None, truncation)
+            self._loaded = _Loaded(
+                splits, model, tokenizer, train_labels, task, training or trained is None, truncation
+            )
         return self._loaded
 
     @property

@@ -5,6 +5,7 @@ on texts of very different lengths. It is not a benchmark: its accuracy says not
 It is made once, in a second or two, and kept in the user's cache.
 """
 
+from functools import cache
 from pathlib import Path
 
 from smartbatch_lightning.demo.reviews import REVIEWS, make_reviews
@@ -25,13 +26,24 @@ def _make(folder: Path) -> None:
     make_model(len(tokenizer)).save_pretrained(folder / "model")
 
 
+@cache
+def _made(folder: Path) -> Path:
+    """The folder, whose checksums are compared once in a process."""
+    return write_if_missing(folder, _make)
+
+
 def _demo() -> Path:
-    return write_if_missing(cache_dir() / NAME, _make)
+    return _made(cache_dir() / NAME)
 
 
 def data_dir() -> Path:
     """The folder of `train.parquet` and `test.parquet`, with columns `text` and `label` (a `ClassLabel`)."""
     return _demo() / "data"
+
+
+def files() -> dict[str, str]:
+    """The files in it, by split."""
+    return {split: str(data_dir() / f"{split}.parquet") for split in REVIEWS}
 
 
 def model_dir() -> Path:
