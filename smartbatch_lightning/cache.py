@@ -51,7 +51,7 @@ def list_cache(folder: str | None = None) -> None:
     """Lists the cache entries, most recently used last.
 
     Args:
-        folder: Cache folder; by default $SMARTBATCH_CACHE, else one in the user's cache.
+        folder: Cache folder; by default $SMARTBATCH_CACHE, else a folder in the user's cache.
     """
     root = _root(folder)
     rows = [
@@ -73,9 +73,9 @@ def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
     """Removes the least recently used entries until the cache is small enough; entries in use stay.
 
     Args:
-        max_size: Size to keep, such as 50GB, or 0 for nothing; by default $SMARTBATCH_CACHE_MAX_SIZE, to which the
-            cache is also pruned after each tokenization.
-        folder: Cache folder; by default $SMARTBATCH_CACHE, else one in the user's cache.
+        max_size: Maximum size to keep, such as 50GB; 0 keeps nothing. By default $SMARTBATCH_CACHE_MAX_SIZE, to which
+            the cache is also pruned after each tokenization.
+        folder: Cache folder; by default $SMARTBATCH_CACHE, else a folder in the user's cache.
 
     Raises:
         ValueError: No size is given, or it is not a size.

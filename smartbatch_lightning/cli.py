@@ -53,8 +53,8 @@ class SmartBatchTrainer(L.Trainer):
     Args:
         logger: As in Lightning; by default a `TensorBoardLogger` and, in the same folder, a `CSVLogger` with a version
             for each start of the run, so that a requeued job keeps its earlier logs.
-        callbacks: As in Lightning. Unless they include a progress bar, one is added that is drawn every five batches,
-            since drawing takes about a millisecond. A `ModelCheckpoint` replaces the default `BestCheckpoint`.
+        callbacks: As in Lightning. Unless they include a progress bar, one is added that updates every five batches,
+            since an update takes about a millisecond. A `ModelCheckpoint` replaces the default `BestCheckpoint`.
         options: All other arguments of `Trainer`; `precision` defaults to the best that the GPU supports.
     """
 
@@ -87,7 +87,7 @@ class SmartBatchTrainer(L.Trainer):
         Args:
             model: The model, whose tokenizer is used.
             datamodule: The data.
-            ckpt_path: Ignored; here because a run's `config.yaml` has it.
+            ckpt_path: Ignored; accepted because a run's `config.yaml` contains it.
             weights_only: Ignored, like `ckpt_path`.
         """
         datamodule.trainer = self
@@ -104,14 +104,14 @@ class SmartBatchTrainer(L.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Shows how much padding each batching strategy costs: tables here, JSON and figures in a folder.
+        """Shows how much padding each batching strategy costs: prints tables, and writes JSON and figures to a folder.
 
         Args:
             model: The model, whose tokenizer is used.
             datamodule: The data and its batching.
             folder: Folder for `report.json` and the figures.
             ranks: Number of ranks for which to show the load balance.
-            ckpt_path: Ignored; here because a run's `config.yaml` has it.
+            ckpt_path: Ignored; accepted because a run's `config.yaml` contains it.
             weights_only: Ignored, like `ckpt_path`.
         """
         from smartbatch_lightning.report.padding_report import PaddingReport
@@ -164,10 +164,9 @@ class SmartBatchTrainer(L.Trainer):
             ckpt_path: The checkpoint.
             folder: Folder to export to.
             adapter: Export only peft adapters and the head instead of merging adapters into the model's weights.
-            push_to_hub: Repository on the Hub, such as `me/reviewer`, to create unless it is there, and to upload all
-                files of the folder to.
-            private: Make the repository private if it is created; by default the owner's default, mostly public.
-            commit_message: Message of the commit on the Hub.
+            push_to_hub: Hub repository to upload the folder to, such as `me/reviewer`; created if it does not exist.
+            private: Make the repository private if it is created; by default the owner's setting, usually public.
+            commit_message: Commit message for the upload.
             weights_only: Ignored: checkpoints are always loaded without running code in them.
         """
         check_exportable(model, datamodule, adapter)
@@ -258,14 +257,14 @@ _MOST_USED = {
 class SmartBatchCLI(LightningCLI):
     """`LightningCLI` with this package's classes, or subclasses of them by `class_path`.
 
-    The tokenizer comes from the model and the class names from the data, so neither is given twice. Gradients are
-    clipped at 1.0 and the seed is 321, as in the *Smart Batching Tutorial*.
+    The tokenizer comes from the model and the class names from the data. By default, gradients are clipped at 1.0 and
+    the seed is 321, as in the *Smart Batching Tutorial*.
 
     Args:
         model_class: Class of the model; a `class_path` must name a subclass of it.
         datamodule_class: Class of the data module, likewise.
         trainer_defaults: As in `LightningCLI`; added to the defaults above.
-        args: Arguments to use instead of the command line's. Only mistakes on the command line exit with one line.
+        args: Arguments to use instead of the command line's; mistakes in them raise exceptions.
         options: All other arguments of `LightningCLI`.
     """
 
@@ -320,7 +319,7 @@ class SmartBatchCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, `prepare`, `report` and `export`."""
+        """Lightning's subcommands plus `prepare`, `report` and `export`."""
         own = ("prepare", "report", "export")
         return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
 

@@ -67,10 +67,9 @@ def export_model(
         metrics: Metrics by name, for the card.
         command: The command that trained the model, for the card.
         adapter: Write only the adapters and the head, as peft does, with the configuration in the subfolder `config`.
-        push_to_hub: Repository on the Hub, such as `me/reviewer`, that is created unless it is there, and to which
-            all files of the folder are uploaded.
-        private: Whether the repository is private if it is created; None for the owner's default.
-        commit_message: Message of the commit on the Hub.
+        push_to_hub: Hub repository to upload the folder to, such as `me/reviewer`; created if it does not exist.
+        private: Make the repository private if it is created; None for the owner's setting.
+        commit_message: Commit message for the upload.
 
     Raises:
         ValueError: As for `check_adapter`, `check_export_folder`, `create_repository` and `push_folder`; or the data is

@@ -25,11 +25,11 @@ class BestCheckpoint(ModelCheckpoint):
     validation there is only `last.ckpt`, which also counts as the best.
 
     Args:
-        monitor: Logged name of the metric that decides which weights are best, such as `val_f1`; by default the
-            `SequenceClassifier`'s, and of several validation sets the first.
+        monitor: Logged name of the metric that decides which weights are best, such as `val_f1`; by default that of the
+            `SequenceClassifier`, on the first validation set.
         mode: `min` or `max`; by default the metric's own.
         dirpath: Checkpoint folder, from which the run can resume; by default `lightning_logs/version_N/checkpoints`.
-        every_n_train_steps: Also write `last.ckpt` every this many optimizer steps.
+        every_n_train_steps: Optimizer steps between additional saves of `last.ckpt`; None for none.
 
     Raises:
         ValueError: There is no such metric, the folder has checkpoints of another run, or `every_n_train_steps` is

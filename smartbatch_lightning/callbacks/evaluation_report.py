@@ -31,9 +31,9 @@ _STAGES = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "val"}
 class EvaluationReport(Callback):
     """Writes and logs an `Evaluation` of each data set that `test` and `validate` run on.
 
-    It is written to the subfolder `test` or `val` of the given folder; with several data sets, to one subfolder there
-    for each. TensorBoard and W&B receive figures and metrics, other loggers only metrics. Validation during `fit` is
-    not reported.
+    The report is written to the subfolder `test` or `val` of the given folder; with several data sets, each gets its
+    own subfolder there. TensorBoard and W&B receive figures and metrics, other loggers only metrics. Validation during
+    `fit` is not reported.
 
     Args:
         folder: Folder for the report; None for no report.

@@ -30,13 +30,12 @@ class ModelExport(Callback):
     Args:
         folder: Folder to export to; None for no export.
         adapter: Write only the peft adapters and the head, instead of merging them into the model's weights.
-        push_to_hub: Repository on the Hub, such as `me/reviewer`, to create unless it is there, and to upload all files
-            of the folder to.
-        private: Make the repository private if it is created; by default the owner's default, mostly public.
-        commit_message: Message of the commit on the Hub.
+        push_to_hub: Hub repository to upload the folder to, such as `me/reviewer`; created if it does not exist.
+        private: Make the repository private if it is created; by default the owner's setting, usually public.
+        commit_message: Commit message for the upload.
 
     Raises:
-        ValueError: There is a repository, but no folder.
+        ValueError: `push_to_hub` is given without a folder.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class StopOnSignal(Callback):
 
     Args:
         requeue_signal: Signal on which a SLURM job is requeued, as in `sbatch --signal=USR1@120`.
-        every_n_steps: Optimizer steps between two checks; with several ranks each is a small all-reduce.
+        every_n_steps: Optimizer steps between two checks; with several ranks, each check takes a small all-reduce.
 
     Raises:
         ValueError: There is no such signal, or `every_n_steps` is below 1.

@@ -69,19 +69,20 @@ class Counts:
 class TrainingMonitor(Callback):
     """Logs training throughput in real tokens and what limits it, every `log_every_n_steps` and every epoch.
 
-    In between it only counts on the device, without synchronising. Logged during training, over the steps since the
-    last time:
+    In between, it only counts on the device, without synchronising. During training it logs, for the steps since it
+    last logged:
 
     - `throughput/real_tokens_per_second`, over all ranks; padding does not count
     - `throughput/padding_ratio`: padding tokens over real tokens
-    - `throughput/data_wait`: fraction of the time that rank 0 waited for a batch; with a `SmartBatchDataModule`
+    - `throughput/data_wait`: fraction of the time that rank 0 waited for a batch; only with a `SmartBatchDataModule`
     - `throughput/peak_memory_gib`: peak GPU memory allocated by PyTorch, else peak memory of the process
     - `throughput/model_flops_utilization`: floating point operations that the real tokens need, forward and backward,
-      over the peak of the GPUs, if known; as in *PaLM* (Chowdhery et al., 2022, appendix B), counting a forward pass
-      with PyTorch and multiplying by three, which holds only where all layers are trained: else it is not logged
+      over the GPUs' peak, as in *PaLM* (Chowdhery et al., 2022, appendix B): three times those of a forward pass, as
+      counted by PyTorch. Only logged if the peak is known and all layers are trained
 
-    And every epoch `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation. When
-    training ends, a table of all epochs is printed, with losses, metrics and times, including those before a resume.
+    Every epoch, it logs `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation.
+    When training ends, a table of all epochs is printed, with losses, metrics and times, including those before a
+    resume.
 
     Attributes:
         epochs: Counts and final metrics of each epoch. For an epoch that was interrupted, training loss and metrics

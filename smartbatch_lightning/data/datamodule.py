@@ -49,7 +49,7 @@ class SmartBatchDataModule(TextDataModule):
             `DatasetDict`, pandas or polars DataFrame, Arrow table, list of dicts, or a dict of these by split.
         tokenizer: A tokenizer, or its name or folder; by default the model's.
         batch_size: Maximum number of samples in a batch, per rank; by default 16, or as many as the token budget
-            allows. `BatchSpec` has the details of the arguments up to `seed`.
+            allows. See `BatchSpec` for details of the arguments from here to `seed`.
         max_tokens_per_batch: Token budget of a batch, per rank, padding included: batches then hold few long samples or
             many short ones.
         batching: Batching strategy: `smart`, `tutorial`, `random`, or your own by name or import path.
@@ -61,7 +61,7 @@ class SmartBatchDataModule(TextDataModule):
             a CUDA GPU, which has to set up attention for every new width.
         seed: Seed of the plans and the validation split; by default that of `seed_everything`, else torch's. Saved in
             checkpoints.
-        num_workers: Data loader worker processes. Making a batch takes 0.1 ms, so 0 is rarely the bottleneck; with
+        num_workers: Data loader worker processes. Making a batch takes 0.1 ms, so 0 workers are usually enough; with
             `tokenization: lazy` it takes some milliseconds, so use 1 or more.
         pin_memory: Use pinned memory for faster copies to a GPU; by default if there is one.
         loader_kwargs: Extra arguments for `DataLoader`, such as `prefetch_factor`.

@@ -35,7 +35,7 @@ class StreamDataModule(SmartBatchDataModule):
     buffer, and no validation samples can be set aside: pass `Dataset`s for the other splits.
 
     Args:
-        dataset: An `IterableDataset` to train on; or a mapping from splits to data, with one for `train_split`.
+        dataset: An `IterableDataset` to train on; or a mapping from splits to data, whose `train_split` is one.
         tokenizer: A tokenizer, or its name or folder; by default the model's.
         buffer_size: Rows in a buffer. Larger buffers mean less padding but more reading on resume.
         options: Other arguments of `SmartBatchDataModule`.

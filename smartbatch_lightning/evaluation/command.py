@@ -29,7 +29,7 @@ def evaluate(
     Args:
         predictions: The table, as written by predict: a Parquet or CSV file, or a folder of Parquet files.
         label_column: Label column; or several, one for each label or target.
-        text_column: Text column or columns; used for the worst mistakes and accuracy by length.
+        text_column: Text column or columns; needed to show the texts of the worst mistakes and accuracy by length.
         folder: Where evaluation.html, evaluation.json and the figures are written.
         label_delimiter: Separator for several labels in one string.
         label_names: Class names in the order of the integer ids in the label column.

@@ -92,9 +92,9 @@ class SequenceClassifier(L.LightningModule):
 
     Works with any `transformers` sequence classification model and any batch of its inputs with `labels`, including
     packed batches from the data module. The model is built in `configure_model`, once the Trainer knows the data: the
-    data module supplies the task and the label names. An override of it is called once, unless a strategy shards the
-    model there. A checkpoint contains the architecture, so loading one needs neither the Hub nor the pretrained
-    weights.
+    data module supplies the task and the label names. Overrides of `configure_model` are called once, unless a strategy
+    shards the model there. A checkpoint contains the architecture, so loading one needs neither the Hub nor the
+    pretrained weights.
 
     To customize it, override `compute_loss`, `configure_metrics`, `configure_optimizer`, `configure_scheduler` or the
     whole `step`.
@@ -112,7 +112,8 @@ class SequenceClassifier(L.LightningModule):
         lr_scheduler: Learning rate schedule: a transformers name (`lr_scheduler_type`), such as `cosine`,
             `constant_with_warmup` or `reduce_lr_on_plateau`; or a torch class by `class_path` and `init_args`; in
             Python also a function of the optimizer. It steps with the optimizer and ends with training unless its
-            arguments say otherwise; `ReduceLROnPlateau` steps after validation by its `monitor`, by default the loss.
+            arguments say otherwise; `ReduceLROnPlateau` steps after each validation, depending on its `monitor`, by
+            default the loss.
         lr_scheduler_kwargs: Extra arguments for a schedule given by name.
         warmup_steps: Optimizer steps over which the learning rate warms up from 0.
         warmup_ratio: The same as a fraction of all optimizer steps; set only one of the two.
@@ -140,8 +141,8 @@ class SequenceClassifier(L.LightningModule):
         model_kwargs: Extra arguments for `from_pretrained`, such as `revision`, `attn_implementation` or the
             configuration's dropout rates. Weights are float32 unless you set `dtype` (or, with `peft_config`,
             `quantization_config`).
-        architecture: A model configuration, as from `PretrainedConfig.to_dict`, for a model with fresh weights;
-            checkpoints fill it in.
+        architecture: A model configuration, as from `PretrainedConfig.to_dict`, for a model with fresh weights; set by
+            checkpoints.
 
     Attributes:
         model: The `transformers` model; None until `configure_model`.
