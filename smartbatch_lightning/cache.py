@@ -86,7 +86,7 @@ def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
     root = _root(folder)
     removed = prune(root, limit)
     left = sum(map(_size, _entries(root)))
-    echo(f"Removed {decimal(removed)} of {root}. {decimal(left)} are left{', in use' if left > limit else ''}.")
+    echo(f"Removed {decimal(removed)} from {root}. {decimal(left)} are left{', in use' if left > limit else ''}.")
 
 
 def size_limit() -> int | None:

@@ -71,8 +71,8 @@ def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
         except Exception:  # pickle and what is pickled may raise anything
             del hparams[name]
             rank_zero_info(
-                f"Checkpoints are loaded without running code and cannot hold {name}={type(value).__name__} of "
-                f"{type(of).__name__}: give it to load_from_checkpoint again."
+                f"Checkpoints are loaded without running code, so they cannot store {name}={type(value).__name__} of "
+                f"{type(of).__name__}. Pass it to load_from_checkpoint again."
             )
 
 
@@ -128,7 +128,7 @@ def verified_checkpoint(path: _PATH) -> str:
             raise zipfile.BadZipFile(damage)
         content = torch.load(local, map_location="meta", weights_only=True, mmap=True)
         if not isinstance(content, dict) or "state_dict" not in content:
-            raise KeyError("no state_dict in it")
+            raise KeyError("it has no state_dict")
     except Exception as error:  # a damaged file may raise anything
         if isinstance(error, FileNotFoundError):
             what = "is not there"
@@ -140,6 +140,6 @@ def verified_checkpoint(path: _PATH) -> str:
         if not remote:
             folder = Path(path).parent
             others = sorted(other.name for other in folder.glob("*.ckpt"))
-            message += f"; in its folder are {others}" if others else f"; there is none in {str(folder)!r}"
+            message += f"; its folder has {others}" if others else f"; there is none in {str(folder)!r}"
         raise UsageError(f"{message}.") from error
     return local

@@ -116,7 +116,7 @@ class SmartBatchTrainer(L.Trainer):
         """
         from smartbatch_lightning.report.padding_report import PaddingReport
 
-        check_writable(folder, "Give another one by --folder.")
+        check_writable(folder, "Set another --folder.")
         datamodule.trainer = self
         self.strategy.connect(model)
         report = PaddingReport.from_datamodule(datamodule, ranks)
@@ -179,8 +179,9 @@ class SmartBatchTrainer(L.Trainer):
         trained = checkpoint.get(datamodule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("max_length", datamodule.max_length)
         if datamodule.max_length != trained:
             raise UsageError(
-                f"the checkpoint was trained with max_length {trained}, but it is {datamodule.max_length}, at which a "
-                f"pipeline would cut texts. Set --data.max_length={trained}, or give the config of the training."
+                f"the checkpoint was trained with max_length {trained}, but it is now {datamodule.max_length}, to "
+                f"which the exported pipeline would truncate texts. Set --data.max_length={trained}, or give the "
+                "training config by --config."
             )
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
@@ -407,15 +408,15 @@ class SmartBatchCLI(LightningCLI):
     def _say_if_demo(self) -> None:
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
-                "The data is the embedded demo: made-up reviews, for a small untrained BERT. The results say nothing "
-                "about real texts. For other data give --data.dataset, or the --config of a run."
+                "The data is the built-in demo: made-up reviews, for a small untrained BERT. The results say nothing "
+                "about real texts. For other data, set --data.dataset, or give a run's config by --config."
             )
 
     def after_fit(self) -> None:
         """Names the command for the real thing after the demo."""
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
-                "That was the embedded demo. The real thing: smartbatch fit --model.pretrained=bert-base-uncased "
+                "That was the built-in demo. For a real run: smartbatch fit --model.pretrained=bert-base-uncased "
                 "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"
             )
 
@@ -463,7 +464,7 @@ def _user_message(error: Exception) -> str | None:
         if isinstance(one, UsageError | MisconfigurationException) or refusal:
             return str(one).strip().rpartition("UsageError: ")[2]  # torch puts a loader process' traceback before it
     if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]
-        return "another rank has ended, and with it this one; what it says tells why."
+        return "another rank has failed, and this one with it; see the other rank's error."
     return None
 
 

@@ -81,8 +81,8 @@ def export_model(
     if not {*(names := data.label_names or [])} <= {*model.task.label_names}:
         raise UsageError(
             f"the data has the labels {join_quoted(names)}, but the model was trained on other data, with "
-            f"{join_quoted(model.task.label_names)}. Give the config of its training by --config, or the same "
-            "--data options: the exported folder takes max_length from them."
+            f"{join_quoted(model.task.label_names)}. Give its training config by --config, or the same --data options; "
+            "they determine the exported max_length."
         )
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(
@@ -141,8 +141,8 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
     if not ((logits - expected).abs() <= tolerance).all():
         raise UsageError(
             "the mean and deviation of standardised targets cannot be folded into the last layer of "
-            f"{type(model).__name__}: its outputs would differ by {(logits - expected).abs().max():g}. Set "
-            "--data.standardize_targets=false, and train without."
+            f"{type(model).__name__}: its outputs would differ by {(logits - expected).abs().max():g}. Train with "
+            "--data.standardize_targets=false."
         )
     for name in STANDARDIZATION_FIELDS:
         delattr(model.config, name)
@@ -164,11 +164,13 @@ def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
         ValueError: It is one of these.
     """
     if adapter and model.peft_config is None:
-        raise UsageError("the model has no adapters, which --model.peft_config adds. Leave out adapter.")
+        raise UsageError(
+            "adapter is true, but the model has no adapters. Leave adapter out, or train with --model.peft_config."
+        )
     if adapter and (model.peft_config or {}).get("use_dora"):
         raise UsageError(
-            "transformers does not load the magnitudes of DoRA from a folder of adapters, so that its results would be "
-            "wrong. Leave out adapter, which merges them into the weights."
+            "transformers does not load DoRA's magnitudes from an adapter folder, so its results would be wrong. Leave "
+            "adapter out, and the adapters are merged into the weights."
         )
     if model.adapters is not None and not adapter and is_quantized(model.model):
         raise UsageError(
@@ -187,7 +189,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
             "only a SequenceClassifier trained on a SmartBatchDataModule can be exported, but this run has "
-            f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained of the model and of the "
+            f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained on the model and the "
             "tokenizer instead."
         )
     check_adapter(module, adapter)

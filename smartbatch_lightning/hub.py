@@ -85,7 +85,7 @@ def push_folder(folder: Path, repo_id: str, commit_message: str | None = None) -
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload model")
     except Exception as error:  # of the Hub or the network
         raise UsageError(
-            f"the model is in {folder}, but was not pushed to {repo_id}: {root_cause_message(error)} Push it by "
+            f"the model is in {folder}, but was not pushed to {repo_id}: {root_cause_message(error)} Push it with "
             f"`hf upload {repo_id} {folder}`."
         ) from error
     echo(f"Pushed the model to {constants.ENDPOINT}/{repo_id}")

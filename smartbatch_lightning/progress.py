@@ -205,7 +205,9 @@ def stay_stopped(trainer: L.Trainer) -> None:
     stopped = [one for one in stops if one.wait_count >= max(one.patience, 1) or one.stopped_epoch]
     if trainer.ckpt_path and stopped:
         trainer.should_stop = True
-        rank_zero_info("Early stopping ended this run. To train further, resume without that callback.")
+        rank_zero_info(
+            "Early stopping ended this run. To train further, raise its patience or resume without that callback."
+        )
 
 
 def stands_in_epoch(trainer: L.Trainer) -> bool:

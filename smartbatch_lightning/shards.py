@@ -60,7 +60,7 @@ class TableShards:
             if not overwrite:
                 raise UsageError(
                     f"{self.folder} has {finished:,} shards of an unfinished run, whose {join_quoted(differing)} "
-                    f"differ from this run's. Restore them to resume that run. {self.remedy}"
+                    f"differ from this run's. Use the same ones to resume that run. {self.remedy}"
                 )
         with refused(self.folder, self.remedy):
             for part in self.folder.glob("*.parquet"):

@@ -199,7 +199,7 @@ def test_every_kind_says_the_same_trained_loaded_merged_and_alone(config: dict, 
     torch.testing.assert_close(probabilities(run, again, module), expected, atol=1e-6, rtol=0)
     dora = "use_dora" in config
     if dora:
-        with pytest.raises(ValueError, match="transformers does not load the magnitudes of DoRA"):
+        with pytest.raises(ValueError, match="transformers does not load DoRA's magnitudes"):
             export_model(model, module, tmp_path / "adapters", adapter=True)
     for adapter in (False,) if dora else (False, True):
         export_model(model, module, tmp_path / str(adapter), adapter=adapter)
@@ -305,5 +305,7 @@ def test_checkpoints_of_other_adapters_or_another_pretrained_model_are_refused(b
         SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt", pretrained=str(tmp_path / "kind"))
     plain = SequenceClassifier(base, num_labels=2)
     plain.configure_model()
-    with pytest.raises(ValueError, match="the model has no adapters, which --model.peft_config adds"):
+    with pytest.raises(
+        ValueError, match="the model has no adapters. Leave adapter out, or train with --model.peft_config"
+    ):
         export_model(plain, data(), tmp_path / "out", adapter=True)

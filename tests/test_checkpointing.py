@@ -89,8 +89,8 @@ def test_arguments_of_numpy_and_paths_come_back_from_a_checkpoint_and_objects_ar
     model = Weighted(class_weights=np.array([1.0, 3.0]), learning_rate=np.logspace(-5, -3, 3)[1])
     run = trainer(tmp_path, callbacks=[Best()], limit_val_batches=1)
     run.fit(model, module)
-    told = [record.message for record in caplog.records if "cannot hold" in record.message]
-    assert {line.split(" cannot hold ")[1].split(" of ")[0] for line in told} == {
+    told = [record.message for record in caplog.records if "cannot store" in record.message]
+    assert {line.split(" cannot store ")[1].split(" of ")[0] for line in told} == {
         "reviewers=DataFrame",
         "loader_kwargs=dict",
     }
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_ends_with_one_line(
     else:
         line = run(command, path, monkeypatch)
     assert line.startswith(f"error: the checkpoint {path} is damaged or no checkpoint: ")
-    assert line.endswith("in its folder are ['renamed.ckpt'].")
+    assert line.endswith("its folder has ['renamed.ckpt'].")
     assert "\n" not in line
 
 

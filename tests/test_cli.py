@@ -515,8 +515,8 @@ def test_the_first_command_of_the_readme_trains_the_demo_in_ninety_seconds(tmp_p
         capture_output=True, text=True, check=True, timeout=90, env=environment,
     )  # fmt: skip
     assert "saved" in run.stdout
-    assert "The data is the embedded demo" in run.stderr
-    assert "The real thing: smartbatch fit" in run.stderr
+    assert "The data is the built-in demo" in run.stderr
+    assert "For a real run: smartbatch fit" in run.stderr
     [last] = [line.split() for line in run.stdout.splitlines() if line.startswith("1 ")]
     assert last[1] == "1,800"  # after the epoch's number the samples, the training loss and val_accuracy
     assert float(last[3]) >= 0.90

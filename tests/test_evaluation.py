@@ -601,7 +601,7 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         ('{"a": 1.5}', "have 1.5 for 'a'; give a number from 0 to 1"),
         ('{"a": true}', "have True for 'a'"),
         ('{"a": NaN}', "have nan for 'a'"),
-        ('{"z": 0.5}', "are for 'z'; labels that a threshold decides on here are 'a', 'b'"),
+        ('{"z": 0.5}', "are for 'z', but thresholds apply here to 'a', 'b'"),
         ("[0.5]", "hold list; give numbers by label"),
         ("{", "cannot be read"),
     ],
@@ -632,7 +632,7 @@ def test_thresholds_decide_on_the_second_of_two_classes_and_on_none_of_three(tmp
     thresholds = read_thresholds(tmp_path / "thresholds.json", two)
     scores = np.array([[0.75, 0.25], [0.65, 0.35], [0.1, 0.9]])
     assert two.predict_labels(scores, thresholds).tolist() == [0, 1, 1]
-    with pytest.raises(ValueError, match="labels that a threshold decides on are several a sample"):
+    with pytest.raises(ValueError, match="thresholds apply only to several labels"):
         read_thresholds(tmp_path, SingleLabelClassification.from_names(["a", "b", "c"]))
 
 
@@ -652,7 +652,7 @@ def test_predict_takes_thresholds_and_evaluate_reads_what_it_wrote(data, tmp_pat
     right = strict["prediction"] == np.array(classes)[strict["label"]]
     assert found.results.summary["accuracy"] == pytest.approx(right.mean())
     write_thresholds({"weird": 0.5}, tmp_path / "model" / "thresholds.json")
-    with pytest.raises(ValueError, match="are for 'weird'; labels that a threshold decides on here are 'positive'"):
+    with pytest.raises(ValueError, match="are for 'weird', but thresholds apply here to 'positive'"):
         trainer(tmp_path, callbacks=[PredictionWriter("x.parquet", thresholds="model")]).predict(
             SequenceClassifier(str(demo.model_dir())), data
         )

@@ -173,7 +173,7 @@ def test_what_cannot_be_pushed_is_refused_before_training(hub: Hub, monkeypatch:
 def test_a_push_that_fails_leaves_the_folder_and_names_the_command_for_later(hub: Hub) -> None:
     hub.refuse = "/commit/"
     with pytest.raises(
-        ValueError, match="the model is in reviewer, .*403 Forbidden.* Push it by `hf upload us/reviews r"
+        ValueError, match="the model is in reviewer, .*403 Forbidden.* Push it with `hf upload us/reviews r"
     ):
         fit("reviewer", "us/reviews")
     assert Path("reviewer", "model.safetensors").exists()

@@ -64,7 +64,7 @@ def test_an_evaluation_of_weights_that_are_not_finite_is_refused(stage: str, tmp
 
     run = getattr(trainer(tmp_path, limit_test_batches=1, limit_val_batches=1), stage)
     with pytest.raises(
-        ValueError, match="_loss is nan, and the other metrics say nothing. Use a checkpoint from before"
+        ValueError, match="_loss is nan, so the other metrics mean nothing. Use a checkpoint from before"
     ):
         run(Spoilt(), SmartBatchDataModule(max_length=16), verbose=False)
 
@@ -502,7 +502,7 @@ def test_weights_of_something_else_are_no_pretrained_model(base: str, tmp_path: 
     folder = copied(base, tmp_path)
     weights = load_file(folder / "model.safetensors")
     save_file({f"other.{name}": one for name, one in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="none of the weights of .* is one of BertForSequenceClassification"):
+    with pytest.raises(ValueError, match="none of the weights in .* belongs to BertForSequenceClassification"):
         SequenceClassifier(str(folder), num_labels=2).configure_model()
 
 
@@ -517,7 +517,7 @@ def test_nothing_is_predicted_by_a_head_that_is_not_among_the_weights(base: str,
 
 def test_a_folder_of_adapters_is_told_from_one_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="holds adapters for another model.*adapter=false"):
+    with pytest.raises(ValueError, match="holds only adapters.*adapter=false"):
         SequenceClassifier(str(tmp_path), num_labels=2).configure_model()
 
 
@@ -559,7 +559,7 @@ def test_arguments_of_another_type_are_refused_at_once(options: dict, message: s
 
 
 def test_classes_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="'x', 'x' as names of classes, of which two are the same"):
+    with pytest.raises(ValueError, match="'x', 'x', of which two are the same"):
         SingleLabelClassification.from_config(BertConfig(id2label={0: "x", 1: "x"}))
 
 

@@ -141,7 +141,7 @@ def test_an_optimizer_that_is_given_in_python_is_left_out_of_checkpoints_and_giv
     ("make", "message"),
     [
         (torch.optim.LBFGS, "LBFGS doesn't support per-parameter options"),
-        (list, "optimizer makes a list; give a class of torch.optim.Optimizer"),
+        (list, "optimizer makes a list; give a subclass of torch.optim.Optimizer"),
     ],
 )
 def test_an_optimizer_that_takes_no_parameter_groups_is_refused(make, message: str, tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
     whole, weights = train(tmp_path)
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 2))
     renamed = Renamed(validation_split=0.9, max_length=16, batch_size=32, seed=5, jitter=1.0)
-    with pytest.warns(UserWarning, match="no state of this data module.*Going on after 3 batches of the epoch"):
+    with pytest.warns(UserWarning, match="no state of this data module.*Resuming after 3 batches of the epoch"):
         after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=renamed)
     assert after == [[], whole[1][3:], whole[2]]
     assert_same(resumed, weights)
@@ -454,7 +454,7 @@ def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: P
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
     with pytest.raises(
-        ValueError, match=r"b.ckpt is damaged or no checkpoint: .*in its folder are \['a.ckpt', 'b.ckpt'\]"
+        ValueError, match=r"b.ckpt is damaged or no checkpoint: .*its folder has \['a.ckpt', 'b.ckpt'\]"
     ):
         train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
 

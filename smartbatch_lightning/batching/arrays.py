@@ -172,5 +172,5 @@ def budget_too_small_error(num_samples: int, num_replicas: int, budget: int) -> 
     return UsageError(
         f"{num_samples} samples cannot be split into equally many batches for {num_replicas} ranks, since the token "
         f"budget of {budget} allows only one sample per batch. Raise it, or use a number of devices that divides the "
-        "samples."
+        "number of samples."
     )

@@ -150,7 +150,7 @@ class PredictionWriter(BasePredictionWriter):
         self._steps = loader.plan_sampler.window_steps().tolist() if known else []
         if self._shard:
             self._leave_out(trainer, loader.plan_sampler, self._steps[self._shard - 1])
-            rank_zero_info(f"Going on after {self._shard:,} of {len(self._steps):,} shards in {self._shards.folder}.")
+            rank_zero_info(f"Resuming after {self._shard:,} of {len(self._steps):,} shards in {self._shards.folder}.")
 
     def write_on_batch_end(
         self,
@@ -166,7 +166,9 @@ class PredictionWriter(BasePredictionWriter):
         if not isinstance(pl_module, SequenceClassifier):
             return  # another callback writes them
         if "index" not in prediction:
-            raise UsageError("the batches have no 'index', by which predictions are ordered. Give each sample its row.")
+            raise UsageError(
+                "the batches have no 'index' to order the predictions by. Add each sample's row number as 'index'."
+            )
         self._pending.append({name: values.cpu() for name, values in prediction.items()})
         if self._steps and batch_idx + 1 == self._steps[self._shard]:
             self._write_shard(trainer, pl_module)

@@ -139,7 +139,9 @@ def csv_reader_kwargs(
     except UsageError:
         raise
     except (TypeError, ValueError) as error:  # of Python's csv module, codecs and int
-        raise UsageError(f"reader_kwargs is {dict(options)}, of which one cannot be: {error}. Correct it.") from error
+        raise UsageError(
+            f"reader_kwargs is {dict(options)}, which has an invalid value: {error}. Correct it."
+        ) from error
     columns, num_rows = _checked(path, name, digest, form)
     given = {option: options[option] for option in ("na_values", "keep_default_na") if option in options}
     return {
@@ -249,7 +251,8 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
             )
         if count == 0 and form.header is None and tuple(row) == form.names:
             raise UsageError(
-                f"the first line of {name} is the names in reader_kwargs. Add header: 0, or leave names out."
+                f"the first line of {name} already has the names given in reader_kwargs. Add header: 0, or leave names "
+                "out."
             )
         count += 1
     return count
@@ -278,13 +281,13 @@ def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterato
 def _check_header(header: list[str], name: str, form: _Format) -> None:
     if header[0].startswith("sep="):
         raise UsageError(
-            f"the first line of {name} is {form.sep.join(header)!r}, by which Excel knows the separator. Set "
+            f"the first line of {name} is {form.sep.join(header)!r}, which tells Excel the separator. Set "
             f"--data.reader_kwargs='{{sep: {_written((header[0][4:] or form.sep)[0])}, skiprows: 1}}'."
         )
     others = [separator for separator in _SEPARATORS if len(header) == 1 and separator in header[0]]
     if others:
         raise UsageError(
-            f"the first line of {name} is one column, {join_quoted(header)}, if {form.sep!r} separates columns. Set "
+            f"the first line of {name} is a single column, {join_quoted(header)}, with the separator {form.sep!r}. Set "
             f"--data.reader_kwargs='{{sep: {_written(others[0])}}}'."
         )
     if form.unquoted_by_ending and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):

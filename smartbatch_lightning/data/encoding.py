@@ -105,7 +105,7 @@ class TextEncoder:
         for row, sample in zip(rows, samples, strict=True):
             if not sample.ids or (len(sample.ids) > self.max_length and not self.truncation.pooling):
                 what = "has no tokens. Drop it" if not sample.ids else "has more special tokens than that. Raise it"
-                raise UsageError(f"with max_length {self.max_length} row {row} (counted from 0) {what}.")
+                raise UsageError(f"with max_length {self.max_length}, row {row} (counted from 0) {what}.")
         return samples
 
     def __getstate__(self) -> dict[str, Any]:

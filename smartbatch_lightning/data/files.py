@@ -139,8 +139,8 @@ def _expanded(names: Sequence[str]) -> list[str]:
             if not matching:
                 raise UsageError(f"no file matches {name}. Set --data.dataset to existing files.")
         else:
-            kind = "is a folder; give the files in it, as by a pattern" if path.is_dir() else "is not there"
-            raise UsageError(f"the file {name} {kind}. Set --data.dataset to files that are.")
+            kind = "is a folder; give the files in it, for example by a pattern" if path.is_dir() else "is not there"
+            raise UsageError(f"the file {name} {kind}. Set --data.dataset to existing files.")
         found += matching
     if not found:
         raise UsageError("dataset has a split without files. Set --data.dataset to one or more files for each split.")
@@ -354,8 +354,8 @@ def _check_holds_rows(file: _File, encoding: str) -> None:
     if values and all(isinstance(value, dict | list) for value in values):
         raise UsageError(
             f"{file.name} is one JSON object of columns, not rows. Write rows, as pandas does by "
-            'to_json(path, orient="records", lines=True); or, where it has a list of rows, name its key by '
-            "--data.reader_kwargs='{field: KEY}'."
+            'to_json(path, orient="records", lines=True); or, if one of its keys holds a list of rows, name that key '
+            "by --data.reader_kwargs='{field: KEY}'."
         )
 
 

@@ -146,8 +146,8 @@ class SmartBatchLoader(DataLoader[Any]):
         ranks = self.plan_sampler.num_replicas
         if state and state["consumed"][0][0] != ranks:
             raise UsageError(
-                f"the checkpoint is of {state['consumed'][0][0]} ranks, now there are {ranks}. Pass the data module to "
-                "the Trainer, datamodule=..., instead of its loaders; then it can resume on any number of ranks."
+                f"the checkpoint was written on {state['consumed'][0][0]} ranks, but now there are {ranks}. To resume "
+                "on any number of ranks, pass the data module to the Trainer, datamodule=..., instead of its loaders."
             )
         if state:
             self.plan_sampler.load_state_dict(state)
@@ -167,7 +167,7 @@ def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, 
     try:
         loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": num_workers, **options})
         if loader.timeout and not loader.num_workers:  # which torch sees too late, when it iterates
-            raise ValueError("timeout is for num_workers of 1 or more")
+            raise ValueError("timeout needs num_workers of 1 or more")
     except (TypeError, ValueError) as error:
         raise UsageError(f"loader_kwargs is {options}, which a DataLoader does not take: {error}") from error
     return options

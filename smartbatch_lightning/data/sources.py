@@ -183,8 +183,8 @@ def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ending_of(path.name) in endings]
     if unread := [str(path.relative_to(folder)) for path in found if path.resolve() not in read]:
         rank_zero_warn(
-            f"Of the folder {folder}, {join_quoted(unread)} are not read. To read them too, give files by split, as in "
-            "--data.dataset='{train: [a.csv, b.csv], test: c.csv}'."
+            f"The folder {folder} has files that are not read: {join_quoted(unread)}. To read them too, give files by "
+            "split, as in --data.dataset='{train: [a.csv, b.csv], test: c.csv}'."
         )
 
 

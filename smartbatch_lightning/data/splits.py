@@ -142,7 +142,7 @@ def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, se
     rare = first[counts == 1]
     if len(rare):
         names = join_quoted(task.decode(labels[rare]).to_pylist())
-        rank_zero_info(f"Too few samples to set some aside for validation, so all are trained on: those of {names}.")
+        rank_zero_info(f"Too few samples to set any aside for validation, so all are trained on: {names}.")
     return train, validation
 
 

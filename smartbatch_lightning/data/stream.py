@@ -52,8 +52,8 @@ class StreamDataModule(SmartBatchDataModule):
         stream = splits.pop(self.train_split, None)
         if not isinstance(stream, IterableDataset):
             raise UsageError(
-                f"the split {self.train_split!r} is {type(stream).__name__}; a stream is an IterableDataset. Use "
-                "SmartBatchDataModule for other data."
+                f"StreamDataModule needs an IterableDataset, but the split {self.train_split!r} is "
+                f"{type(stream).__name__}. Use SmartBatchDataModule for other data."
             )
         self._stream = stream
         self._others = {name: data for name, data in splits.items() if not isinstance(data, IterableDataset)}

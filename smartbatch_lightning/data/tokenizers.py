@@ -74,13 +74,13 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
                 f"the tokenizer {name!r} needs {missing}, which is not installed. Install it, then start again."
             ) from error
         raise UsageError(
-            f"the tokenizer {name!r} was not found locally or on the Hub: {root_cause_message(error)} "
-            "Give the path of a folder written by save_pretrained, or a name on the Hub and a network."
+            f"the tokenizer {name!r} was not found locally or on the Hub: {root_cause_message(error)} Give a folder "
+            "written by save_pretrained or a Hub name, and check the network."
         ) from error
     if len(tokenizer) - len(set(tokenizer.all_special_ids)) < _FEWEST_WORDS:
         raise UsageError(
-            f"{name} has no tokenizer, for which transformers makes up one that knows no words. Save the model's own "
-            "there with tokenizer.save_pretrained, or give one by --data.tokenizer."
+            f"{name} has no tokenizer, so transformers would make one up that knows no words. Save the model's "
+            "tokenizer there with tokenizer.save_pretrained, or set --data.tokenizer."
         )
     if 0 < tokenizer.model_max_length < max_length:  # XLNet's says -1
         raise UsageError(

@@ -154,8 +154,8 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
         ) from error
     if not torch.equal(_fingerprint(compared), fingerprint):
         raise UsageError(
-            f"peft_config is {peft_config}, which changes the pretrained weights, and checkpoints leave these out. Set "
-            "init_lora_weights to true."
+            f"peft_config is {peft_config}, which changes the pretrained weights, but checkpoints do not store these. "
+            "Set init_lora_weights to true."
         )
     names = [
         name
@@ -173,7 +173,8 @@ def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None
     """
     if saved != own and (saved is None or own is None or read_peft_config(saved) != read_peft_config(own)):
         raise UsageError(
-            f"the checkpoint's peft_config is {saved}, but this model's is {own}. Set --model.peft_config as it was."
+            f"the checkpoint's peft_config is {saved}, but this model's is {own}. Set --model.peft_config to the "
+            "checkpoint's."
         )
 
 

@@ -79,7 +79,7 @@ def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
         return
     config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     rank_zero_info(
-        f"Padding is {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, also for the model, whose configuration "
+        f"Padding is {tokenizer.pad_token!r}, token {tokenizer.pad_token_id}, for the model too, whose configuration "
         f"had {'none' if before is None else f'token {before}'}."
     )
 

@@ -59,7 +59,7 @@ def check_evaluated(trainer: L.Trainer) -> None:
         return
     for name, value in trainer.callback_metrics.items():
         if name.partition("/")[0] in ("val_loss", "test_loss") and not math.isfinite(value):
-            raise UsageError(f"{name} is {float(value)}, and the other metrics say nothing. {REMEDY}")
+            raise UsageError(f"{name} is {float(value)}, so the other metrics mean nothing. {REMEDY}")
 
 
 def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:

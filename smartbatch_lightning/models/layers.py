@@ -66,8 +66,8 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
     found = len(encoder_layers(model))
     if layers > found:
         raise UsageError(
-            f"freeze_layers is {layers}, but the model has {found} layers with their own weights. Set it to at most "
-            "that."
+            f"freeze_layers is {layers}, but the model has {found} layers with their own weights. Set it to {found} or "
+            "less."
         )
     for parameter, depth in parameter_depths(model).items():
         if depth <= layers:

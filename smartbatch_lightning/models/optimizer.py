@@ -61,7 +61,7 @@ def build_optimizer(
             "another --model.optimizer, or override configure_optimizer."
         ) from error
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer makes a {type(optimizer).__name__}; give a class of torch.optim.Optimizer.")
+        raise UsageError(f"optimizer makes a {type(optimizer).__name__}; give a subclass of torch.optim.Optimizer.")
     for group, (share, learning_rate) in zip(optimizer.param_groups, learning_rates, strict=False):
         if learning_rate is not None:
             group["lr"] = learning_rate

@@ -97,7 +97,9 @@ class Schedule:
                 raise TypeError("last_epoch is set by the Trainer")
             signature.bind(None, **self._all_arguments([0.0], 1))
         except (TypeError, ValueError) as error:
-            raise UsageError(f"lr_scheduler is {self._name} with the arguments {self._arguments}: {error}.") from error
+            raise UsageError(
+                f"lr_scheduler is {self._name} with the arguments {self._arguments}: {error}. Correct them."
+            ) from error
         if (warmup_steps or warmup_ratio) and "num_warmup_steps" not in self._parameters:
             raise UsageError(
                 f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}, but lr_scheduler is {self._name}, "

@@ -151,8 +151,8 @@ class ModelSource:
             check_trusted(self.pretrained, error)
             if (Path(self._path) / "adapter_config.json").is_file():
                 raise UsageError(
-                    f"{self.pretrained!r} holds adapters for another model, and not that model. Give a folder with all "
-                    "weights, as export writes it with adapter=false; or the checkpoint, by --ckpt_path."
+                    f"{self.pretrained!r} holds only adapters, without the weights of their base model. Give a folder "
+                    "with all weights, as export writes it with adapter=false; or the checkpoint, by --ckpt_path."
                 ) from error
             raise UsageError(
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
@@ -189,7 +189,7 @@ class ModelSource:
         missing = set(found["missing_keys"])
         if not {name for name, _ in model.named_parameters()} - missing:
             raise UsageError(
-                f"none of the weights of {self._path!r} is one of {type(model).__name__}, which its configuration "
+                f"none of the weights in {self._path!r} belongs to {type(model).__name__}, which its configuration "
                 "names. Give a folder written by save_pretrained."
             )
         if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):

@@ -55,8 +55,8 @@ def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEnco
     names, label_type = label_names_from_config(config), config.to_dict().get(_LABEL_TYPE)
     if len(set(names)) < len(names):
         raise UsageError(
-            f"the model's configuration has {join_quoted(names)} as names of classes, of which two are the same. Give "
-            "each its own name in id2label."
+            f"the model's configuration has the class names {join_quoted(names)}, of which two are the same. Give each "
+            "class its own name in id2label."
         )
     if label_type is None and all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return None

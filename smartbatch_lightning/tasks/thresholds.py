@@ -33,10 +33,8 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
         raise UsageError(f"the thresholds {path} hold {type(thresholds).__name__}; give numbers by label.")
     names = task.names_with_threshold
     if unknown := [name for name in thresholds if name not in names]:
-        known = f"here are {join_quoted(names)}" if names else "are several a sample, or the second of two classes"
-        raise UsageError(
-            f"the thresholds {path} are for {join_quoted(unknown)}; labels that a threshold decides on {known}."
-        )
+        known = f"here to {join_quoted(names)}" if names else "only to several labels or the second of two classes"
+        raise UsageError(f"the thresholds {path} are for {join_quoted(unknown)}, but thresholds apply {known}.")
     for name, value in thresholds.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not 0 <= value <= 1:
