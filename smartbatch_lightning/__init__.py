@@ -57,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: a plan does not wait for Lightning."""
+    """Imports a public name on first use, so that planning batches need not wait for Lightning."""
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_LAZY_EXPORTS[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m smartbatch_lightning`, which is `smartbatch`."""
+"""`python -m smartbatch_lightning`, the same as `smartbatch`."""
 
 import sys
 

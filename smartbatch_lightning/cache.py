@@ -1,4 +1,4 @@
-"""`smartbatch cache`: what token folders there are, and removing those that were not used for longest."""
+"""`smartbatch cache`: lists the cache entries, and removes the least recently used ones."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ _LIMIT = "SMARTBATCH_CACHE_MAX_SIZE"
 
 
 class CacheHold:
-    """Keeps a folder of the cache from being pruned while this object is there; makes it where need be.
+    """Protects a cache entry from being pruned while this object exists; creates its folder if needed.
 
-    In the folder, `about.txt` says what is in it, its time when that was last used, and a lock that it is in use. A
-    cache that can only be read stays as it is.
+    The folder's `about.txt` describes the content. Its modification time is that of the last use, and a lock on it
+    marks the entry as in use. A read-only cache is left unchanged.
 
     Args:
-        folder: In the cache.
-        about: What is in it.
+        folder: Folder of the entry.
+        about: Description of the content.
     """
 
     def __init__(self, folder: Path, about: str = "") -> None:
@@ -90,20 +90,20 @@ def prune_cache(max_size: str | None = None, folder: str | None = None) -> None:
 
 
 def size_limit() -> int | None:
-    """Bytes that the cache may have, by $SMARTBATCH_CACHE_MAX_SIZE; None where that is not set.
+    """Maximum size of the cache in bytes, from $SMARTBATCH_CACHE_MAX_SIZE; None if that is not set.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: It is not a size.
     """
     given = os.environ.get(_LIMIT)
     return _bytes(given, _LIMIT) if given else None
 
 
 def prune(root: Path, max_size: int) -> int:
-    """Removes what was not used for longest, but nothing that is in use, until the rest has so many bytes at most.
+    """Removes the least recently used entries that are not in use, until at most `max_size` bytes are left.
 
     Returns:
-        Bytes that were removed.
+        Number of bytes removed.
     """
     sizes = {entry: _size(entry) for entry in _entries(root)}
     total, left = sum(sizes.values()), sum(sizes.values())
@@ -137,10 +137,10 @@ def _is_in_use(entry: Path) -> bool:
 
 
 def _locked(entry: Path, exclusive: bool) -> int | None:
-    """An open file with a lock; None where it was removed in the meantime.
+    """File descriptor of the entry's locked `about.txt`; None if the entry has been removed meanwhile.
 
     Raises:
-        OSError: Another process has it; or the system has no such locks.
+        OSError: Another process holds the lock, or the system has no such locks.
     """
     if fcntl is None:
         raise OSError("there are no shared locks on Windows")
@@ -161,7 +161,7 @@ def _about(entry: Path) -> Path:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Folders of tokens, what was used last at the end."""
+    """Folders of the cache entries, most recently used last."""
     return sorted((path for path in root.glob("tokens-*") if path.is_dir()), key=_last_used)
 
 
@@ -171,7 +171,7 @@ def _last_used(entry: Path) -> float:
 
 
 def _size(entry: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
 
 

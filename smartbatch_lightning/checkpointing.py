@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically, and read only when they are whole and hold weights and plain values."""
+"""Checkpoints: written atomically, and read only if undamaged and made of weights and plain values."""
 
 import zipfile
 from collections.abc import MutableMapping
@@ -20,23 +20,23 @@ from xxhash import xxh3_128
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.storage import atomic_write, refused
 
-_MARK = b"xxh3:"  # before the checksum of a file
+_MARK = b"xxh3:"  # precedes the checksum
 
-# Numbers and arrays of numpy and paths, of which arguments are made and which run no code: loaded too, wherever.
+# numpy numbers and arrays and paths, which may be arguments and run no code, can also be loaded, everywhere.
 _NUMPY_TYPES = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"]
 _PLAIN: list[Any] = [np.ndarray, np.dtype, *_NUMPY_TYPES, type(Path())]
-_PLAIN += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # what they are rebuilt by
+_PLAIN += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # the functions that rebuild them
 torch.serialization.add_safe_globals(_PLAIN)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint beside its place and renames it, so that a kill leaves the one before.
+    """Writes a local checkpoint to a temporary file and renames it, so that a kill leaves the previous one.
 
-    A plugin of the Trainer; the command line has it by default.
+    A Trainer plugin, which the command line uses by default.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint atomically, as object stores do by themselves."""
+        """Writes a checkpoint atomically; object stores do so by themselves."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -45,22 +45,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 atomic_write(Path(path), lambda tmp_path: _save(checkpoint, tmp_path))
 
     def load_checkpoint(self, path: _PATH, *args: Any, **options: Any) -> dict[str, Any]:
-        """Reads a checkpoint, with `weights_only` whatever is asked for.
+        """Reads a checkpoint, always with `weights_only`.
 
         Raises:
-            ValueError: It is not there, damaged, or no checkpoint.
+            ValueError: It does not exist, is damaged, or is not a checkpoint.
         """
-        # the weights that Lightning's `ddp_spawn` and its like hand from process to process are no checkpoint
+        # the weights that Lightning's `ddp_spawn` and the like pass between processes are not a checkpoint
         local = path if Path(path).name == ".temp.ckpt" else verified_checkpoint(path)
         return super().load_checkpoint(local, *args[:1], **{**options, "weights_only": True})
 
 
 def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
-    """Leaves arguments that a checkpoint cannot hold out of those that it keeps, and says so.
+    """Removes hyperparameters that a checkpoint cannot store, and says so.
 
     Args:
-        of: Whose arguments they are.
-        hparams: By name; what is no plain value is taken out.
+        of: The object whose hyperparameters they are.
+        hparams: The hyperparameters by name; those that are not plain values are removed.
     """
     for name, value in list(hparams.items()):
         content = BytesIO()
@@ -68,7 +68,7 @@ def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
             torch.save(value, content)
             content.seek(0)
             torch.load(content, weights_only=True)
-        except Exception:  # pickle and what is pickled may raise anything
+        except Exception:  # pickling may raise anything
             del hparams[name]
             rank_zero_info(
                 f"Checkpoints are loaded without running code, so they cannot store {name}={type(value).__name__} of "
@@ -77,31 +77,31 @@ def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Not by Lightning's function, which writes to $TMPDIR first, where there may be no room.
+    """Saves a checkpoint; unlike Lightning's function, not via $TMPDIR, where there may be no space.
 
-    The comment of the zip file that a checkpoint is holds a checksum of all before it: those that zip files have by
-    themselves leave out their directory.
+    A checkpoint is a zip file. Its comment gets a checksum of everything before it, since zip files' own checksums do
+    not cover their directory.
     """
-    with path.open("wb") as file:  # given a path, torch does not say what went wrong
+    with path.open("wb") as file:  # with a path, torch would not say what went wrong
         torch.save(checkpoint, file)
     comment = _checksum(path, -2)
     with path.open("r+b") as file:
-        file.seek(-2, SEEK_END)  # where the length of the comment stands, which is the last entry
+        file.seek(-2, SEEK_END)  # the length of the comment, the last field
         file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def _find_damage(path: str) -> str | None:
-    """What is wrong with a checkpoint's file; None where nothing is."""
+    """What is wrong with a checkpoint's file; None if nothing is."""
     with zipfile.ZipFile(path) as file:
         comment = file.comment
-        if not comment.startswith(_MARK):  # not of this package
+        if not comment.startswith(_MARK):  # not written by this package
             damaged = file.testzip()
             return damaged and f"wrong checksum of {damaged}"
     return None if comment == _checksum(Path(path), -2 - len(comment)) else "wrong checksum"
 
 
 def _checksum(path: Path, end: int) -> bytes:
-    """Of a file's content up to there."""
+    """Checksum of a file's content up to a position."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         return _MARK + xxh3_128(memoryview(content)[:end]).hexdigest().encode()
 
@@ -109,16 +109,16 @@ def _checksum(path: Path, end: int) -> bytes:
 def verified_checkpoint(path: _PATH) -> str:
     """Makes sure that a checkpoint is undamaged and can be loaded without running code.
 
-    torch does not look at the checksums that its files hold, and Lightning runs what a remote checkpoint asks for.
+    torch does not check the checksums in its files, and Lightning would run code in a remote checkpoint.
 
     Args:
-        path: Of a file, or a URL.
+        path: Path of a file, or a URL.
 
     Returns:
-        The path of the file, for a URL that of a temporary copy.
+        The path of the file; for a URL, that of a temporary copy.
 
     Raises:
-        ValueError: It is not there, damaged, or no checkpoint.
+        ValueError: It does not exist, is damaged, or is not a checkpoint.
     """
     remote = "://" in str(path)
     try:

@@ -1,4 +1,4 @@
-"""The command line: prepare, report, fit, validate, test, predict, export, evaluate and cache, by flags and YAML."""
+"""The command line: prepare, report, fit, validate, test, predict, export, evaluate and cache, with flags and YAML."""
 
 import logging
 import os
@@ -67,12 +67,12 @@ class SmartBatchTrainer(L.Trainer):
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.insert(0, RichProgressBar(refresh_rate=5))  # the first to go, before others print what came out
+            callbacks.insert(0, RichProgressBar(refresh_rate=5))  # first: gone before others print
         options.update(with_precision(options))
         super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
         check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
-            # what was logged is there after a kill; by itself it is written every hundredth step
+            # written at every log, so that a kill loses nothing; the default is every hundredth step
             self.loggers.append(CSVLogger(self.logger.log_dir, name="csv", flush_logs_every_n_steps=1))
 
     def prepare(
@@ -91,7 +91,7 @@ class SmartBatchTrainer(L.Trainer):
             weights_only: Ignored, like `ckpt_path`.
         """
         datamodule.trainer = self
-        self.strategy.connect(model)  # whose tokenizer the data module takes
+        self.strategy.connect(model)  # the data module uses its tokenizer
         datamodule.prepare_data()
         echo("The data is prepared. Runs with the same arguments will use it.")
 
@@ -201,7 +201,7 @@ class SmartBatchTrainer(L.Trainer):
 
 
 def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
-    """Removes the default callbacks that this run does not want: early stopping, or writing checkpoints."""
+    """Removes default callbacks that this run does not need: early stopping, or saving checkpoints."""
     kept = [one for one in callbacks if not (isinstance(one, EarlyStop) and one.patience is None)]
     savers = [one for one in kept if isinstance(one, ModelCheckpoint)]
     saves = options.get("enable_checkpointing") is not False and not options.get("barebones")
@@ -213,14 +213,14 @@ def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callb
 class ConfigSaver(SaveConfigCallback):
     """Saves the config next to the logs, and never overwrites another one.
 
-    Lightning's has two choices where a file is there, to replace it or to stop, and without a logger it takes the
-    working directory, where the user's own `config.yaml` may be. Here a run without a logger saves none, and where
-    another config has the name, such as that of `fit` in a folder in which `test` logs, the stage is added to it:
-    `config-test.yaml`, then `config-test-v1.yaml` and so on, numbered as checkpoints are.
+    If the file exists, Lightning's callback either replaces it or fails, and without a logger it writes to the working
+    directory, where the user's own `config.yaml` may be. Here, a run without a logger saves no config. If another
+    config has the name, for example that of `fit` in a folder that `test` logs to, the stage is added:
+    `config-test.yaml`, then `config-test-v1.yaml` and so on, numbered like checkpoints.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Saves the config once a run."""
+        """Saves the config once per run."""
         if not trainer.loggers:
             return
         folder = trainer.log_dir  # on every rank: Lightning broadcasts it
@@ -280,15 +280,15 @@ class SmartBatchCLI(LightningCLI):
     ) -> None:
         called = sys.argv[1:2] if args is None else args[:1] if isinstance(args, list) else []
         if called and called[0] in (commands := self.subcommands()):
-            # of those that are not called the options are not collected, which takes a tenth of a second each
+            # skips collecting the options of other commands, which takes a tenth of a second each
             self.subcommands = lambda: {called[0]: commands[called[0]]}  # type: ignore[method-assign]
         classes: dict[str, type] = {"model": model_class, "data": datamodule_class}
         options = {
             "seed_everything_default": 321,
             "save_config_callback": ConfigSaver,
-            "save_config_kwargs": {"overwrite": True},  # which it never does, but Lightning would stop at its own file
+            "save_config_kwargs": {"overwrite": True},  # else Lightning would refuse its own file
             "parser_class": Parser,
-            "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler are there for that
+            "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler do that
             "trainer_class": SmartBatchTrainer,
             "parser_kwargs": {
                 "version": version("smartbatch_lightning"),
@@ -340,14 +340,14 @@ class SmartBatchCLI(LightningCLI):
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Keeps the arguments too, for `_parse_ckpt_path`."""
+        """Also keeps the arguments, for `_parse_ckpt_path`."""
         self._args = args
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Takes the model's arguments from a local checkpoint where they are not given, and its architecture always.
+        """Takes the model arguments that are not given from a local checkpoint, and always its architecture.
 
-        Lightning takes all of them, silently also in place of those that are given, before any plugin for checkpoints.
+        Lightning would take all of them, silently replacing those given, before any checkpoint plugin is involved.
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
@@ -362,7 +362,7 @@ class SmartBatchCLI(LightningCLI):
         if saved is given:
             return
         parse: Any = self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
-        # of all else what is parsed already: lists to which `+=` adds would get it twice
+        # everything else stays as parsed: lists with `+=` would be extended twice
         self.config = given
         self.config[command].model = parse(self._args, saved.clone())[command].model
         architecture = f"{command}.model.init_args.architecture"
@@ -370,7 +370,7 @@ class SmartBatchCLI(LightningCLI):
             self.config[architecture] = saved[architecture]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Writes checkpoints atomically unless a `CheckpointIO` is given; here, since a list in a config replaces."""
+        """Adds `AtomicCheckpointIO` unless a `CheckpointIO` is given; plugins in a config would replace a default."""
         given = kwargs.pop("plugins", self._get(self.config_init, "trainer", default={}).get("plugins")) or []
         plugins = list(given) if isinstance(given, list | tuple) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -381,7 +381,7 @@ class SmartBatchCLI(LightningCLI):
         return trainer
 
     def _forget_refused_run(self) -> None:
-        """Removes the folders that Lightning has made to log in, where a run was refused before its first step."""
+        """Removes the log folders that Lightning created, if the run was refused before its first step."""
         trainer = getattr(self, "trainer", None)
         if trainer is None or not trainer.is_global_zero or trainer.global_step or not self._new_folders:
             return
@@ -390,17 +390,17 @@ class SmartBatchCLI(LightningCLI):
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 for one in outer:
-                    one.rmdir()  # where no other run is in it
+                    one.rmdir()  # unless another run is in it
 
     def before_predict(self) -> None:
-        """Refuses to overwrite predictions, before the data are tokenized."""
+        """Refuses to overwrite predictions, before the data is tokenized."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
                 callback.check_path()
         self._say_if_demo()
 
     def before_fit(self) -> None:
-        """Says so where the run is the demo."""
+        """Tells the user if the data is the demo."""
         self._say_if_demo()
 
     before_validate = before_test = before_fit
@@ -413,7 +413,7 @@ class SmartBatchCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
-        """Names the command for the real thing after the demo."""
+        """After the demo, prints the command for a real run."""
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "That was the built-in demo. For a real run: smartbatch fit --model.pretrained=bert-base-uncased "
@@ -421,23 +421,23 @@ class SmartBatchCLI(LightningCLI):
             )
 
 
-# Checkpoints that Lightning finds by itself: by a word, by a URL or in its registry.
+# Checkpoints that Lightning resolves itself: keywords, URLs and its registry.
 _NO_FILE = re.compile(r"(last|best|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
-# What a user cannot act on.
+# Warnings that a user cannot act on.
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
-    "using a custom batch sampler",  # ours does return every sample for prediction
+    "using a custom batch sampler",  # ours returns every sample for prediction
     "Total length of `list` across ranks is zero",  # a user who sets no validation data knows
-    "It is recommended to use `self.log",  # on many ranks: what is logged by rank 0 alone is counted over all of them
-    "The dirpath has changed from",  # testing and predicting have folders of their own
+    "It is recommended to use `self.log",  # on several ranks: rank 0 logs figures for all of them
+    "The dirpath has changed from",  # test and predict have their own folders
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
 )
 
 
 @contextmanager
 def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Leaves out warnings that a user cannot act on, and tells a mistake in one line."""
+    """Suppresses warnings that a user cannot act on, and reports a user's mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -454,27 +454,27 @@ def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[Non
 
 
 def _user_message(error: Exception) -> str | None:
-    """The line that stands for an error in place of a traceback; None where it is no mistake of the user's.
+    """The line to print for an error instead of a traceback; None if it is not the user's mistake.
 
-    Lightning refuses some arguments by exceptions that say nothing of their kind but where they come from.
+    Some exceptions with which Lightning refuses arguments can only be recognized by where they were raised.
     """
     for one in exception_chain(error):  # jsonargparse wraps what a constructor raises
         raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(one.__traceback__)]
         refusal = isinstance(one, ValueError | RuntimeError) and "".join(raised_in[-1:]).startswith("lightning.")
         if isinstance(one, UsageError | MisconfigurationException) or refusal:
-            return str(one).strip().rpartition("UsageError: ")[2]  # torch puts a loader process' traceback before it
+            return str(one).strip().rpartition("UsageError: ")[2]  # torch prepends the traceback of a loader process
     if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]
         return "another rank has failed, and this one with it; see the other rank's error."
     return None
 
 
-# Commands that have neither model nor data, which LightningCLI gives to all of its own.
+# Commands without model and data, which all subcommands of LightningCLI have.
 _WITHOUT_MODEL: dict[str, Any] = {"evaluate": evaluate, "cache": {"list": list_cache, "prune": prune_cache}}
 
 
 def main() -> None:
     """Entry point of `smartbatch` and `train.py`."""
-    # classes of the folder it is called in, by class_path; "" would be a config's folder, where jsonargparse reads it
+    # so that class_path finds classes in the working directory; "" would mean a config's folder while that is parsed
     sys.path.insert(0, os.getcwd())
     name = "".join(sys.argv[1:2])
     if name in _WITHOUT_MODEL:

@@ -1,4 +1,4 @@
-"""The terminal: the command that was typed, lines and tables."""
+"""The terminal: the command that was run, and printing lines and tables."""
 
 import re
 import shlex
@@ -13,29 +13,29 @@ from rich.table import Table
 
 
 def command_line() -> str:
-    """The command that was started."""
+    """The command that was run."""
     return _command(sys.argv[1:])
 
 
 def command_to_go_on(checkpoint: str) -> str:
-    """The command that was started, with a checkpoint to go on from."""
+    """The command that was run, with a checkpoint to resume from."""
     kept, skip = [], False
     for argument in sys.argv[1:]:
         if not skip and argument.partition("=")[0] != "--ckpt_path":
             kept.append(argument)
-        skip = argument == "--ckpt_path"  # its value comes next
+        skip = argument == "--ckpt_path"  # its value is next
     return _command([*kept, f"--ckpt_path={checkpoint}"])
 
 
 def _command(arguments: list[str]) -> str:
-    """A program on the PATH goes by its name alone, a script by that of Python and its path as it was given."""
+    """A command line: a program on the PATH by its name alone, a script by `python` and its path as given."""
     program = Path(sys.argv[0]).name
     started = [program] if shutil.which(program) and not program.endswith(".py") else ["python", sys.argv[0]]
     return shlex.join([*started, *arguments])
 
 
 def echo(what: str | Table) -> None:
-    """Prints a line or a table, neither of them wrapped or cut."""
+    """Prints a line or a table, without wrapping or truncating it."""
     console = Console(soft_wrap=isinstance(what, str), markup=False, highlight=False)
     if isinstance(what, Table):
         natural = Measurement.get(console, console.options.update(max_width=1000), what).maximum
@@ -44,12 +44,12 @@ def echo(what: str | Table) -> None:
 
 
 def printable(text: str) -> str:
-    """Text in which control characters, by which a terminal can be made to do things, are written as escapes."""
+    """Text with control characters, which could manipulate a terminal, written as escapes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def table_of(rows: list[dict[str, str]], title: str | None = None) -> Table:
-    """A table with a column for each name, the first one to the left, in which names stand word under word."""
+    """A table with a column for each key, the first aligned to the left; headers have one word per line."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in rows[0]:
         justify = "right" if table.columns else "left"

@@ -1,7 +1,7 @@
 """What a data module and a model tell each other, checked when a run is set up.
 
-Each side has one method for it, so that a foreign data module or model is known by what it is, not by an attribute
-that happens to have the same name.
+Each side has one method for this, so that other data modules and models are not mistaken for ours because of an
+attribute that happens to have the same name.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,28 @@ from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks import Task
 
-# What `enable_packing` sets on a model: an attribute of that one, not of the configuration that others may share.
+# Set by `enable_packing` on a model, not on its configuration, which other models may share.
 TAKES_PACKED_BATCHES = "takes_packed_batches"
 
-# What a model's configuration holds of how texts were cut that it was trained on, so that others are cut alike.
+# Field of a model's configuration with the truncation it was trained with, so that other texts are truncated alike.
 TEXT_TRUNCATION = "text_truncation"
 
 
 @dataclass(frozen=True)
 class TextData:
-    """What a model needs to know of the data.
+    """What a model needs to know about the data.
 
     Attributes:
-        task: Labels and what is learnt of them; None where nothing tells.
-        tokenizer: Whose ids the batches hold.
-        max_length: Tokens of the longest sample there may be.
+        task: The task with its labels; None if unknown.
+        tokenizer: Tokenizer whose ids the batches contain.
+        max_length: Maximum number of tokens in a sample.
         packed: Batches are packed instead of padded.
-        evaluation_splits: Names of the sets of each evaluation stage, `val` and `test`, in the order of their loaders.
-        train_labels: Gives the labels of the training samples as the task encodes them, (num_samples, ...); or None
-            where they are not read.
-        spec: What a batch may hold.
-        truncation: How longer texts are cut, as the model's configuration holds it.
+        evaluation_splits: Names of the data sets of each evaluation stage, `val` and `test`, in the order of the
+            loaders.
+        train_labels: Returns the encoded labels of the training samples, (num_samples, ...), or None if they have not
+            been read.
+        spec: The limits of a batch.
+        truncation: How longer texts are truncated, as stored in a model's configuration.
     """
 
     task: Task | None
@@ -52,17 +53,17 @@ class TextData:
 
 @dataclass(frozen=True)
 class TextModel:
-    """What a data module needs to know of the model.
+    """What a data module needs to know about the model.
 
     Attributes:
         tokenizer_name: Name on the Hub or folder of its tokenizer.
-        tokenizer_kwargs: What of the model's options is for its tokenizer, such as `revision`.
+        tokenizer_kwargs: The model's options that also apply to its tokenizer, such as `revision`.
         config: Its configuration.
-        trained_config: The same where it was trained to classify; None where it has not been.
-        is_demo: It is the embedded demo's, which knows few words.
-        trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None where none tells.
-        sample_weights: Gives what each sample counts for in the mean loss, (num_samples,), of encoded labels; or None
-            where all count alike. To be asked once the model is built.
+        trained_config: The same if the model was trained to classify, else None.
+        is_demo: It is the built-in demo's model, which knows few words.
+        trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
+        sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
+            all are equal. Call it only once the model is built.
     """
 
     tokenizer_name: str
@@ -76,41 +77,41 @@ class TextModel:
 
 @runtime_checkable
 class SupportsTextData(Protocol):
-    """A data module that a `SequenceClassifier` can ask."""
+    """A data module that can inform a `SequenceClassifier`."""
 
     def text_data(self) -> TextData:
-        """What a model needs to know."""
+        """What a model needs to know about the data."""
         ...
 
 
 @runtime_checkable
 class SupportsTextModel(Protocol):
-    """A module that a `SmartBatchDataModule` can ask."""
+    """A module that can inform a `SmartBatchDataModule`."""
 
     def text_model(self) -> TextModel:
-        """What a data module needs to know."""
+        """What a data module needs to know about the model."""
         ...
 
 
 def fingerprint_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """What a data module has left in a checkpoint of the data that it was trained on."""
+    """The fingerprint of the training data that a data module stored in a checkpoint; None if there is none."""
     states = [state for state in checkpoint.values() if isinstance(state, dict)]
     return next((state["fingerprint"] for state in states if "fingerprint" in state), None)
 
 
 def datamodule_of(trainer: L.Trainer | None) -> Any:
-    """The data module of a run; None without one. Lightning sets the attribute only where there is one."""
+    """The data module of a run, or None. Lightning sets the attribute only if there is one."""
     return getattr(trainer, "datamodule", None)
 
 
 def text_data_of(trainer: L.Trainer | None) -> TextData | None:
-    """What the run's data module tells; None for a foreign one or none."""
+    """What the run's data module says; None if it is another kind or there is none."""
     datamodule = datamodule_of(trainer)
     return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
 
 
 def name_of_set(trainer: L.Trainer | None, stage: str, number: int) -> str:
-    """Name of a data set of a stage: of its split where the data module tells, else as Lightning counts loaders."""
+    """Name of a stage's data set: that of its split if the data module gives it, else Lightning's loader number."""
     data = text_data_of(trainer)
     splits = [] if data is None else data.evaluation_splits.get(stage, [])
     return splits[number] if number < len(splits) else f"dataloader_idx_{number}"
@@ -120,7 +121,7 @@ def check_takes_packed_batches(module: L.LightningModule) -> None:
     """Refuses a module whose `transformers` models would read a packed batch as one sample.
 
     Raises:
-        ValueError: None of them was given to `enable_packing`.
+        ValueError: `enable_packing` was called for none of them.
     """
     models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     if models and not any(TAKES_PACKED_BATCHES in vars(model) for model in models):
@@ -131,6 +132,6 @@ def check_takes_packed_batches(module: L.LightningModule) -> None:
 
 
 def text_model_of(trainer: L.Trainer | None) -> TextModel | None:
-    """What the run's module tells; None for a foreign one or none."""
+    """What the run's module says; None if it is another kind or there is none."""
     module = None if trainer is None else trainer.lightning_module
     return module.text_model() if isinstance(module, SupportsTextModel) else None

@@ -1,42 +1,42 @@
-"""What a user can mend: the exception, and how its messages name things and causes."""
+"""Errors that users can fix: the exception, and how its messages name things and causes."""
 
 import difflib
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
-_NEAREST = 0.7  # share of characters that two names have in common, as difflib counts them
+_NEAREST = 0.7  # minimum similarity of two names, as computed by difflib
 _MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 10, 60, 500
 
 
 class UsageError(ValueError):
-    """Something that was given cannot be used; the message says what was met and what to do.
+    """Input that cannot be used; the message says what was found and what to do.
 
-    The command line shows the message alone.
+    The command line prints only the message.
     """
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """The one of some names that a misspelt one is nearest to, in whatever case; none where it is near none."""
+    """The name most similar to a misspelt one, ignoring case, as a list; empty if none is similar."""
     by_lower = {one.lower(): one for one in names}
     return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=_NEAREST)]
 
 
 def did_you_mean(near: Iterable[str]) -> str:
-    """A question that goes on a message; empty where there are no names."""
+    """A question to append to a message; empty without names."""
     names = " or ".join(near)
     return f" Did you mean {names}?" if names else ""
 
 
 def check_trusted(name: str, error: Exception) -> None:
-    """Refuses a model or a tokenizer that brings code of its own, where transformers did so because of that.
+    """Refuses a model or tokenizer with code of its own, if that is why transformers failed to load it.
 
     Args:
-        name: On the Hub, or a folder.
-        error: What loading it without `trust_remote_code` has raised.
+        name: Name on the Hub, or folder.
+        error: The exception raised by loading it without `trust_remote_code`.
 
     Raises:
-        ValueError: It did.
+        ValueError: That is why.
     """
     if "trust_remote_code" in str(error):
         raise UsageError(
@@ -46,10 +46,10 @@ def check_trusted(name: str, error: Exception) -> None:
 
 
 def check_at_least(least: int, **arguments: Any) -> None:
-    """Refuses arguments that are less than so much, or no whole numbers.
+    """Refuses arguments that are not whole numbers or below a minimum.
 
     Raises:
-        ValueError: One is.
+        ValueError: There is one.
     """
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
@@ -59,7 +59,7 @@ def check_at_least(least: int, **arguments: Any) -> None:
 
 
 def join_quoted(names: Iterable[Any]) -> str:
-    """Names, quoted, with commas between them; of many names the first ones, of long names both ends."""
+    """Quoted names, separated by commas: of many names only the first, of long names both ends."""
     listed = list(names)
     shown = [repr(_shorten(name)) for name in listed[:_MOST_NAMES]]
     if len(listed) > _MOST_NAMES:
@@ -68,7 +68,7 @@ def join_quoted(names: Iterable[Any]) -> str:
 
 
 def _shortened(message: str) -> str:
-    """A message without what is in the middle of a very long one."""
+    """A message; if it is very long, without its middle."""
     half = _LONGEST_MESSAGE // 2
     return message if len(message) <= _LONGEST_MESSAGE else f"{message[:half]}...{message[-half:]}"
 
@@ -80,14 +80,14 @@ def _shorten(name: Any) -> Any:
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, and those that libraries have wrapped in it."""
+    """An exception, followed by those that libraries have wrapped in it."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def root_cause_message(error: BaseException) -> str:
-    """What happened at the bottom of an exception, on one line of no more than 500 characters."""
+    """The root cause of an exception, on one line of at most 500 characters."""
     *_, first = exception_chain(error)
     lines = str(first).strip().splitlines()
     return _shortened(f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .")) + "."

@@ -1,4 +1,4 @@
-"""A trained classifier as an ordinary `transformers` folder, which needs nothing of this package."""
+"""Exports a trained classifier as an ordinary `transformers` folder, which does not need this package."""
 
 import copy
 import re
@@ -25,9 +25,9 @@ from smartbatch_lightning.tasks import SingleLabelClassification
 from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE
 
-_SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # by which it is seen that an exported model gives the data's unit
-_MARK = "with smartbatch-lightning"  # by which a card of an export is known
-_IN_PARTS = {  # what a pipeline cannot do, by `truncation`
+_SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # for checking that an exported model predicts in the data's unit
+_MARK = "with smartbatch-lightning"  # identifies the model card of an export
+_IN_PARTS = {  # what a pipeline cannot do, by truncation
     "head_tail": "For texts of more than {} tokens, the model was trained on the beginning and the end, but a pipeline "
     "reads only the beginning; `smartbatch predict` reads both.",
     "windows": "For texts of more than {} tokens, the model was trained on overlapping windows, but a pipeline reads "
@@ -52,7 +52,7 @@ def export_model(
     private: bool | None = None,
     commit_message: str | None = None,
 ) -> None:
-    """Writes weights as safetensors, the configuration with the class names, the tokenizer and a model card.
+    """Exports a model: weights as safetensors, the configuration with class names, the tokenizer and a model card.
 
     `transformers.pipeline("text-classification", folder, truncation=True)` gives the same results as `predict`: the
     tokenizer's maximum length is set to the data's `max_length`, and its truncation side to that of `truncation`. With
@@ -72,9 +72,9 @@ def export_model(
         commit_message: Commit message for the upload.
 
     Raises:
-        ValueError: As for `check_adapter`, `check_export_folder`, `create_repository` and `push_folder`; or the data is
-            not the training data, the model is wrapped, weights are not finite, the disk is full, or the last layer
-            cannot absorb the mean of standardised targets.
+        ValueError: As for `check_adapter`, `check_export_folder`, `create_repository` and `push_folder`; or the data
+            has other labels than the model, the model is wrapped, weights are not finite, the disk is full, or the mean
+            of standardised targets cannot be folded into the last layer.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_adapter(model, adapter)
@@ -100,7 +100,7 @@ def export_model(
     tokenizer = copy.deepcopy(data.tokenizer)  # with the tokens that were added to it
     tokenizer.model_max_length = data.max_length
     tokenizer.truncation_side = data.truncation_in_use.side or "right"
-    tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # else it is not saved
+    tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # otherwise it is not saved
     card = _card(model, data, repo_id or folder.resolve().name, metrics or {}, command, adapter)
     standardization = Standardization.from_fields(model.model.config.to_dict())
     exported: Any = (
@@ -112,25 +112,25 @@ def export_model(
 
     def write(tmp_folder: Path) -> None:
         exported.save_pretrained(tmp_folder)
-        if adapter:  # not beside the adapter, where transformers would look for all weights then
+        if adapter:  # in a subfolder: next to an adapter, transformers would look for all weights
             config = copy.deepcopy(exported.config)
             if hasattr(config, "quantization_config"):
-                del config.quantization_config  # else transformers takes the pretrained weights for stored like that
+                del config.quantization_config  # else transformers expects quantized pretrained weights
             config.save_pretrained(tmp_folder / "config")
         tokenizer.save_pretrained(tmp_folder)
         card.save(tmp_folder / "README.md")
 
-    write_into(folder, write, outdated=[THRESHOLDS_FILE])  # of other weights
+    write_into(folder, write, outdated=[THRESHOLDS_FILE])  # chosen for other weights
     echo(f"Wrote the model to {folder}")
     if repo_id is not None:
         push_folder(folder, repo_id, commit_message)
 
 
 def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list[dict[str, Tensor]]) -> None:
-    """Lets a model give targets in the data's unit, of itself.
+    """Changes a model's last layer so that it predicts targets in the data's unit.
 
     Raises:
-        ValueError: Its last layer has no bias, or is not what gives the logits.
+        ValueError: The layer has no bias, or does not produce the logits.
     """
     model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -149,7 +149,7 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
 
 
 def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
-    """A few texts of the data as a model takes them, each a batch of its own."""
+    """A few of the data's texts as model inputs, each as its own batch."""
     rows = data.splits[data.used_splits[0]].select_columns(data.text_columns)[:_SAMPLES]
     texts = zip(*(rows[column] for column in data.text_columns), strict=True)
     options: dict[str, Any] = {"truncation": True, "max_length": data.max_length, "return_tensors": "pt"}
@@ -158,10 +158,10 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
 
 
 def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
-    """Refuses adapters where there are none or that transformers reads wrongly, and to merge them into coarser weights.
+    """Refuses to export missing adapters or DoRA's, or to merge adapters into quantized weights.
 
     Raises:
-        ValueError: It is one of these.
+        ValueError: This is the case.
     """
     if adapter and model.peft_config is None:
         raise UsageError(
@@ -183,8 +183,8 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
     """Refuses what `export_model` cannot write.
 
     Raises:
-        ValueError: As `check_adapter`; or it is no `SequenceClassifier` trained on a `SmartBatchDataModule`; or its
-            last layer cannot take up the mean of standardised targets.
+        ValueError: As for `check_adapter`; or this is not a `SequenceClassifier` trained on a `SmartBatchDataModule`;
+            or the mean of standardised targets cannot be folded into its last layer.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
@@ -198,10 +198,10 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
 
 
 def check_export_folder(folder: str | Path) -> None:
-    """Refuses a folder that cannot be written, or whose README.md is not of an export.
+    """Refuses a folder that cannot be written, or whose README.md was not written by an export.
 
     Raises:
-        ValueError: It is one of these.
+        ValueError: It is such a folder.
     """
     check_writable(folder, "Give another folder.")
     card = Path(folder) / "README.md"
@@ -243,7 +243,7 @@ def _card(
     settings: dict[str, Any] = {"max_length": data.max_length, **truncation.to_dict(), **asdict(data.spec)}
     settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
     trainer = data.trainer
-    if trainer is not None and trainer.global_step:  # it has trained the model
+    if trainer is not None and trainer.global_step:  # this Trainer has trained the model
         settings |= {
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
@@ -273,7 +273,7 @@ def _card(
 
 
 def _usage(name: str, options: str, max_length: int, adapter: bool) -> str:
-    """Code that gives what `predict` does."""
+    """Example code that gives the same results as `predict`."""
     if not adapter:
         return (
             "from transformers import pipeline\n\n"
@@ -297,12 +297,12 @@ def _table(heading: str, values: dict[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text as it stands, whatever it would mean in Markdown."""
+    """Text with Markdown's special characters escaped."""
     special = r"[\\`*{}\[\]<>|#~&$]|\b_|_\b"  # an underscore within a word means nothing
     return re.sub(f"({special})", r"\\\1", " ".join(printable(text).split()))
 
 
 def _code(language: str, lines: str) -> str:
-    """A block of code, fenced by more backticks than stand in a row in it."""
+    """A code block, fenced by more consecutive backticks than it contains."""
     fence = "`" * max(3, *(1 + len(run) for run in re.findall("`+", lines)), 3)
     return f"{fence}{language}\n{printable(lines)}\n{fence}"

@@ -1,6 +1,6 @@
-"""What the families of transformers' sequence classifiers want of padding, of token types and of the text.
+"""What families of transformers' sequence classifiers need of padding, token types and texts.
 
-Nearly everything is found out from the configuration. What is known by name stands here, each with its reason.
+Nearly everything is derived from the configuration. What depends on the family's name is here, each with its reason.
 """
 
 import inspect
@@ -10,22 +10,22 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedCo
 
 from smartbatch_lightning.errors import UsageError
 
-# Their head reads the last position, whatever stands there. All others read the first one, take the mean of what is
-# not masked, or look for the last token that is not padding.
+# Their head reads the last position, whatever is there. All others read the first one, average the unmasked ones, or
+# look for the last token that is not padding.
 _PADDED_LEFT = ("xlnet",)
 
-# They add the *word* embedding of a token type, so that types of 0 are something else than none.
+# They add the *word* embedding of a token type, so types of 0 are not the same as no types.
 _TYPES_ARE_WORDS = ("ctrl", "gpt2", "gpt_neo", "openai-gpt")
 
-# Their head reads the last end token, and wants as many of these in every sample of a batch.
+# Their head reads the last end token, and needs the same number of end tokens in all samples of a batch.
 _READ_LAST_EOS = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
 
-# What they compute of a text depends on the width of its batch, in transformers itself: by what of them.
+# In transformers itself, their result for a text depends on the width of its batch, for these reasons.
 _DEPEND_ON_WIDTH = {
     "big_bird": "block-sparse attention, in blocks of the whole width",
     "bigbird_pegasus": "block-sparse attention, in blocks of the whole width",
     "canine": "a reduction of the whole width to a quarter",
-    "convbert": "convolutions, which read what is padded",
+    "convbert": "convolutions, which read padding",
     "fnet": "Fourier transforms, which have no mask",
     "funnel": "pooling of neighbouring tokens over the whole width",
     "nystromformer": "landmarks, which are means over the whole width",
@@ -36,25 +36,25 @@ _DEPEND_ON_WIDTH = {
 
 
 def setting(of: PretrainedConfig, name: str, default: Any = None) -> Any:
-    """A value of a configuration, which not every family has."""
+    """A value of a configuration, or a default for families without it."""
     return getattr(of, name, default)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that a table of embeddings needs; more than a tokenizer has tokens where its vocabulary leaves out ids."""
+    """Number of rows that an embedding table needs; more than the number of tokens if the vocabulary skips ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def pad_token_of(config: PretrainedConfig) -> int | None:
-    """The token that a model takes for padding; None where its configuration has none."""
+    """The token that a model treats as padding; None if its configuration has none."""
     token: int | None = setting(config.get_text_config(), "pad_token_id")
     return token
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None) -> int | None:
-    """The token to pad with: what a model's head looks for, where the tokenizer has it for a special token.
+    """The token to pad with: the one that the model treats as padding, if it is a special token of the tokenizer.
 
-    Else the tokenizer's own, else its end token, or its token for unknown words; None where it has none of these.
+    Otherwise the tokenizer's padding token, its end token or its unknown token, in this order; None if it has none.
     """
     wanted = None if config is None else pad_token_of(config)
     special = {*tokenizer.all_special_ids}
@@ -65,38 +65,38 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | 
 
 
 def padding_side(config: PretrainedConfig) -> str:
-    """The side on which padding changes nothing: a decoder reads from the left, and counts positions from there."""
+    """The side on which padding changes nothing: usually the right, since positions are counted from the left."""
     return "left" if config.model_type in _PADDED_LEFT else "right"
 
 
 def takes_token_types(config: PretrainedConfig) -> bool:
-    """Whether a classifier tells the two texts of a pair apart by `token_type_ids`."""
+    """Whether a classifier distinguishes the two texts of a pair by `token_type_ids`."""
     if config.model_type in _TYPES_ARE_WORDS or setting(config, "type_vocab_size", 2) < 2:
         return False
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return True  # code of one's own, whose tokenizer is trusted
+        return True  # custom code, whose tokenizer is trusted
     model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     return "token_type_ids" in inspect.signature(model_class.forward).parameters
 
 
 def reads_last_eos(config: PretrainedConfig) -> bool:
-    """Whether the head reads the last end token, and wants as many of these in all samples."""
+    """Whether the head reads the last end token, and needs the same number of them in all samples."""
     return config.model_type in _READ_LAST_EOS
 
 
 def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
-    """What makes the result of a text depend on how wide its batch is, in transformers itself; None where nothing."""
+    """What makes a text's result depend on the width of its batch, in transformers itself; None if nothing does."""
     if (blocks := setting(config, "num_random_blocks")) and (
         config.attention_type == "original_full" or max_length <= (5 + 2 * blocks) * config.block_size
     ):
-        return None  # BigBird's full attention, which it takes for shorter texts in any case
+        return None  # full attention, which BigBird uses for short texts in any case
     return _DEPEND_ON_WIDTH.get(config.model_type)
 
 
 def drop_caches(config: PretrainedConfig) -> None:
-    """Lets a model give out logits alone, without the keys and values or the states that only generating text wants.
+    """Makes a model return only logits, without the keys and values or states that only text generation needs.
 
-    The pipeline asks decoders for none, but not XLNet, whose states, (length, batch, hidden), it cannot take apart.
+    The pipeline does so for decoders but not for XLNet, whose states, (length, batch, hidden), it cannot split.
     """
     for name in ("use_cache", "use_mems_eval"):
         if setting(config.get_text_config(), name):

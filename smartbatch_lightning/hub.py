@@ -1,4 +1,4 @@
-"""Hugging Face's Hub: loading from it where it can be reached, and pushing an exported model to it."""
+"""The Hugging Face Hub: loading from it if it can be reached, else from its cache; and pushing an exported model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from smartbatch_lightning.errors import UsageError, root_cause_message
 
 @contextmanager
 def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
-    """Within it is loaded what may be on the Hub; in huggingface_hub's offline mode where that cannot be reached.
+    """A context for loading from the Hub, in huggingface_hub's offline mode if the Hub cannot be reached.
 
-    By itself huggingface_hub tries for half a minute to get each file that is not cached, also those that a model need
-    not have, and calls a folder that is not there a wrong name.
+    Otherwise huggingface_hub would try for half a minute to get each file that is not cached, even optional ones, and
+    report a missing folder as an invalid name.
 
     Args:
-        name: Of a repository, or a folder.
+        name: Name of a repository, or a folder.
         repo_type: `model` or `dataset`.
 
     Raises:
-        OSError: There is no such folder; or the Hub cannot be reached, and not all is cached.
+        OSError: There is no such folder; or the Hub cannot be reached, and something is not cached.
     """
     unreachable = None
     try:
@@ -49,14 +49,14 @@ def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
 
 
 def create_repository(repo_id: str, private: bool | None = None) -> str:
-    """Creates a model repository unless it is there, which shows that a folder can be pushed to it.
+    """Creates a model repository unless it exists, and thereby checks that a folder can be pushed to it.
 
     Args:
-        repo_id: Its name, with or without its owner.
-        private: Whether it is private if it is created; None for the owner's default.
+        repo_id: Its name, with or without the owner.
+        private: Whether to make it private if it is created; None for the owner's setting.
 
     Returns:
-        Its name, with its owner.
+        Its name, with the owner.
 
     Raises:
         ValueError: There is no token, or the Hub refuses.

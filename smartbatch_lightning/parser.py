@@ -1,4 +1,4 @@
-"""The command line's parser: help that fits on a screen, and mistakes in one line, with the nearest option."""
+"""The command line's parser: help that fits on a screen, and one-line errors that suggest the nearest option."""
 
 import argparse
 import re
@@ -9,9 +9,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from smartbatch_lightning.errors import did_you_mean, nearest
 
-# What jsonargparse says of an option that there is not, at three levels.
+# jsonargparse's messages for an unknown option, at three levels.
 _NOT_ACCEPTED = re.compile(r"(?:Group '(?P<group>.+)' does not accept o|does not accept o|O)ption '(?P<name>[^']+)'")
-# What jsonargparse says of a value that is of none of several types: these, why it is not each, and the value.
+# jsonargparse's message for a value that has none of several types: the types, why each does not fit, and the value.
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\n"
     r"\s+Errors:\s+- (?P<first>[^\n]*)\n.*?Given value: ",
@@ -20,13 +20,13 @@ _UNION = re.compile(
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with a `--help` of the options that most runs need and `--help_all` for the rest.
+    """LightningCLI's parser, with the most used options in `--help` and all of them in `--help_all`.
 
     Args:
         args: As jsonargparse takes them.
-        classes: Default class of each key that takes a `class_path`, whose options jsonargparse itself does not show.
+        classes: Default class of each key that takes a `class_path`; jsonargparse itself does not show its options.
         most_used: Options to show in `--help`, such as `data.dataset`; all of them if empty.
-        more_commands: Commands with a parser of their own, to name with the others.
+        more_commands: Commands with their own parser, to list with the others.
         options: As jsonargparse takes them.
     """
 
@@ -46,7 +46,7 @@ class Parser(LightningArgumentParser):
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
 
     def options(self) -> dict[str, argparse.Action]:
-        """What may be set, by name: no help for classes, and no keys that hold others; those of commands too."""
+        """All options by name, including those of subcommands, without help flags and keys that only group others."""
         found: dict[str, argparse.Action] = {}
         for action in self._actions:
             if isinstance(action.choices, dict):
@@ -61,7 +61,7 @@ class Parser(LightningArgumentParser):
         return {name: action for name, action in found.items() if not isinstance(action.default, Namespace)}
 
     def format_help(self, *args: Any) -> str:
-        """What `--help` shows."""
+        """The text of `--help`."""
         if not self.most_used:
             return super().format_help(*args)
         command = self.prog.replace(" [options]", "")
@@ -82,15 +82,15 @@ class Parser(LightningArgumentParser):
         return short.format_help()
 
     def format_help_all(self) -> str:
-        """What `--help_all` shows."""
+        """The text of `--help_all`."""
         return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the process, or the parsing of a class, whose parser ends with it."""
+        """Exits with the message in one line, or raises it when parsing a class."""
         super().error(self._one_line(message) if self.exit_on_error else message, ex)
 
     def _one_line(self, message: str) -> str:
-        """Says what is wrong in the terms of the command line; jsonargparse tells of every type why a value is none."""
+        """The problem in terms of the command line; jsonargparse lists for every type why a value does not fit."""
         if command := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.+)\)", message):
             commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
             meant = did_you_mean(nearest(command[1], commands))
@@ -102,7 +102,7 @@ class Parser(LightningArgumentParser):
             return self._unknown(".".join([*keys, *filter(None, unknown.groups())]))
         if not keys:
             return " ".join(message.split())
-        if len(keys) > 1:  # what comes after is of the class that holds the option
+        if len(keys) > 1:  # the rest is about the class that holds the option
             inner = inner.partition("- Expected a <class 'NoneType'>\n  Given value")[0]
         problem = re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL)
         described = problem[0] if problem else inner.partition('":')[2]
@@ -127,14 +127,14 @@ class Parser(LightningArgumentParser):
 
 
 def _expected(union: re.Match[str]) -> str:
-    """The types, or what is wrong with the class that a value names."""
+    """The accepted types, or what is wrong with the class that a value names."""
     if re.search("subclass|dot import", union["first"]):
         return re.sub(r".*callable class: |\.? Got value: .*", "", union["first"]) + ". Got value: "
     return f"expected one of {union['types']}. Got value: "
 
 
 class _HelpAll(argparse._HelpAction):
-    """Shows all options; a subclass so that jsonargparse takes it for a help too, and no setting."""
+    """Shows all options; a subclass, so that jsonargparse treats it as help and not as a setting."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, Parser)

@@ -1,4 +1,4 @@
-"""The precision of the command line's runs where none is given: the fastest that the GPU has in hardware."""
+"""The command line's default precision: the fastest that the GPU supports in hardware."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 def with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds `precision` to arguments of Lightning's Trainer that have none and will take a CUDA GPU, and says so.
+    """Adds `precision` to Trainer arguments without one that will use a CUDA GPU, and says so.
 
-    Products in float32 are then computed in TF32.
+    Float32 matrix products are then computed in TF32.
     """
     plugins = options.get("plugins") or []
     plugins = plugins if isinstance(plugins, list | tuple) else [plugins]
@@ -28,7 +28,7 @@ def with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best_precision(capability: tuple[int, int]) -> tuple[str, str]:
-    """The precision for GPUs of a CUDA capability, and what they have that is the reason."""
+    """The precision for GPUs of a CUDA capability, and the reason."""
     if capability >= (8, 0):  # Ampere
         return "bf16-mixed", "computes in bfloat16"
     if capability >= (7, 0):  # Volta, Turing

@@ -1,18 +1,19 @@
-"""Where training stands: Lightning's loop counters, read and written in this file alone.
+"""Training progress: Lightning's loop counters, which only this file reads and writes.
 
-Lightning keeps how many epochs, batches and optimizer steps were trained in counters that are internal to it (lightning
-2.6, tried by `tests/test_resume.py` and `tests/test_schedules.py`). What is met here:
+Lightning counts trained epochs, batches and optimizer steps in internal counters (lightning 2.6; see
+`tests/test_resume.py` and `tests/test_schedules.py`). This file deals with the following:
 
-- A checkpoint's counters depend on the hook in which it was written. Resumed as they stand, an epoch's last batch ends
-  the epoch without validation and without the hooks of its end; a validation that was due is skipped for good; after an
-  exception a batch is repeated. So they are rewritten before Lightning restores them: to those of a run that stands
-  between two batches.
-- An epoch that `max_steps`, `max_time` or a callback cuts short counts as one that has ended; resumed with more steps,
-  the rest of it would never be trained.
-- No `on_train_epoch_start` is called in an epoch that goes on, so `GradientAccumulationScheduler` is asked here, and
-  `StochasticWeightAveraging` called, which makes its schedule there.
-- A run with nothing left to train ends without the hooks of its end, in which averaged weights become the model's.
-- `estimated_stepping_batches` knows neither that callback's later epochs nor where a second `fit` begins.
+- A checkpoint's counters depend on the hook in which it was written. If resumed unchanged, an epoch's last batch ends
+  the epoch without validation and without its final hooks; a validation that was due is skipped for good; after an
+  exception, a batch is repeated. So the counters are rewritten before Lightning restores them, to those of a run that
+  is between two batches.
+- An epoch that `max_steps`, `max_time` or a callback cuts short counts as finished; when resumed with more steps, the
+  rest of it would never be trained.
+- `on_train_epoch_start` is not called when an epoch is resumed, so `GradientAccumulationScheduler` is queried here, and
+  `StochasticWeightAveraging`, which creates its schedule in that hook, is called here.
+- A run with nothing left to train ends without its final hooks, in which averaged weights become the model's.
+- `estimated_stepping_batches` takes into account neither the later epochs of `GradientAccumulationScheduler` nor where
+  a second `fit` begins.
 """
 
 import math
@@ -30,12 +31,12 @@ from smartbatch_lightning.errors import UsageError
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands, counted by what the optimizer has seen.
+    """Training progress, counted by what the optimizer has seen.
 
     Attributes:
-        epoch: Epochs that have ended.
-        batches: Batches of a rank in the epoch that has begun; None between two epochs.
-        validation_due: Validation comes next.
+        epoch: Number of finished epochs.
+        batches: Batches per rank trained in the current epoch; None between two epochs.
+        validation_due: Whether validation comes next.
     """
 
     epoch: int
@@ -44,10 +45,10 @@ class Position:
 
 
 def check_flags(trainer: L.Trainer) -> None:
-    """Refuses flags of the Trainer with which Lightning would divide by zero, or train nothing.
+    """Refuses Trainer flags with which Lightning would divide by zero or train nothing.
 
     Raises:
-        ValueError: One is out of range.
+        ValueError: A flag is out of range.
     """
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
@@ -56,12 +57,12 @@ def check_flags(trainer: L.Trainer) -> None:
 
 
 def validation_interval(trainer: L.Trainer) -> float | None:
-    """As given, a whole number of batches or a part of an epoch; None where validation goes by the clock."""
-    return getattr(trainer, "val_check_interval", None)  # an attribute that is then not there
+    """The given number of batches or fraction of an epoch; None if the interval is a time."""
+    return getattr(trainer, "val_check_interval", None)  # the attribute is then missing
 
 
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
-    """Batches whose gradients are accumulated for an optimizer step, in an epoch."""
+    """Number of batches accumulated for an optimizer step in an epoch."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -69,13 +70,13 @@ def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
 
 
 def total_steps(trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole training, from its first epoch on; infinite where it has no end."""
-    trainer.fit_loop.setup_data()  # else the number of batches is not known
+    """Optimizer steps of the whole training, from its first epoch on; infinite if it has no end."""
+    trainer.fit_loop.setup_data()  # which sets the number of batches
     return _bounded(trainer, _steps_of_epochs(trainer, 0), 0)
 
 
 def remaining_steps(trainer: L.Trainer) -> float:
-    """Optimizer steps that are still to come."""
+    """Number of optimizer steps still to come."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if epochs.started > epochs.processed and batches.processed < trainer.num_training_batches:
@@ -87,20 +88,20 @@ def remaining_steps(trainer: L.Trainer) -> float:
 
 
 def trained_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps after which so many remain as do, in a training of `total_steps`; without an end those taken."""
+    """Steps to have taken, out of `total_steps`, for the current number to remain; without an end, the steps taken."""
     total = total_steps(trainer)
     return trainer.global_step if math.isinf(total) else int(total - remaining_steps(trainer))
 
 
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
-    """Whether the batches that were trained end an optimizer step, or every so many; an epoch's last ends one."""
+    """Whether an optimizer step has just ended, or a multiple of `every_n_steps`; an epoch's last batch ends one."""
     trained = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     every = trainer.accumulate_grad_batches * every_n_steps
     return bool(trained % every == 0 or trained == trainer.num_training_batches)
 
 
 def position(trainer: L.Trainer) -> Position:
-    """Where training stands; gradients that were still being accumulated are trained again."""
+    """The training progress; batches whose gradients were still being accumulated do not count."""
     loop = trainer.fit_loop
     epochs: Any = loop.epoch_progress.current
     progress = loop.epoch_loop.batch_progress
@@ -113,18 +114,18 @@ def position(trainer: L.Trainer) -> Position:
         trained -= trained % trainer.accumulate_grad_batches
     if cut_short:
         return Position(epochs.processed - 1, trained, False)
-    # the next batch is begun only when a validation that was due is over
+    # the next batch starts only after a validation that was due
     due = trained == batches.ready and _validation_due(trainer) and not _validation_over(trainer)
     return Position(epochs.processed, trained, due)
 
 
 def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) -> None:
-    """Makes the counters that Lightning is about to restore those of a run that stands between two batches.
+    """Rewrites the counters that Lightning is about to restore to those of a run that is between two batches.
 
     Args:
         trainer: In `fit`, with a checkpoint loaded.
-        at: Where training goes on.
-        batches_of_epoch: Batches of a rank in an epoch.
+        at: Where training resumes.
+        batches_of_epoch: Batches per rank in an epoch.
     """
     loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
     before = at.epoch * batches_of_epoch
@@ -132,7 +133,7 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
     validation = loops["epoch_loop.val_loop.batch_progress"]
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
     if at.batches is None:
-        # As after the last batch of an epoch, all hooks of whose end are over.
+        # As after the last batch of an epoch whose final hooks have run.
         trained, completed, begun = batches_of_epoch, batches_of_epoch - 1, 0
         before -= batches_of_epoch
     else:
@@ -146,17 +147,17 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
     batches["is_last_batch"] = trained >= batches_of_epoch
     for counts in (validation["total"], validation["current"]):
         counts.update(ready=0, started=0, processed=0, completed=0)
-    validation["is_last_batch"] = at.batches is None  # else Lightning would count the epoch twice
+    validation["is_last_batch"] = at.batches is None  # otherwise Lightning would count the epoch twice
     if at.validation_due:
-        validation["total"].update(ready=1, started=1)  # by which Lightning knows that it was begun and not ended
-    # the last step is counted after the validation that is still to come, or the end of the epoch
+        validation["total"].update(ready=1, started=1)  # which tells Lightning that it was started but not finished
+    # the last step is counted only after the validation still to come, or the end of the epoch
     outer["_batches_that_stepped"] = steps - (at.batches is None or at.validation_due or trained >= batches_of_epoch)
 
 
 def advance_schedule(scheduler: Any, steps: int) -> None:
-    """Lets a schedule that has just been made stand after so many optimizer steps, as if they had been taken."""
+    """Advances a newly created schedule by a number of optimizer steps, as if they had been taken."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+        warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         if isinstance(scheduler, LambdaLR):  # a function of the step
             scheduler.last_epoch, steps = steps - 1, 1
         for _ in range(steps):
@@ -164,10 +165,10 @@ def advance_schedule(scheduler: Any, steps: int) -> None:
 
 
 def place_schedules(trainer: L.Trainer) -> None:
-    """Lets the schedules of a module of one's own, restored from a checkpoint, stand where as many steps remain.
+    """Moves the restored schedules of a user's own module to the step at which as many steps remain.
 
     Raises:
-        ValueError: Training has other steps than before, and a schedule is no function of the step.
+        ValueError: The number of steps has changed, and a schedule is not a function of the step.
     """
     if math.isinf(total_steps(trainer)):
         return
@@ -187,12 +188,12 @@ def place_schedules(trainer: L.Trainer) -> None:
 
 
 def restore_loaders(trainer: L.Trainer) -> None:
-    """Gives loaders their state in the checkpoint, which Lightning forgets where they were made before it was read."""
+    """Restores the loaders' state, which Lightning does not do if they were created before it read the checkpoint."""
     trainer.fit_loop._load_combined_loader_states()
 
 
 def begin_epoch(trainer: L.Trainer) -> None:
-    """Does what callbacks do as an epoch begins, also where it goes on; called before its first batch."""
+    """Does what callbacks do at the start of an epoch, also when it is resumed; called before its first batch."""
     trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
     for callback in trainer.callbacks if stands_in_epoch(trainer) else []:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):
@@ -200,7 +201,7 @@ def begin_epoch(trainer: L.Trainer) -> None:
 
 
 def stay_stopped(trainer: L.Trainer) -> None:
-    """Ends a run that goes on from a checkpoint of after its early stopping; Lightning would train another epoch."""
+    """Ends a run resumed from a checkpoint written after early stopping; Lightning would train another epoch."""
     stops = [one for one in trainer.early_stopping_callbacks if one.patience is not None]
     stopped = [one for one in stops if one.wait_count >= max(one.patience, 1) or one.stopped_epoch]
     if trainer.ckpt_path and stopped:
@@ -211,23 +212,23 @@ def stay_stopped(trainer: L.Trainer) -> None:
 
 
 def stands_in_epoch(trainer: L.Trainer) -> bool:
-    """Whether Lightning goes on in the middle of an epoch."""
+    """Whether Lightning resumes in the middle of an epoch."""
     return trainer.fit_loop.restarted_mid_epoch
 
 
 def nothing_was_left(trainer: L.Trainer) -> bool:
-    """Whether a `fit` that is over found its training at an end."""
+    """Whether a finished `fit` had nothing left to train."""
     return trainer.fit_loop.is_resuming and trainer.fit_loop.done
 
 
 def count_logged_steps(trainer: L.Trainer) -> None:
-    """Makes loggers count by optimizer steps, wherever training was resumed; called before the first batch."""
+    """Makes loggers count optimizer steps, also after a resume; called before the first batch."""
     if trainer.lightning_module.automatic_optimization:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def batches_per_epoch(trainer: L.Trainer, length: int) -> int:
-    """Batches of a rank in an epoch of a loader of this length."""
+    """Batches per rank in an epoch, for a loader of this length."""
     limit = trainer.limit_train_batches
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         limit = trainer.overfit_batches  # type: ignore[attr-defined]
@@ -235,7 +236,7 @@ def batches_per_epoch(trainer: L.Trainer, length: int) -> int:
 
 
 def _steps_of_epochs(trainer: L.Trainer, first: int) -> float:
-    """Optimizer steps of an epoch and those after it."""
+    """Optimizer steps of an epoch and all later ones."""
     batches, last = trainer.num_training_batches, trainer.max_epochs
     if last == -1 or math.isinf(batches):
         return math.inf

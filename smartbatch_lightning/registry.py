@@ -1,4 +1,4 @@
-"""What is chosen by name: an entry of an open registry, or the import path of one's own."""
+"""Looking things up by name: an entry of an open registry, or the import path of a user's own."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -10,12 +10,12 @@ _Entry = TypeVar("_Entry")
 
 
 def look_up(name: str, registry: Mapping[str, _Entry], argument: str) -> _Entry:
-    """Finds an entry by its name, or imports it by its path.
+    """Returns an entry by its name, or imports it by its path.
 
     Args:
         name: A key of the registry, or an import path such as `ours.by_topic`.
         registry: The entries by name.
-        argument: The argument that was given, for the message.
+        argument: The name of the argument, for the message.
 
     Raises:
         ValueError: There is no such name, or nothing to import at the path.

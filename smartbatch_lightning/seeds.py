@@ -1,11 +1,11 @@
-"""The seed of a run: drawn once, the same on every rank, and kept in its checkpoints."""
+"""The seed of a run: drawn once, the same on every rank, and saved in checkpoints."""
 
 import os
 
 import lightning as L
 import torch
 
-_SEED_EVERYTHING = "PL_GLOBAL_SEED"  # where Lightning's `seed_everything` leaves its seed
+_SEED_EVERYTHING = "PL_GLOBAL_SEED"  # where Lightning's `seed_everything` stores its seed
 
 
 def seed_is_given() -> bool:
@@ -17,7 +17,8 @@ def run_seed(trainer: L.Trainer | None = None) -> int:
     """The seed of `seed_everything`, else that of `torch.manual_seed`, else the one that torch has drawn.
 
     Args:
-        trainer: Of the run, in `setup` or later, which every rank has reached; rank 0's seed is then that of all.
+        trainer: The run's Trainer, if every rank has reached this call, in `setup` or later; all ranks then get rank
+            0's seed.
     """
     seed = int(os.environ[_SEED_EVERYTHING]) if seed_is_given() else torch.initial_seed() % 2**32
     return seed if trainer is None else trainer.strategy.broadcast(seed)

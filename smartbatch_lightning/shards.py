@@ -1,4 +1,4 @@
-"""A table that is written in shards, by one process or several, and joined at the end: a kill loses a shard."""
+"""A table written in shards, by one process or several, and joined at the end, so that a kill loses one shard."""
 
 import json
 import re
@@ -20,14 +20,14 @@ from smartbatch_lightning.storage import atomic_write, lock_folder, refused
 
 
 class TableShards:
-    """Shards of a table, in the folder `NAME.shards` beside the file that they become.
+    """Shards of a table, in the folder `NAME.shards` next to the final file.
 
-    Of each shard every rank writes a part. Parts are written atomically, and a shard counts once all of one run's ranks
-    have written theirs.
+    Every rank writes a part of each shard. Parts are written atomically, and a shard is finished once all ranks of one
+    run have written theirs.
 
     Args:
-        path: The file, Parquet or CSV by its ending.
-        remedy: What to do about a folder that cannot be used, as messages end.
+        path: The final file; its suffix says whether it is Parquet or CSV.
+        remedy: End of the messages about a folder that cannot be used: what to do.
     """
 
     def __init__(self, path: Path, remedy: str) -> None:
@@ -38,17 +38,17 @@ class TableShards:
         self._lock: BaseFileLock | None = None
 
     def take(self, fingerprint: dict[str, Any], *, overwrite: bool) -> int:
-        """Takes the folder for the ranks of this run, until `release`; rank 0 does it.
+        """Locks the folder for the ranks of this run, until `release`; called on rank 0.
 
         Args:
             fingerprint: What the rows depend on, by name.
             overwrite: Remove the shards of a run with another fingerprint.
 
         Returns:
-            Shards that a run with this fingerprint has left, from the first one on.
+            Number of finished shards, counted from the first, left by a run with this fingerprint.
 
         Raises:
-            ValueError: They are of a run with another fingerprint, or another process writes to the folder.
+            ValueError: A run with another fingerprint left shards, or another process is writing to the folder.
         """
         self._lock = lock_folder(self.folder / "run", self.remedy)
         fingerprint = json.loads(json.dumps(fingerprint, default=str))
@@ -69,10 +69,10 @@ class TableShards:
         return 0
 
     def check_shared(self) -> None:
-        """Refuses a folder that rank 0 has taken on a disk of its own.
+        """Refuses a folder that rank 0 has created on a disk of its own.
 
         Raises:
-            ValueError: It is not there.
+            ValueError: The folder is missing on this rank.
         """
         if not self._noted.exists():
             raise UsageError(
@@ -81,7 +81,7 @@ class TableShards:
             )
 
     def release(self) -> None:
-        """Gives the folder back; one without shards is removed."""
+        """Releases the folder; removes it if it has no shards."""
         if self._lock is not None:
             finished = self.num_finished
             self._lock.release()
@@ -91,7 +91,7 @@ class TableShards:
 
     @property
     def num_finished(self) -> int:
-        """Shards that are there, from the first one on."""
+        """Number of finished shards, counted from the first without a gap."""
         parts = self._parts()
         return next(shard for shard in count() if shard not in parts)
 
@@ -102,15 +102,15 @@ class TableShards:
             atomic_write(path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
 
     def join(self, num_shards: int, order_by: str, complete: Callable[[pa.Table], pa.Table]) -> int:
-        """Writes the file atomically, shard by shard, and removes the folder.
+        """Writes the final file atomically, shard by shard, and removes the folder.
 
         Args:
-            num_shards: Shards of the table.
-            order_by: Column by which the rows of each shard are ordered.
-            complete: Given the rows of a shard in order, returns those of the file.
+            num_shards: Number of shards.
+            order_by: Column by which to sort the rows of each shard.
+            complete: Turns the sorted rows of a shard into those of the file.
 
         Returns:
-            Rows of the file.
+            Number of rows in the file.
         """
         parts, num_rows = self._parts(), 0
 
@@ -128,7 +128,7 @@ class TableShards:
         return num_rows
 
     def _parts(self) -> dict[int, list[Path]]:
-        """Files of each shard that is whole."""
+        """Files of each finished shard."""
         found: dict[tuple[int, int], list[Path]] = defaultdict(list)
         for path in self.folder.glob("*.parquet"):
             if named := re.fullmatch(r"(\d+)\.\d+-of-(\d+)\.parquet", path.name):
@@ -144,7 +144,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _write_tables(tables: Iterator[pa.Table], path: Path, suffix: str) -> None:
-    """Writes tables of one schema, one after another; a row group of Parquet each."""
+    """Writes tables with the same schema one after another, in Parquet as one row group each."""
     if suffix == ".csv":
         tables = (_without_formulas(_without_lists(table)) for table in tables)
     make = pyarrow.csv.CSVWriter if suffix == ".csv" else pyarrow.parquet.ParquetWriter
@@ -156,7 +156,7 @@ def _write_tables(tables: Iterator[pa.Table], path: Path, suffix: str) -> None:
 
 
 def _without_lists(table: pa.Table) -> pa.Table:
-    """Lists and other nested values as JSON, since CSV has none."""
+    """The table with lists and other nested values as JSON, for CSV."""
     for number, column in enumerate(table.columns):
         if pa.types.is_nested(column.type):
             rows = [None if row is None else _as_json(row) for row in column.to_pylist()]

@@ -1,4 +1,4 @@
-"""Where derived files live, and how each is written atomically, with a checksum, by one process for all."""
+"""Derived files: where they are, and writing them atomically, with a checksum, by one process for all others."""
 
 import logging
 import math
@@ -18,12 +18,12 @@ from smartbatch_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-_SILENCE = 5.0  # seconds to wait for a lock before saying so
-_ENDING = 30.0  # seconds in which a process that was killed, and its workers, give up a lock
+_SILENCE = 5.0  # seconds of waiting for a lock between two messages
+_ENDING = 30.0  # seconds within which a killed process and its workers release a lock
 
 
 def cache_dir() -> Path:
-    """Folder of everything this package derives: `$SMARTBATCH_CACHE`, else a folder in the user's cache."""
+    """Folder of all files that this package derives: `$SMARTBATCH_CACHE`, else a folder in the user's cache."""
     if chosen := os.environ.get("SMARTBATCH_CACHE"):
         return Path(chosen).expanduser()
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -31,19 +31,19 @@ def cache_dir() -> Path:
 
 
 def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: float = math.inf) -> Path:
-    """Makes a file or folder unless it is there and has the checksum that was noted when it was made.
+    """Creates a file or folder unless it exists and has the checksum stored when it was created.
 
-    Processes that ask at the same time wait for the first and find its result. One that is killed leaves nothing that
-    could be taken for finished; what it leaves is removed by the next.
+    Concurrent processes wait for the first one and use its result. A killed process leaves nothing that looks finished;
+    the next process removes what it left.
 
     Args:
-        path: The file or folder; its checksum is kept beside it, in `NAME.xxh3`.
-        write: Writes it to the path that it is given.
-        patience: Seconds to wait for another process that makes it.
+        path: The file or folder; its checksum is stored next to it, in `NAME.xxh3`.
+        write: Writes it to the path passed to this function.
+        patience: Seconds to wait for another process that is creating it.
 
     Raises:
         ValueError: The folder cannot be written.
-        Timeout: Another process still makes it.
+        Timeout: Another process is still creating it.
     """
     noted = _noted(path)
     if is_valid(path):
@@ -64,13 +64,13 @@ def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: f
 
 
 def write_together(files: Mapping[Path, Callable[[Path], object]]) -> Iterator[Path]:
-    """Makes files as `write_if_missing` does, together with all processes that make the same ones at the same time.
+    """Creates files like `write_if_missing`, dividing the work with all processes that create the same ones.
 
-    Each takes the next one that no other is making, and waits for the last of the others at the end. What a process
-    that is killed was making is made by the others.
+    Each process takes the next file that no other is creating, and at the end waits for those of the others. If a
+    process is killed, another one creates its file.
 
     Yields:
-        The path of each that is there.
+        The path of each finished file.
     """
     others = []
     for path, write in files.items():
@@ -83,12 +83,12 @@ def write_together(files: Mapping[Path, Callable[[Path], object]]) -> Iterator[P
 
 
 def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
-    """Takes a folder until the lock is released or the process ends.
+    """Locks a folder until the lock is released or the process ends.
 
-    Another process that holds it is waited for half a minute: it may have been killed, and be ending.
+    Waits half a minute for another process that holds the lock, since it may have been killed and be about to end.
 
     Raises:
-        ValueError: It still holds it, or the lock cannot be written; the message ends with the remedy.
+        ValueError: Another process still holds the lock, or it cannot be written; the message ends with the remedy.
     """
     with refused(folder, remedy):
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
 
 
 def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
-    """Takes the lock beside a file or folder, and says every few seconds which one is waited for."""
+    """Takes the lock next to a file or folder; while waiting, names it every few seconds."""
     lock, waited = FileLock(f"{path}.lock"), 0.0
     while True:
         try:
@@ -118,7 +118,7 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
 
 
 def is_valid(path: Path) -> bool:
-    """Whether a file or folder has the checksum that was noted when it was made."""
+    """Whether a file or folder has the checksum stored when it was created."""
     try:
         return _noted(path).read_text() == _checksum(path)
     except (OSError, UnicodeDecodeError):
@@ -130,7 +130,7 @@ def _noted(path: Path) -> Path:
 
 
 def _checksum(path: Path) -> str:
-    """Of a file's content, or of the names and contents of all files in a folder; 2 ms for 25 MB."""
+    """Checksum of a file's content, or of the names and contents of all files in a folder; 2 ms for 25 MB."""
     digest = xxh3_128()
     for file in [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file()):
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:".encode())
@@ -141,7 +141,7 @@ def _checksum(path: Path) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file or folder beside its place, flushes it to the disk and renames it: a kill leaves the one before."""
+    """Writes a file or folder to a temporary path, flushes and renames it, so that a kill leaves the previous one."""
     tmp_path = _written(path, write)
     if path.is_dir():
         _remove(path)
@@ -149,18 +149,18 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable[str] = ()) -> list[Path]:
-    """Writes files into a folder, where others may be: each replaces its like when all have been written.
+    """Writes files into a folder that may have others; once all are written, they replace those of the same names.
 
     Args:
         folder: The folder.
-        write: Writes them into the folder that it is given.
-        outdated: Names of files that are removed then, unless they have been written.
+        write: Writes the files into the folder passed to this function.
+        outdated: Names of files to remove afterwards, unless they have been written.
 
     Returns:
-        Their paths.
+        The paths of the files.
 
     Raises:
-        ValueError: That fails, for want of room for example. The files before are left.
+        ValueError: Writing fails, for example because the disk is full. The previous files are kept.
     """
     with refused(folder, "Make room, or give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Where a file or folder has been written that is to be renamed to its path."""
+    """Temporary path of a file or folder that has been written and is to be renamed to `path`."""
     tmp_path = path.with_name(f"{path.name}.unfinished")
     _remove(tmp_path)
     try:
@@ -193,10 +193,10 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def check_writable(folder: str | Path, remedy: str) -> None:
-    """Makes a folder, writes a file into it and removes that.
+    """Checks that a folder can be created and written, with a file that is removed again.
 
     Raises:
-        ValueError: That fails; the message ends with the remedy.
+        ValueError: It cannot; the message ends with the remedy.
     """
     with refused(folder, remedy):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -206,17 +206,17 @@ def check_writable(folder: str | Path, remedy: str) -> None:
 
 @contextmanager
 def refused(path: str | Path, remedy: str) -> Iterator[None]:
-    """Turns what the system has against writing, such as a full disk, into one line that ends with the remedy."""
+    """Turns the system's errors on writing, such as a full disk, into one line that ends with the remedy."""
     try:
         yield
-    except Timeout:  # of a lock, which is an OSError too
+    except Timeout:  # of a lock; also an OSError
         raise
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be written: {error}. {remedy}") from error
     except RuntimeError as error:
         if not isinstance(error.__context__, OSError):
             raise
-        # torch ends a file that cannot be written, and fails at that
+        # torch tries to finish a file that cannot be written, and that fails
         raise UsageError(f"{path} cannot be written: {error.__context__}. {remedy}") from error
 
 

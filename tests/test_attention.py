@@ -243,7 +243,7 @@ def test_enabling_twice_is_enabling_once() -> None:
     ("config", "reason"),
     [
         (MPNetConfig(**SIZES), "have no single stack of layers whose attention can be"),
-        (StableLmConfig(**SIZES, num_key_value_heads=4, pad_token_id=0), "give logits that are .* off"),
+        (StableLmConfig(**SIZES, num_key_value_heads=4, pad_token_id=0), "give logits that differ by"),
         (
             GptOssConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0),
             "fail on them: .*'s_aux'",

@@ -354,7 +354,7 @@ def test_where_all_is_right_it_says_so_and_fits_no_temperature(make, tmp_path: P
     assert told["mistakes"] == told["confusions"] == []
     assert told["temperature"] is None
     assert "There is no mistake." in page.text
-    assert "No temperature was fitted: all is predicted rightly" in page.text
+    assert "No temperature was fitted: all predictions are right" in page.text
     printed = capsys.readouterr().out
     assert "There is no mistake." in printed
     assert "No temperature was fitted" in printed

@@ -1,1 +1,1 @@
-"""Callbacks of the Lightning Trainer, one file each."""
+"""Callbacks for the Lightning Trainer, one per file."""

@@ -1,4 +1,4 @@
-"""The best weights: kept beside the last ones, and training ended where they get no better."""
+"""The best weights: saving them next to the last ones, and stopping when they no longer improve."""
 
 import os
 from itertools import count
@@ -45,18 +45,18 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         if every_n_train_steps is not None:
             check_at_least(1, every_n_train_steps=every_n_train_steps)
-        # in a folder of its own a run that goes on after a kill writes again what it had written
+        # a run resumed after a kill overwrites its own files in a folder of its own
         super().__init__(dirpath, "best", monitor, enable_version_counter=dirpath is None)
         self._given = (monitor, mode)
         self._steps_between = every_n_train_steps
 
     @property
     def state_key(self) -> str:
-        """One for all metrics, which are known only when the data are."""
+        """The same key for all metrics, since the metric is not known before the data."""
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds out what tells which weights are best.
+        """Finds the metric that decides which weights are best.
 
         Raises:
             ValueError: There is no such metric.
@@ -64,7 +64,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if trainer.global_step == 0:  # else this fit goes on where the Trainer's last one ended
+        if trainer.global_step == 0:  # otherwise this fit continues the Trainer's previous one
             self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
             self.best_model_score, self.last_model_path = None, ""
         self._save_on_train_epoch_end = _at_epoch_end(trainer)
@@ -74,15 +74,15 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state, unless it is of another monitored metric."""
+        """Restores the state, unless another metric was monitored."""
         if state_dict["monitor"] == self.monitor:
             super().load_state_dict(state_dict)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to replace what another run has left; by now Lightning has said whether this one goes on with it.
+        """Refuses to replace another run's checkpoints; by now it is known whether this run resumes from one.
 
         Raises:
-            ValueError: The folder that was given has checkpoints, and this run does not start from one of them.
+            ValueError: The given folder has checkpoints, and this run does not start from one of them.
         """
         files = [self._path_of("best"), self._path_of("last")]
         goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
@@ -93,22 +93,22 @@ class BestCheckpoint(ModelCheckpoint):
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Writes `last.ckpt` every so many steps."""
+        """Writes `last.ckpt` every `every_n_train_steps` steps."""
         every = self._steps_between
         if every and between_steps(trainer) and trainer.global_step % every == 0:
             self.write_last(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes `best.ckpt` where there is a better one, and `last.ckpt`, which tells of it."""
-        if self.monitor in trainer.callback_metrics:  # else the epoch ended before its validation
+        """Writes `best.ckpt` if the metric has improved, then `last.ckpt`, whose state includes it."""
+        if self.monitor in trainer.callback_metrics:  # otherwise the epoch ended before its validation
             super().on_train_epoch_end(trainer, pl_module)
         self.write_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes `best.ckpt` where an epoch has several validations.
+        """Writes `best.ckpt` if an epoch has several validations.
 
         Raises:
-            ValueError: Validation, or the check of it before training, does not log the metric.
+            ValueError: Validation, or the sanity check before training, does not log the metric.
         """
         metrics = trainer.callback_metrics
         if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None and self.monitor not in metrics:
@@ -125,7 +125,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         if not self.last_model_path:
             paths = (self._path_of(f"last-v{number}" if number else "last") for number in count())
-            others = self._enable_version_counter  # may lie in the folder, and stay
+            others = self._enable_version_counter  # may be in the folder, and are kept
             self.last_model_path = next(path for path in paths if not (others and self.file_exists(path, trainer)))
         if self.monitor is None:
             self.best_model_path = self.last_model_path
@@ -163,11 +163,11 @@ class EarlyStop(EarlyStopping):
 
     @property
     def state_key(self) -> str:
-        """One for all metrics, which are known only when the data are."""
+        """The same key for all metrics, since the metric is not known before the data."""
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds out what tells whether training gets better.
+        """Finds the metric to monitor.
 
         Raises:
             ValueError: There is no such metric, or no validation.
@@ -186,31 +186,31 @@ class EarlyStop(EarlyStopping):
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs why training ends early."""
+        """Logs why training ended early."""
         if trainer.should_stop and self.stopping_reason_message:
             rank_zero_info(self.stopping_reason_message)
 
     def state_dict(self) -> dict[str, Any]:
-        """As Lightning's, with the metric that it is about."""
+        """Lightning's state plus the monitored metric."""
         return {**super().state_dict(), "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state but for the patience, unless it is of another monitored metric."""
+        """Restores the state except the patience, unless another metric was monitored."""
         if state_dict.get("monitor") != self.monitor:
             return
         super().load_state_dict({**state_dict, "patience": self.patience})
         if self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
-            self.stopped_epoch = 0  # it has more patience than the run that stopped
+            self.stopped_epoch = 0  # this run has more patience than the one that stopped
 
     def _should_skip_check(self, trainer: L.Trainer) -> bool:
         return self.patience is None or super()._should_skip_check(trainer)
 
 
 def _at_epoch_end(trainer: L.Trainer) -> bool | None:
-    """Whether to look at metrics when an epoch ends; None where Lightning knows.
+    """Whether to check metrics at the end of an epoch; None to let Lightning decide.
 
-    It takes a validation after every batch, `val_check_interval=1`, for one after every epoch, `1.0`; and does not look
-    whether validation goes by the clock.
+    Lightning mistakes validation after every batch, `val_check_interval=1`, for validation after every epoch, `1.0`,
+    and does not consider intervals given as times.
     """
     return None if isinstance(validation_interval(trainer), float) else False
 
@@ -218,7 +218,7 @@ def _at_epoch_end(trainer: L.Trainer) -> bool | None:
 def _monitored(
     trainer: L.Trainer, module: L.LightningModule, monitor: str | None, mode: Mode | None
 ) -> tuple[str, Mode] | None:
-    """Name of the metric that tells, and where it is best; None where there is no validation, or none is known."""
+    """Name and mode of the metric to monitor; None if there is no validation, or no metric is known."""
     data = text_data_of(trainer)
     if not trainer.enable_validation or (data is not None and data.evaluation_splits.get("val") == []):
         return None

@@ -1,4 +1,4 @@
-"""Checks before a run that checkpoints can be written, or that one was read."""
+"""Checks before a run that checkpoints can be written, or that one was loaded."""
 
 import lightning as L
 from filelock import BaseFileLock
@@ -20,21 +20,21 @@ class CheckpointPreflight(Callback):
         self._locks: list[BaseFileLock] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the folders whose names are given, so that two runs do not go on from one checkpoint at once.
+        """Locks the checkpoint folders that are already known, so that two runs do not resume from the same checkpoint.
 
         Raises:
-            ValueError: Another run has one of them.
+            ValueError: Another run has locked one of them.
         """
         if stage == "fit":
             self._locks = [lock_folder(folder, _REMEDY) for folder in _checkpoint_folders(trainer)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives them back."""
+        """Unlocks the folders."""
         for lock in self._locks:
             lock.release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives them back."""
+        """Unlocks the folders."""
         self.teardown(trainer, pl_module, "fit")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -47,12 +47,12 @@ class CheckpointPreflight(Callback):
             check_writable(folder, _REMEDY)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to measure a model that was never trained to classify, unless it is about to be."""
+        """Refuses to evaluate a model that was never trained to classify, unless training is about to start."""
         if trainer.state.fn != TrainerFn.FITTING:
             _check_trained(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to measure a model that was never trained to classify."""
+        """Refuses to evaluate a model that was never trained to classify."""
         _check_trained(trainer, pl_module)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,7 +61,7 @@ class CheckpointPreflight(Callback):
 
 
 def _checkpoint_folders(trainer: L.Trainer) -> list[str]:
-    """The local ones that rank 0 writes to, as far as they are known by now."""
+    """Local folders in which rank 0 will write checkpoints, as far as they are known yet."""
     callbacks = trainer.checkpoint_callbacks if trainer.is_global_zero else []
     folders = {str(one.dirpath) for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath}
     return sorted(folder for folder in folders if "://" not in folder)

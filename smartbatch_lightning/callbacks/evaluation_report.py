@@ -1,4 +1,4 @@
-"""Reports of what a model does well and what not, after it was tested or validated."""
+"""Reports on what a model does well and where it fails, after a test or validation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +41,12 @@ class EvaluationReport(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
-        self._logits: Tensor | None = None  # of the batch that is being evaluated
-        self._batches: dict[int, list[dict[str, Tensor]]] = {}  # by number of the data set
+        self._logits: Tensor | None = None  # of the current batch
+        self._batches: dict[int, list[dict[str, Tensor]]] = {}  # by index of the data set
         self._hook: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what cannot be reported before anything is evaluated.
+        """Refuses what cannot be reported, before anything is evaluated.
 
         Raises:
             ValueError: The module is not a `SequenceClassifier`, or the folder cannot be written.
@@ -63,7 +63,7 @@ class EvaluationReport(Callback):
             check_writable(self.folder, "Set another --evaluation.folder.")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins to keep logits: a forward hook sees them also where `step` is overridden."""
+        """Starts collecting logits, in a forward hook, which also works if `step` is overridden."""
         self._batches.clear()
         if self._reports(trainer):
             self._hook = pl_module.register_forward_hook(self._keep)
@@ -77,7 +77,7 @@ class EvaluationReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps labels, lengths and rows beside the logits, on the device."""
+        """Keeps labels, lengths and rows with the logits, on the device."""
         if not self._reports(trainer):
             return
         if self._logits is None:
@@ -94,24 +94,24 @@ class EvaluationReport(Callback):
         self._logits = None
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gathers what all ranks have kept, and writes and logs the reports on rank 0."""
+        """Gathers the results of all ranks, and writes and logs the reports on rank 0."""
         if not self._reports(trainer):
             return
         self._release()
-        assert isinstance(pl_module, SequenceClassifier)  # setup has seen to it
+        assert isinstance(pl_module, SequenceClassifier)  # checked in setup
         numbers = sorted(self._batches)
         for number in numbers:
             gathered = _gathered(self._batches.pop(number), trainer.world_size)
             if trainer.is_global_zero:
                 self._report(trainer, pl_module, number, gathered, several=len(numbers) > 1)
 
-    # a validation by itself is reported as a test is
+    # `validate` is reported like `test`
     on_validation_start = on_test_start
     on_validation_batch_end = on_test_batch_end
     on_validation_end = on_test_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Forgets what an interrupted evaluation has kept."""
+        """Discards the results of an interrupted evaluation."""
         self._release()
         self._batches.clear()
 
@@ -174,7 +174,7 @@ def _texts_of(trainer: L.Trainer, split: str, rows: NDArray[np.integer]) -> Sequ
 
 
 def _gathered(batches: list[dict[str, Tensor]], ranks: int) -> dict[str, Tensor]:
-    """What all ranks have kept, in the order of the rows and each of them once."""
+    """The results of all ranks, in row order, each row once."""
     kept = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if ranks > 1:
         kept = {name: torch.cat(gather_all_tensors(values)) for name, values in kept.items()}

@@ -34,7 +34,7 @@ class MemoryCheck(Callback):
         self.enabled = enabled
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tries the batches."""
+        """Runs the batches."""
         loader = trainer.train_dataloader
         if (
             not self.enabled
@@ -96,7 +96,7 @@ def _restored_afterwards(module: SequenceClassifier) -> Iterator[None]:
 
 @contextmanager
 def _optimizer_state_reserved(trainer: L.Trainer) -> Iterator[None]:
-    """Takes up what the optimizer will hold from the first step on."""
+    """Reserves the memory that the optimizer's state will take from the first step on."""
     held = [
         torch.empty_like(parameter)
         for optimizer in trainer.optimizers

@@ -55,7 +55,7 @@ class ModelExport(Callback):
         self.commit_message = commit_message
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds out before training whether this is a run that can be exported."""
+        """Checks before training that this run can be exported."""
         datamodule = datamodule_of(trainer)
         if self.folder is None:
             return
@@ -66,11 +66,11 @@ class ModelExport(Callback):
                 create_repository(self.push_to_hub, self.private)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes it, on rank 0."""
+        """Exports the model, on rank 0."""
         datamodule = datamodule_of(trainer)
         if self.folder is None or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, SequenceClassifier)  # on_fit_start has seen to it
+        assert isinstance(pl_module, SequenceClassifier)  # checked in on_fit_start
         assert isinstance(datamodule, SmartBatchDataModule)
         export = partial(
             export_model,
@@ -91,12 +91,12 @@ class ModelExport(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not metrics and isinstance(callback, TrainingMonitor) and callback.epochs:
-                metrics = callback.epochs[-1][1]  # where a run that had ended was started again
+                metrics = callback.epochs[-1][1]  # if a finished run was started again
         export(metrics)
 
 
 def _best_path(trainer: L.Trainer) -> str | None:
-    """The checkpoint of the best weights; None where no metric was monitored."""
+    """The checkpoint of the best weights; None if no metric was monitored."""
     saver, callbacks = trainer.checkpoint_callback, trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         return None
@@ -105,7 +105,7 @@ def _best_path(trainer: L.Trainer) -> str | None:
 
 @contextmanager
 def _weights(module: L.LightningModule, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Within it a module has other weights; afterwards its own."""
+    """Temporarily gives a module other weights."""
     own = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
     module.load_state_dict(weights)
     try:

@@ -1,4 +1,4 @@
-"""Predictions as a table."""
+"""Writes predictions as a table."""
 
 from itertools import chain
 from pathlib import Path
@@ -72,32 +72,32 @@ class PredictionWriter(BasePredictionWriter):
         self.columns = [columns] if isinstance(columns, str) else columns or []
         self.overwrite = overwrite
         self.thresholds = thresholds
-        self._by_label: dict[str, float] = {}  # the thresholds, once they are read
+        self._by_label: dict[str, float] = {}  # thresholds, once read
         if self.path.suffix not in (".parquet", ".csv"):
             raise UsageError(
                 f"the predictions' path {path} ends in {self.path.suffix!r}; it has to end in .parquet or .csv."
             )
         self._shards = TableShards(self.path, _REMEDY)
-        self._pending: list[dict[str, Tensor]] = []  # of the shard that is being predicted
+        self._pending: list[dict[str, Tensor]] = []  # of the current shard
         self._shard = 0
-        self._steps: list[int] = []  # of this rank and run, after which each shard is done
+        self._steps: list[int] = []  # number of this rank's batches after which each shard is finished
         self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
         """Refuses to overwrite a file.
 
         Raises:
-            ValueError: It is there.
+            ValueError: It exists.
         """
         if self.path.exists() and not self.overwrite:
             raise UsageError(f"{self.path} already exists. {_REMEDY}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses, before any prediction is made, what could not be written.
+        """Refuses what could not be written, before anything is predicted.
 
         Raises:
-            ValueError: The file is there; a column is not in the input, or has the name of one that is predicted; or
-                the module is no `SequenceClassifier`, and no other callback writes its predictions.
+            ValueError: The file exists; a column is not in the input, or has the name of a column of predictions; or
+                the module is not a `SequenceClassifier`, and no other callback writes its predictions.
         """
         if stage != "predict":
             return
@@ -117,10 +117,10 @@ class PredictionWriter(BasePredictionWriter):
             check_writable(self.path.parent, "Set another --predictions.path.")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves out what a run with the same data and model has written before it was killed.
+        """Skips what a killed run with the same data and model has already written.
 
         Raises:
-            ValueError: Another run has left something, there are several loaders, or thresholds do not fit the task.
+            ValueError: A different run left shards, there are several loaders, or thresholds do not fit the task.
         """
         if not isinstance(pl_module, SequenceClassifier):
             return
@@ -162,7 +162,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Keeps what was predicted, and writes it where it is the last of a shard."""
+        """Keeps a batch's predictions; writes the shard after its last batch."""
         if not isinstance(pl_module, SequenceClassifier):
             return  # another callback writes them
         if "index" not in prediction:
@@ -174,12 +174,12 @@ class PredictionWriter(BasePredictionWriter):
             self._write_shard(trainer, pl_module)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Joins the shards to the file, on rank 0."""
+        """Joins the shards into the file, on rank 0."""
         if not isinstance(pl_module, SequenceClassifier):
             return
-        if self._resumed is not None:  # its loader may be used again
+        if self._resumed is not None:  # the loader may be used again
             self._resumed.load_state_dict({"epoch": self._resumed.epoch, "consumed": []})
-        if self._pending:  # where batches are limited, or the loader is of another kind
+        if self._pending:  # if batches are limited, or the loader is of another kind
             self._write_shard(trainer, pl_module)
         if trainer.is_global_zero:
             carried = _input_of(trainer).select_columns(self.columns).with_format("arrow") if self.columns else None
@@ -188,7 +188,7 @@ class PredictionWriter(BasePredictionWriter):
             echo(f"Wrote {num_rows:,} predictions to {self.path}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Says that the same command goes on."""
+        """Tells the user how to resume."""
         if trainer.predicting and trainer.is_global_zero and self._shard:
             echo(
                 f"{self._shard:,} shards are in {self._shards.folder}. Run the same command again to resume from there."
@@ -196,7 +196,7 @@ class PredictionWriter(BasePredictionWriter):
         self._shards.release()
 
     def _leave_out(self, trainer: L.Trainer, sampler: SmartBatchSampler, steps: int) -> None:
-        """Leaves out the first batches of a loader, which Lightning has counted for its limits and progress bar."""
+        """Skips a loader's first batches, which Lightning has already counted for its limits and progress bar."""
         sampler.load_state_dict({"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, steps)]})
         trainer.predict_loop.max_batches[0] -= steps
         self._steps = [step - steps for step in self._steps]
@@ -212,11 +212,12 @@ class PredictionWriter(BasePredictionWriter):
         table = pa.table({"index": index, **columns})
         self._shards.write(table, self._shard, trainer.global_rank, trainer.world_size)
         self._shard += 1
-        trainer.strategy.barrier("predictions")  # of each shard, or at the end a rank may be behind by a timeout
+        # after each shard, so that no rank falls behind by more than the timeout of a collective
+        trainer.strategy.barrier("predictions")
 
 
 def _input_of(trainer: L.Trainer) -> Dataset:
-    """The rows that are predicted, with all their columns."""
+    """The rows to predict, with all their columns."""
     datamodule = datamodule_of(trainer)
     if not isinstance(datamodule, TextDataModule):
         raise UsageError(
@@ -241,7 +242,7 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
 
 
 def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
-    """The table with columns of its rows in the input, behind `index`; ids of a `ClassLabel` keep their names."""
+    """The table with columns copied from the input after `index`; ids of a `ClassLabel` become names."""
     if carried is None:
         return table
     rows = table["index"].to_numpy()
@@ -253,7 +254,7 @@ def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
 
 
 def _weights_digest(module: L.LightningModule) -> str:
-    """Hash of the parameters and buffers, of a sharded module of this rank's; 0.1 s for BERT-base."""
+    """Hash of the parameters and buffers, for a sharded module only this rank's part; 0.1 s for BERT-base."""
     digest = xxh3_128()
     for tensor in chain(module.parameters(), module.buffers()):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

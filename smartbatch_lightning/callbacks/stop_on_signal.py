@@ -1,4 +1,4 @@
-"""Saving on a signal, on all ranks together, and ending so that the run can go on."""
+"""On a signal, saves on all ranks together and exits, so that the run can be resumed."""
 
 import logging
 import os
@@ -22,8 +22,8 @@ from smartbatch_lightning.progress import between_steps
 
 log = logging.getLogger(__name__)
 
-_MOMENT = 1.0  # seconds in which a launcher such as torchrun passes a signal on that all have received
-# Windows has two of them
+_MOMENT = 1.0  # seconds within which a launcher such as torchrun also passes on a signal that all ranks received
+# Windows has only two of them
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -61,24 +61,24 @@ class StopOnSignal(Callback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Takes the signals."""
+        """Installs the signal handlers."""
         self._received = None
         self._trainer = trainer
         self._take_signals()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes SIGTERM again: Lightning has put its own handler, which waits for other ranks, before this one."""
+        """Installs the SIGTERM handler again: Lightning has put its own, which waits for other ranks, before it."""
         self._take_signals()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Saves and ends if any rank has received a signal, where an optimizer step and all its hooks are done."""
+        """Saves and exits if any rank has received a signal, once an optimizer step and all its hooks are done."""
         if not between_steps(trainer, self.every_n_steps):
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
@@ -93,7 +93,7 @@ class StopOnSignal(Callback):
         raise SystemExit(128 + received)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """After a second Ctrl-C, names the checkpoint that there is."""
+        """After a second Ctrl-C, prints the last checkpoint."""
         if (
             isinstance(exception, KeyboardInterrupt)
             and trainer.state.fn == TrainerFn.FITTING
@@ -104,13 +104,13 @@ class StopOnSignal(Callback):
             _announce(trainer, f"Interrupted after step {trainer.global_step}.", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the trained model where the last one is to be kept."""
+        """Saves the trained model if the last one is to be kept."""
         saver = trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.save_last:
             _save_last(trainer)
 
     def _take_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # no other thread may
             for number in {*_SIGNALS, self.requeue_signal} - {None}:
                 before = signal.signal(number, self._receive)
                 self._handlers.setdefault(number, before)
@@ -127,13 +127,13 @@ class StopOnSignal(Callback):
 
 
 def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
-    """One of the signals that the ranks have received, the same on all."""
+    """One of the signals received by any rank, the same on all ranks."""
     mine = torch.tensor(received or 0, device=trainer.strategy.root_device)
     return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))
 
 
 def _save_last(trainer: L.Trainer) -> str | None:
-    """Saves `last.ckpt` beside the other checkpoints; None where there are none, or the run only tries the code."""
+    """Saves `last.ckpt` next to the other checkpoints; None if there are none or with `fast_dev_run`."""
     saver = trainer.checkpoint_callback
     tried = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or tried:
@@ -141,7 +141,7 @@ def _save_last(trainer: L.Trainer) -> str | None:
     if isinstance(saver, BestCheckpoint):
         saver.write_last(trainer)
     else:
-        # where it is not noted, Lightning takes the file for another's and writes last-v1 from then on
+        # otherwise Lightning would take the file for another run's and write last-v1 from then on
         saver.last_model_path = os.path.join(saver.dirpath, f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}")
         trainer.save_checkpoint(saver.last_model_path)
     return saver.last_model_path

@@ -1,4 +1,4 @@
-"""What a training run does with its time: tokens, padding, waiting, memory and use of the GPU, while it runs."""
+"""Monitors training throughput: tokens, padding, waiting for data, memory and GPU utilization."""
 
 import math
 import sys
@@ -33,16 +33,16 @@ except ImportError:  # on Windows
 
 @dataclass
 class Counts:
-    """What was trained, over all ranks, and the time that it took, without validation.
+    """What was trained, over all ranks, and the time it took, excluding validation.
 
     Attributes:
-        samples: Samples.
-        tokens: Tokens, with padding.
-        real_tokens: Tokens, without.
-        sum_squared_lengths: Sum of the squares of the lengths of samples, or of their windows, on which the cost of
-            attention depends.
-        seconds: Time.
-        data_wait_seconds: Part of the time in which a batch was waited for.
+        samples: Number of samples.
+        tokens: Number of tokens, padding included.
+        real_tokens: Number of tokens without padding.
+        sum_squared_lengths: Sum of the squared lengths of samples or their windows, which determines the cost of
+            attention.
+        seconds: Training time.
+        data_wait_seconds: Time spent waiting for batches.
     """
 
     samples: int = 0
@@ -57,12 +57,12 @@ class Counts:
 
     @property
     def padding_ratio(self) -> float:
-        """Padding over real tokens."""
+        """Padding tokens over real tokens."""
         return self.tokens / max(1, self.real_tokens) - 1
 
     @property
     def real_tokens_per_second(self) -> float:
-        """Real tokens a second, over all ranks."""
+        """Real tokens per second, over all ranks."""
         return self.real_tokens / self.seconds if self.seconds else 0.0
 
 
@@ -96,12 +96,12 @@ class TrainingMonitor(Callback):
         self._trainer: L.Trainer | None = None
         self._epoch: Counts | None = None
         self._unfinished_epoch: tuple[int, Counts, dict[str, float]] | None = None
-        self._restored_metrics: dict[str, float] = {}  # that were known when the checkpoint was written
-        # the epoch in which a resumed run stands, as it was before, until it is trained on
+        self._restored_metrics: dict[str, float] = {}  # known when the checkpoint was written
+        # the unfinished epoch of a resumed run, as it was in the checkpoint, until training continues
         self._goes_on: list[tuple[Counts, dict[str, float]]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Names the device."""
+        """Prints the device."""
         if trainer.is_global_zero:
             device = trainer.strategy.root_device
             name = (
@@ -114,7 +114,7 @@ class TrainingMonitor(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts counting."""
         self._samples = self._tokens = 0
-        self._accumulated: list[tuple[int, int, Tensor]] = []  # batches whose optimizer step is still to come
+        self._accumulated: list[tuple[int, int, Tensor]] = []  # batches whose optimizer step has not been taken yet
         self._on_device = torch.zeros(2, dtype=torch.int64, device=pl_module.device)
         self._validating = 0.0
         self._last_step = trainer.global_step
@@ -122,7 +122,7 @@ class TrainingMonitor(Callback):
         model = pl_module.model if isinstance(pl_module, SequenceClassifier) else None
         self._flops = None
         if self._peak and model is not None and _trains_all_layers(model):
-            with suppress(Exception):  # there are many kinds of models, and a run must not end for a figure
+            with suppress(Exception):  # there are many kinds of models, and a run must not fail because of a figure
                 self._flops = training_flops(model.config, one_token=reads_one_token(model))
         self._start = perf_counter()
         self._data_wait = 0.0
@@ -133,21 +133,21 @@ class TrainingMonitor(Callback):
         self._goes_on.clear()
         if self._unfinished_epoch is not None:
             (epoch, counts, metrics), self._unfinished_epoch = self._unfinished_epoch, None
-            if epoch == trainer.current_epoch:  # goes on, without an on_train_epoch_start
+            if epoch == trainer.current_epoch:  # it is resumed, without an on_train_epoch_start
                 self._goes_on.append((counts, metrics))
-            else:  # that was its last step
+            else:  # it had finished
                 self.epochs.append((counts, metrics))
-        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # one that had ended early
+        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # cut short by the previous run
             self._goes_on.append(self.epochs.pop())
         for counts, _ in self._goes_on:
             self._before_epoch -= counts
         self._trainer, self._epoch = trainer, None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Marks where the epoch starts; by now the metrics of the one before are there."""
+        """Records where the epoch starts; by now the metrics of the previous one are known."""
         self._close_epoch()
         self._before_epoch = self._snapshot(trainer)
-        if not self._samples:  # the first one, after whatever other callbacks have tried
+        if not self._samples:  # the first epoch, after other callbacks may have run batches
             self._before_log = self._before_epoch
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
@@ -155,9 +155,9 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the batches of an optimizer step, without waiting for the device; logs where Lightning does.
+        """Counts the batches of an optimizer step, without waiting for the device; logs in the same steps as Lightning.
 
-        A resume trains again what was accumulated of one, so that is not counted.
+        Batches of an unfinished optimizer step are not counted, since a resumed run trains them again.
         """
         lengths = window_lengths(batch)
         if lengths is None:
@@ -179,11 +179,11 @@ class TrainingMonitor(Callback):
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops the clock."""
+        """Stops the clock during validation."""
         self._validation_start = perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts it again."""
+        """Starts the clock again."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validating += perf_counter() - self._validation_start
 
@@ -202,13 +202,13 @@ class TrainingMonitor(Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes down the last epoch, also where a restarted run had nothing left to train of it."""
+        """Records the last epoch, also if a restarted run had nothing left to train in it."""
         self._close_epoch()
         self.epochs += self._goes_on
         self._trainer = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Prints the table, and what batching saved, on rank 0, when the progress bar has gone."""
+        """Prints the table and what batching saved, on rank 0, after the progress bar is removed."""
         if stage != "fit" or not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
         echo(_table(self.epochs, self.total))
@@ -227,11 +227,11 @@ class TrainingMonitor(Callback):
 
     @property
     def total(self) -> Counts:
-        """What was trained in all epochs."""
+        """The sum of all epochs."""
         return Counts(*map(sum, zip(*(astuple(counts) for counts, _ in self.epochs), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs, for the table at the end of a run that is resumed, and the command, for a model card."""
+        """The epochs, for a resumed run's table, and the command, for the model card."""
         ended = self._ended_epoch()
         state: dict[str, Any] = {
             "epochs": [(asdict(counts), metrics) for counts, metrics in [*self.epochs, *ended]],
@@ -243,7 +243,7 @@ class TrainingMonitor(Callback):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores them."""
+        """Restores the epochs."""
         self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
         self._restored_metrics = self.epochs[-1][1] if self.epochs else {}
         if "unfinished_epoch" in state:
@@ -251,13 +251,13 @@ class TrainingMonitor(Callback):
             self._unfinished_epoch = (epoch, Counts(**counts), self._restored_metrics)
 
     def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
-        """The epoch that has ended and is not among `epochs` yet, with the metrics that are known by now."""
+        """The finished epoch that is not in `epochs` yet, with its metrics so far; empty if there is none."""
         if self._epoch is None or self._trainer is None:
             return []
         return [(self._epoch, self._metrics())]
 
     def _metrics(self) -> dict[str, float]:
-        """Those that are known by now; as in a run that goes on, those of before a resume until they come again."""
+        """The current metrics; after a resume, those from the checkpoint until they are computed again."""
         assert self._trainer is not None
         known = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
         return self._restored_metrics | known
@@ -280,14 +280,14 @@ class TrainingMonitor(Callback):
         if self._peak and self._flops:
             flops = self._flops.of(window.samples, window.real_tokens, window.sum_squared_lengths)
             logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
-        # straight to the loggers, as Lightning's LearningRateMonitor does: `log` would move each figure to the device
-        # and back, and wait for it every time
+        # straight to the loggers, like Lightning's LearningRateMonitor: `log` would move each figure to the device and
+        # back, and wait for it every time
         figures = {f"throughput/{name}": value for name, value in logged.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step - 1)
 
     def _snapshot(self, trainer: L.Trainer, read: Callable[[Tensor], list[int]] = Tensor.tolist) -> Counts:
-        """What was trained until now; waits for the other ranks, and once for the device, where `read` does."""
+        """What was trained so far; waits for the other ranks, and once for the device, in `read`."""
         here = nn.functional.pad(self._on_device, (2, 0))
         here[0], here[1] = self._samples, self._tokens  # without a wait, unlike a copy of a new tensor
         counted = trainer.strategy.reduce(here, reduce_op="sum")
@@ -295,7 +295,7 @@ class TrainingMonitor(Callback):
         samples, tokens, real_tokens, squares = read(counted)
         seconds = perf_counter() - self._start - self._validating
         loader = _loader(trainer)
-        if loader is not self._loader:  # made again, and counting from 0
+        if loader is not self._loader:  # recreated, and counting from 0
             self._loader, self._loader_seconds = loader, 0.0
         if loader is not None:
             self._data_wait += loader.data_wait_seconds - self._loader_seconds
@@ -304,7 +304,7 @@ class TrainingMonitor(Callback):
 
 
 def metrics_in(checkpoint: dict[str, Any]) -> dict[str, float]:
-    """The metrics that were known when a checkpoint was written, where a run with a `TrainingMonitor` wrote it."""
+    """The metrics stored in a checkpoint by a `TrainingMonitor`; empty without one."""
     state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
     if "unfinished_epoch" in state:
         metrics: dict[str, float] = state["unfinished_epoch"][2]
@@ -313,7 +313,7 @@ def metrics_in(checkpoint: dict[str, Any]) -> dict[str, float]:
 
 
 def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
-    """A row for each epoch, and a last one for all."""
+    """A row for each epoch, and a last one for the total."""
     names = [name for name in sorted(epochs[-1][1]) if name == "train_loss" or name.startswith("val_")]
     rows = [(str(number), counts, metrics) for number, (counts, metrics) in enumerate(epochs)]
     return table_of(
@@ -332,19 +332,19 @@ def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Tabl
 
 
 def _loader(trainer: L.Trainer) -> SmartBatchLoader | None:
-    """The training loader, if it says how long batches are waited for."""
+    """The training loader, if it measures the time spent waiting for batches."""
     return loader if isinstance(loader := trainer.train_dataloader, SmartBatchLoader) else None
 
 
 def _trains_all_layers(model: nn.Module) -> bool:
-    """Whether no layer is frozen, be it below the trained ones or under an adapter; embeddings take no operations."""
+    """Whether no layer is frozen, neither below trained ones nor under an adapter; embeddings take no operations."""
     layers = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
     weights = (parameter for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
     return all(weight.requires_grad for weight in weights)
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes; NaN on Windows, where Python does not know them."""
+    """Peak memory in bytes; NaN on Windows, where Python cannot tell it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -1,1 +1,1 @@
-"""From a data set by its name to batches of tensors."""
+"""From the name of a data set to batches of tensors."""

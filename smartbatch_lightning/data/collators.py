@@ -17,7 +17,7 @@ Collator = Callable[[Rows], Any]
 
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids")
 _DEFAULT = BatchSpec()
-_LEAST_SLOTS = 32  # for samples in a row that is filled up
+_LEAST_SLOTS = 32  # minimum number of samples in a filled row
 _TOKENS_OF_A_SLOT = 128
 
 
@@ -60,12 +60,12 @@ class PadCollator:
         """Tensors of a batch.
 
         Args:
-            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and numbers.
+            rows: For each sample `input_ids` and optionally `token_type_ids`, both of shape (length,), and numbers.
 
         Returns:
-            `input_ids`, `attention_mask` and perhaps `token_type_ids` (batch, width), int64; everything else
-            (batch, ...). Windows are rows, of which `window_counts` (batch,) says how many each sample has, and
-            `window_pooling` how their logits are pooled.
+            `input_ids`, `attention_mask` and, if given, `token_type_ids` (batch, width), int64; everything else
+            (batch, ...). With windows, each is a row; `window_counts` (batch,) has the number of each sample's windows,
+            and `window_pooling` says how their logits are pooled.
         """
         lengths, windows = _window_lengths(rows, self.spec)
         width = int(self.spec.width(lengths.max()))
@@ -111,14 +111,15 @@ class PackCollator:
         """Tensors of a batch.
 
         Args:
-            rows: For each sample `input_ids`, perhaps `token_type_ids`, both of shape (length,), and numbers.
+            rows: For each sample `input_ids` and optionally `token_type_ids`, both of shape (length,), and numbers.
 
         Returns:
-            `input_ids`, `position_ids`, which start again at 0 in each sample, and perhaps `token_type_ids`
-            (1, tokens), int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and
-            the end; `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...).
-            Where the row is filled up, also the number `num_samples`. A window counts as a sample in all of these, and
-            `window_counts` (batch,) says how many each row has, `window_pooling` how their logits are pooled.
+            `input_ids`, `position_ids`, which restart at 0 in each sample, and, if given, `token_type_ids` (1, tokens),
+            int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and the end;
+            `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...). If the
+            row is filled up, also `num_samples`, the number of real samples. With windows, each counts as a sample in
+            all of these; `window_counts` (batch,) has the number of each row's windows, and `window_pooling` says how
+            their logits are pooled.
         """
         lengths, windows = _window_lengths(rows, self.spec)
         longest = int(lengths.max())
@@ -141,7 +142,7 @@ class PackCollator:
         return {**batch, **constant, **windows, **_numbers(rows)}
 
     def _fill(self, lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-        """Lengths with those of the samples that fill the row up, then empty ones up to a power of two."""
+        """Lengths, followed by those of the padding samples, then empty ones up to a power of two."""
         missing = -int(lengths.sum()) % self.spec.pad_to_multiple_of
         fillers = np.diff([*range(0, missing, longest), missing])
         least = (int(lengths.sum()) + missing) // _TOKENS_OF_A_SLOT
@@ -150,7 +151,7 @@ class PackCollator:
         return np.concatenate((lengths, fillers, empty))
 
 
-# By `padding`: makes a collator of a tokenizer and a `BatchSpec`.
+# By `padding`: creates a collator from a tokenizer and a `BatchSpec`.
 COLLATORS: dict[str, Callable[[PreTrainedTokenizerBase, BatchSpec], Collator]] = {
     "longest": PadCollator.from_tokenizer,
     "max_length": PadCollator.from_tokenizer,
@@ -159,7 +160,7 @@ COLLATORS: dict[str, Callable[[PreTrainedTokenizerBase, BatchSpec], Collator]] =
 
 
 def batch_lengths(batch: Any) -> Tensor | None:
-    """Real tokens of each sample of a batch that either collator made, on its device. Shape (batch,); else None."""
+    """Real tokens of each sample, on the batch's device. Shape (batch,); None if neither collator made the batch."""
     lengths = window_lengths(batch)
     if lengths is None or "window_counts" not in batch:
         return lengths
@@ -167,7 +168,7 @@ def batch_lengths(batch: Any) -> Tensor | None:
 
 
 def window_lengths(batch: Any) -> Tensor | None:
-    """The same of each window of the samples, which without windows is the same. Shape (windows,)."""
+    """Real tokens of each window; without windows, of each sample. Shape (windows,); else None."""
     if isinstance(batch, Mapping) and "cu_seq_lens_q" in batch:
         return torch.diff(batch["cu_seq_lens_q"])[: batch.get("num_samples")]
     if isinstance(batch, Mapping) and "attention_mask" in batch:
@@ -177,7 +178,7 @@ def window_lengths(batch: Any) -> Tensor | None:
 
 
 def _window_lengths(rows: Rows, spec: BatchSpec) -> tuple[NDArray[np.int64], dict[str, Any]]:
-    """Tokens of each window of the samples, (windows,), and what tells a model of the windows, where there are any."""
+    """Tokens of each window of the samples, (windows,), and the batch entries about windows, if there are any."""
     lengths = np.array([len(row["input_ids"]) for row in rows])
     if spec.window_pooling is None or spec.max_length is None:
         return lengths, {}
@@ -192,7 +193,7 @@ def _token_columns(rows: Rows) -> list[str]:
 
 
 def _numbers(rows: Rows) -> dict[str, Tensor]:
-    """The columns that hold numbers for each sample, as tensors (batch, ...)."""
+    """The numeric columns as tensors (batch, ...)."""
     columns = {}
     for name, first in rows[0].items():
         if name in (*_TOKEN_COLUMNS, "attention_mask"):

@@ -1,4 +1,4 @@
-"""CSV and TSV files: their layout, with every row checked; and labels, which are numbers or words by what all are."""
+"""CSV and TSV files: their layout, with every row checked, and whether their labels are numbers or words."""
 
 import codecs
 import csv
@@ -21,22 +21,22 @@ OPTIONS = (
     "sep", "delimiter", "names", "column_names", "header", "encoding", "encoding_errors", "quoting", "quotechar",
     "doublequote", "escapechar", "skipinitialspace", "skiprows", "nrows", "na_values", "keep_default_na",
 )  # fmt: skip
-# As a CSV file writes numbers with a fraction, and what is none.
+# Numbers with a fraction as written in CSV files, and values that are not numbers.
 _NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
-# As a writer that quotes fields writes one that holds a quote.
+# A field with a quote in it, as written by a writer that quotes fields.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
-_MOST_LINES_QUOTED = 10  # of a field; quotes that are farther apart are of two texts
+_MOST_LINES_QUOTED = 10  # lines of one field; quotes farther apart belong to two texts
 _LONGEST_FIELD = 2**31 - 1
 _SEPARATORS = ",;\t|"
 
 
 @dataclass(frozen=True)
 class _Format:
-    """How a file is read, by pandas' arguments of these names; `header` is either 0 or None.
+    """How a file is read, with the names of pandas' arguments; `header` is either 0 or None.
 
     Attributes:
-        unquoted_by_ending: Fields are not quoted since the file's ending says so, not the user.
+        unquoted_by_ending: Fields are not quoted because of the file's extension, not because the user said so.
     """
 
     sep: str
@@ -55,14 +55,14 @@ class _Format:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], *, tabs: bool) -> "_Format":
-        """The format that a user's options name.
+        """The format specified by a user's options.
 
         Args:
-            options: Of `OPTIONS`.
-            tabs: The file's ending tells that tabs separate fields, which are then not quoted.
+            options: Some of `OPTIONS`.
+            tabs: By the file's extension, fields are separated by tabs and not quoted.
 
         Raises:
-            ValueError: An option is of a kind that cannot be checked.
+            ValueError: An option has a value that cannot be checked.
         """
         sep = options.get("sep") or options.get("delimiter") or ("\t" if tabs else ",")
         names = options.get("names") or options.get("column_names")
@@ -98,7 +98,7 @@ class _Format:
         )
 
     def rows(self, lines: Iterator[str]) -> Any:
-        """Rows of a file, lists of fields; errors rather than guesses where quotes are not in pairs."""
+        """Rows of a file as lists of fields; unpaired quotes are an error."""
         return csv.reader(
             lines,
             delimiter=self.sep,
@@ -114,20 +114,20 @@ class _Format:
 def csv_reader_kwargs(
     path: str, name: str, digest: str, options: Mapping[str, Any], *, tabs: bool
 ) -> tuple[dict[str, Any], int]:
-    """Checks that every row of a file has all of its fields, and no more.
+    """Checks that every row of a file has the right number of fields, and returns how to read it.
 
-    pandas, which `datasets` reads by, takes the first of too many fields for an index, fills up too few, and goes on
-    reading where a quote is not closed.
+    pandas, which `datasets` uses, takes the first of too many fields for an index, fills up missing ones, and reads on
+    after an unclosed quote.
 
     Args:
-        path: Of the file.
-        name: Of the file, for messages.
-        digest: Of its content; what has been checked is remembered by it.
-        options: What a user gives, of `OPTIONS`.
-        tabs: The file's ending tells that tabs separate fields, which are then not quoted.
+        path: Path of the file.
+        name: Name of the file, for messages.
+        digest: Hash of its content; a file with the same hash is not checked again.
+        options: The user's options, some of `OPTIONS`.
+        tabs: By the file's extension, fields are separated by tabs and not quoted.
 
     Returns:
-        Arguments of `datasets.load_dataset` by which all columns are text as it stands in the file, and the number of
+        Arguments of `datasets.load_dataset` with which all columns are text exactly as in the file, and the number of
         rows.
 
     Raises:
@@ -194,15 +194,15 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
 
 
 def _is_utf8(encoding: str) -> bool:
-    """Whether an encoding is UTF-8 by any of its names; files in it may begin with a byte order mark."""
+    """Whether an encoding is UTF-8 under any name; such files may begin with a byte order mark."""
     try:
         return codecs.lookup(encoding).name == "utf-8"
-    except LookupError:  # which is told where the file is opened
+    except LookupError:  # reported when the file is opened
         return False
 
 
 def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeError) -> UsageError:
-    """What to say of a file that is not in an encoding."""
+    """The error for a file that is not in an encoding."""
     found = str(error)
     if isinstance(error, UnicodeDecodeError):
         found = f"the byte 0x{error.object[error.start]:02x}"
@@ -213,7 +213,7 @@ def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeErr
 
 
 def _without_nul(lines: Iterable[str]) -> Iterator[str]:
-    """Refuses characters at which pandas ends a field, and of which UTF-16 is full."""
+    """Refuses NUL characters, at which pandas ends a field; UTF-16 text read as another encoding is full of them."""
     for line in lines:
         if "\0" in line:
             raise UnicodeError("a character 0x00")
@@ -221,7 +221,7 @@ def _without_nul(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows, each with the number of its first line."""
+    """Rows with the number of their first line."""
     line = skipped + 1
     try:
         for row in rows:
@@ -236,12 +236,12 @@ def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[st
 
 
 def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name: str, form: _Format) -> int:
-    """Number of rows, each of which has a field for each column."""
+    """Number of rows; refuses a row that does not have a field for each column."""
     width, count = len(columns), 0
     for line, row in rows:
         if count == form.nrows:
             break
-        if not row:  # which pandas leaves out
+        if not row:  # skipped by pandas
             continue
         if len(row) != width:
             raise UsageError(
@@ -259,7 +259,7 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
 
 
 def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterator[tuple[int, list[str]]]:
-    """Refuses fields that were written in quotes: with quotes in them doubled, or over several lines."""
+    """Refuses fields that look quoted: with doubled quotes in them, or over several lines."""
     opened = -_MOST_LINES_QUOTED
     for line, row in rows:
         for field in row:
@@ -302,7 +302,7 @@ def _written(separator: str) -> str:
 
 
 def _column_names(header: list[str]) -> tuple[str, ...]:
-    """A column without a name, and each of those that are named alike, gets its number."""
+    """Column names; columns without a name or with repeated names get their position appended."""
     counts, names = Counter(header), []
     for number, cell in enumerate(header):
         name = cell
@@ -325,7 +325,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def with_typed_labels(dataset: Dataset, column: str) -> Dataset:
-    """Labels of a CSV file: numbers or truth values where all are written so, else words; an empty field is none."""
+    """Labels of a CSV file as numbers or booleans if all are written so, else as text; empty fields become null."""
     if column not in dataset.column_names or not len(dataset):
         return dataset
     text = dataset.select_columns(column).with_format("arrow")[:].column(column)
@@ -335,14 +335,14 @@ def with_typed_labels(dataset: Dataset, column: str) -> Dataset:
     elif _all_match(labels, "^(True|False)$"):
         labels = pc.equal(labels, "True")
     elif _are_decimals(labels):
-        labels = labels.cast(pa.float64())  # of which what is not finite is refused
+        labels = labels.cast(pa.float64())  # those that are not finite are refused later
     typed = dataset.remove_columns(column)
     fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
     return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)
 
 
 def _are_decimals(labels: pa.ChunkedArray) -> bool:
-    """Whether all are numbers, some with a fraction; words such as `1e5` and `10e4` are of two classes."""
+    """Whether all are numbers and some have a fraction; `1e5` and `10e4` are words, of two classes."""
     if not _all_match(labels, f"^({_NUMBER}|{_NOT_FINITE})$") or _all_match(labels, f"^([^.eE]+|{_NOT_FINITE})$"):
         return False
     numbers = labels.cast(pa.float64())
@@ -351,6 +351,6 @@ def _are_decimals(labels: pa.ChunkedArray) -> bool:
 
 
 def _all_match(labels: pa.ChunkedArray, pattern: str) -> bool:
-    """Whether there are labels, and all that are there match."""
+    """Whether there are labels other than null, and all of them match."""
     matching = pc.match_substring_regex(labels, pattern)
     return labels.null_count < len(labels) and bool(pc.all(matching, skip_nulls=True).as_py())

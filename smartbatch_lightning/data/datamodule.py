@@ -1,4 +1,4 @@
-"""SmartBatchDataModule: labelled token ids -> batches of similar length for the Lightning Trainer."""
+"""SmartBatchDataModule: batches of similar-length samples for the Lightning Trainer."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -32,8 +32,8 @@ from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import seed_is_given
 
-WIDTH_STEP_ON_GPU = 32  # cuDNN takes some 0.1 s to prepare attention for a new shape; on IMDB 5 % of padding
-_ROWS_PREDICTED_TOGETHER = 2**15  # few to keep, and to do again after a kill; enough of any length for whole batches
+WIDTH_STEP_ON_GPU = 32  # cuDNN takes about 0.1 s to set up attention for a new shape; this adds 5 % padding on IMDB
+_ROWS_PREDICTED_TOGETHER = 2**15  # few enough to keep and to repeat after a kill, enough to fill batches by length
 
 
 class SmartBatchDataModule(TextDataModule):
@@ -107,11 +107,11 @@ class SmartBatchDataModule(TextDataModule):
         self._train_sampler: SmartBatchSampler | None = None
         self._restored: dict[str, Any] | None = None
         find_strategy(batching)
-        self.batch_size = self.spec.batch_size  # both of which refuse what cannot be used
+        self.batch_size = self.spec.batch_size  # these two lines also validate the settings
         if "batch_size" in self.hparams:
             self.hparams["batch_size"] = self.batch_size  # where Lightning's BatchSizeFinder looks for it
 
-    # --- what a subclass may want to do differently ---
+    # --- methods to override ---
 
     def configure_sampler(self, lengths: ArrayLike, *, shuffle: bool) -> SmartBatchSampler:
         """Returns the batch sampler of a loader, for samples of these lengths."""
@@ -155,9 +155,9 @@ class SmartBatchDataModule(TextDataModule):
         )
 
     def text_data(self) -> TextData:
-        """What a model needs to know."""
+        """What a model needs to know about the data."""
         validation = [self.train_split] if self.validates_share else self._names.validated(self.splits)
-        train_data = vars(self).get("train_data")  # which `setup` makes where it is wanted
+        train_data = vars(self).get("train_data")  # created by `setup` if needed
         return TextData(
             task=self.task,
             tokenizer=self.tokenizer,
@@ -185,10 +185,10 @@ class SmartBatchDataModule(TextDataModule):
         super().prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Makes the data sets of a stage.
+        """Creates the data sets of a stage.
 
         Raises:
-            ValueError: No batch can hold a sample, or the ranks have other data or settings than each other.
+            ValueError: A sample does not fit into a batch, or data or settings differ between ranks.
         """
         super().setup(stage)
         if stage == "fit":
@@ -202,7 +202,7 @@ class SmartBatchDataModule(TextDataModule):
             self._set_aside_as_trained(before)
 
     def train_dataloader(self) -> SmartBatchLoader:
-        """Batches in a new plan every epoch; the same ones under `overfit_batches`."""
+        """Batches in a new plan every epoch; with `overfit_batches`, always the same ones."""
         overfit = self.trainer is not None and bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
         sampler = self.configure_sampler(self.train_data.lengths, shuffle=not overfit)
         if self._restored is not None:
@@ -212,11 +212,11 @@ class SmartBatchDataModule(TextDataModule):
         return self._loader(self.train_data, sampler, on_epoch=on_epoch, loss_weights=self._loss_weights)
 
     def val_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
-        """Batches in order of length; a list of loaders where there are several validation sets, or none."""
+        """Batches in order of length; a list of loaders if there are several validation sets or none."""
         return self._evaluation_loaders(self.validation_data)
 
     def test_dataloader(self) -> SmartBatchLoader | list[SmartBatchLoader]:
-        """Batches in order of length; a list of loaders where there are several test sets."""
+        """Batches in order of length; a list of loaders if there are several test sets."""
         return self._evaluation_loaders(self.test_data)
 
     def predict_dataloader(self) -> SmartBatchLoader:
@@ -226,7 +226,7 @@ class SmartBatchDataModule(TextDataModule):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands, and what its plan is made from."""
+        """The training progress, and the fingerprint of data and batching."""
         if self.trainer is None or self._train_sampler is None:
             return {}
         return {
@@ -236,10 +236,10 @@ class SmartBatchDataModule(TextDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, on any number of ranks, with the checkpoint's seed where none is given.
+        """Resumes from a checkpoint, on any number of ranks, with its seed if none is given.
 
         Raises:
-            ValueError: The checkpoint is of other data, another seed or another batching.
+            ValueError: The checkpoint was made with different data, seed, truncation or batching.
         """
         if not state or self.trainer is None:
             return
@@ -269,13 +269,13 @@ class SmartBatchDataModule(TextDataModule):
         return WIDTH_STEP_ON_GPU if on_gpu and self.padding == "longest" else 1
 
     def _adopt_seed(self, seed: int, stage: str) -> None:
-        """Takes a checkpoint's seed where none is given."""
+        """Uses a checkpoint's seed if none is given."""
         if seed != self.seed and self._given_seed is None and not seed_is_given():
             self._seed = seed
-            self.setup(stage)  # which may set other samples aside
+            self.setup(stage)  # since the seed decides which samples are set aside
 
     def _set_aside_as_trained(self, fingerprint: dict[str, Any]) -> None:
-        """Sets the samples aside that a checkpoint's training did, or refuses: others may have been trained on."""
+        """Sets aside the same samples as a checkpoint's training, or refuses, since others may have been trained on."""
         if not self.validates_share or self.ignore_fingerprint_mismatch:
             return
         self._adopt_seed(fingerprint["seed"], "validate")
@@ -296,7 +296,7 @@ class SmartBatchDataModule(TextDataModule):
             progress.place_schedules(self.trainer)
 
     def _loss_weights(self, sampler: SmartBatchSampler) -> Iterator[float]:
-        if self.trainer is None:  # a loop of one's own
+        if self.trainer is None:  # the user's own loop
             return sampler.loss_weights()
         progress.count_logged_steps(self.trainer)
         model, weights = text_model_of(self.trainer), None

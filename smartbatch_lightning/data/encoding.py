@@ -1,4 +1,4 @@
-"""Texts -> token ids: what a tokenizer makes of the texts of a row, and a fingerprint that tells when it differs."""
+"""Texts -> token ids, with a fingerprint that changes whenever the ids would."""
 
 import copy
 import json
@@ -25,16 +25,16 @@ from smartbatch_lightning.tasks.source import first_true, is_text
 
 _ROWS_PER_CHECK = 4096
 _ROWS_PER_BLOCK = 2**12
-_BYTES_PER_BLOCK = 2**22  # of text, for which the Rust tokenizer takes a hundred times as many
+_BYTES_PER_BLOCK = 2**22  # of text; the Rust tokenizer needs a hundred times as much memory
 _HEAD = Truncation()
 
 Texts = Sequence[str | tuple[str, str]]
 
 
 class EncodedText(NamedTuple):
-    """Token ids of a sample, their types, and how many tokens were cut.
+    """Token ids and types of a sample, and the number of tokens cut.
 
-    Of a text that is cut into windows, those of all windows, one after another; all but the last have `max_length`.
+    With windows, those of all windows, one after another; all but the last have `max_length` tokens.
     """
 
     ids: list[int]
@@ -47,16 +47,16 @@ Encode = Callable[[Texts], list[EncodedText]]
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Makes token ids of texts, in any process.
+    """Tokenizes texts, in any process.
 
-    A text of which a tokenizer without special tokens makes no tokens is one token of padding.
+    A text for which a tokenizer without special tokens yields no tokens becomes one padding token.
 
     Args:
-        tokenizer: Where it is a fast one, a copy of its Rust tokenizer does it, in a fifth of the time.
-        text_columns: One column of text, or two for sentence pairs; or several that `text_separator` joins.
-        text_separator: What stands between the texts of several columns in the one text that is tokenized.
-        max_length: Tokens that a model takes at once, with special tokens; longer text is cut.
-        truncation: How it is cut.
+        tokenizer: The tokenizer. For a fast one, a copy of its Rust tokenizer is used, which takes a fifth of the time.
+        text_columns: One text column, or two for sentence pairs; or several joined by `text_separator`.
+        text_separator: Joins the texts of several columns into one.
+        max_length: Tokens that a model takes at once, including special tokens; longer text is cut.
+        truncation: How longer text is cut.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,14 +77,14 @@ class TextEncoder:
 
     @cached_property
     def with_types(self) -> bool:
-        """Whether the model tells apart types of tokens of which there are several."""
+        """Whether there are several token types and the model distinguishes them."""
         pairs = len(self.text_columns) == 2 and self.text_separator is None
         return "token_type_ids" in self.tokenizer.model_input_names and (
             pairs or any(self._encoder[1](["a"])[0].type_ids)  # as of XLNet's last token
         )
 
     def texts(self, table: pa.Table) -> Texts:
-        """What is tokenized of rows: texts, or pairs of texts."""
+        """The texts, or pairs of texts, of some rows."""
         lists = [table.column(name).to_pylist() for name in self.text_columns]
         if self.text_separator is not None:
             return [self.text_separator.join(texts) for texts in zip(*lists, strict=True)]
@@ -94,11 +94,11 @@ class TextEncoder:
         """Token ids of texts.
 
         Args:
-            texts: As `texts` gives them.
-            rows: Their numbers, for messages.
+            texts: Texts as returned by `texts`.
+            rows: Their row numbers, for messages.
 
         Raises:
-            ValueError: A text is shorter than the special tokens alone, or nothing at all.
+            ValueError: A text has no tokens, or its special tokens alone exceed `max_length`.
         """
         nothing = EncodedText(self._filler, [0] * len(self._filler))
         samples = [sample if sample.ids else nothing for sample in self._encoder[1](texts)]
@@ -109,7 +109,7 @@ class TextEncoder:
         return samples
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what each process makes for itself."""
+        """The state without what each process creates for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
 
     @cached_property
@@ -123,10 +123,10 @@ class TextEncoder:
 
 
 def stored_texts(dataset: Dataset, text_columns: Sequence[str]) -> Dataset:
-    """The text columns of a data set, as tables of Arrow.
+    """The text columns of a data set, as Arrow tables.
 
     Raises:
-        ValueError: The data set has a transform, or a column or a row is no text.
+        ValueError: The data set has a transform, or a column or a row is not text.
     """
     if dataset.format["type"] == "custom":
         raise UsageError(
@@ -138,10 +138,10 @@ def stored_texts(dataset: Dataset, text_columns: Sequence[str]) -> Dataset:
 
 
 def text_blocks(texts: Dataset, rows: range) -> Iterator[tuple[int, pa.Table]]:
-    """Some rows of what `stored_texts` gives, few enough at once for their tokens to fit into memory.
+    """Rows of `stored_texts` in blocks small enough for their tokens to fit in memory.
 
     Returns:
-        The number of the first row and the table of each block.
+        For each block, the number of its first row and its table.
     """
     for start in range(rows.start, rows.stop, _ROWS_PER_BLOCK):
         table = texts[start : min(start + _ROWS_PER_BLOCK, rows.stop)]
@@ -152,7 +152,7 @@ def text_blocks(texts: Dataset, rows: range) -> Iterator[tuple[int, pa.Table]]:
 
 
 def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
-    """Refuses columns that are not text, and rows without one.
+    """Refuses columns that are not text, and rows without text.
 
     Raises:
         ValueError: There is such a column or row.
@@ -180,11 +180,11 @@ def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_l
     """What is kept of a text, with the special tokens around it.
 
     Args:
-        whole: The text, uncut.
-        first: Where its own tokens start, behind special ones.
+        whole: The uncut text.
+        first: Where its own tokens start, after special ones.
         end: Where they end, before special ones.
         truncation: How it is cut.
-        max_length: Tokens of a piece at most.
+        max_length: Maximum number of tokens in a piece.
     """
     room = max_length - len(whole.ids) + end - first
 
@@ -199,13 +199,14 @@ def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_l
 def _rust_encoder(
     tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int
 ) -> tuple[str, Encode] | None:
-    """What tells a fast tokenizer from others, and its Rust part alone; None where Python has a part in it.
+    """A fast tokenizer's identity, and a function that uses only its Rust part; None if part of it is in Python.
 
-    A copy never pads, whatever the original was last asked to do. It cuts pairs, the longer text first.
+    The function uses a copy, which never pads, whatever the original was set to. It truncates pairs, the longer text
+    first.
     """
     try:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # no fast one, or a custom part, of which tokenizers says in an Exception that it is in Python
+    except Exception:  # it is not fast, or has a custom part in Python, for which tokenizers raises a plain Exception
         return None
     backend.no_padding()
     backend.no_truncation()
@@ -213,14 +214,14 @@ def _rust_encoder(
 
     @cache
     def truncating() -> Tokenizer:
-        """For pairs alone; a copy, since threads share the other one."""
+        """A truncating copy, for pairs only, since threads share the other one."""
         copied = Tokenizer.from_str(backend.to_str())
         copied.encode_special_tokens = backend.encode_special_tokens
         copied.enable_truncation(max_length, direction=truncation.side or "right")
         return copied
 
     def encode(texts: Texts) -> list[EncodedText]:
-        # a pair without a second text is one text to transformers, where it is not in a list
+        # transformers treats a pair with an empty second text as one text, unless it is in a list
         texts = [text if isinstance(text, str) or text[1] else text[0] for text in texts]
         encodings = backend.encode_batch_fast(texts)
         samples = [EncodedText(encoding.ids, encoding.type_ids) for encoding in encodings]
@@ -240,14 +241,14 @@ def _rust_encoder(
 
 
 def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> tuple[str, Encode]:
-    """What tells a tokenizer from others, all files that it is saved as, and transformers' own call of it."""
+    """A tokenizer's identity, made of all files it is saved as, and a function that calls it through transformers."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
     if truncation.side not in (None, tokenizer.truncation_side):
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.truncation_side = truncation.side
-    lock = Lock()  # a call may leave its options for the next one
+    lock = Lock()  # a call may change options for the next one
 
     def call(texts: Texts, **options: Any) -> list[EncodedText]:
         columns = list(zip(*texts, strict=True)) if isinstance(texts[0], tuple) else [texts]

@@ -38,30 +38,30 @@ FORMATS = {
 # load_dataset would do, but it first tells a server of the call, and waits for seconds where none answers
 _BUILDERS: dict[str, Any] = {"csv": Csv, "json": Json, "parquet": Parquet, "arrow": Arrow}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-_READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of those that have any
+_READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of formats that have any
     "csv": csv_files.OPTIONS,
     "json": ("encoding", "field"),
     "parquet": ("filters",),
 }
-_SPLIT_WORDS = {  # in names of files
+_SPLIT_WORDS = {  # in file names
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BYTES_READ = 1 << 20
-_JSON_BYTES_READ = 10 << 20  # by datasets, at once
+_JSON_BYTES_READ = 10 << 20  # block size of datasets
 
 
 @dataclass(frozen=True)
 class _File:
-    """A local file that is not compressed.
+    """A local, uncompressed file.
 
     Attributes:
-        path: Where it is.
-        name: As messages name it.
-        ending: In small letters, such as `.csv`.
-        digest: Of its content.
+        path: Its path.
+        name: Its name in messages.
+        ending: Its lower-case extension, such as `.csv`.
+        digest: Hash of its content.
     """
 
     path: str
@@ -71,7 +71,7 @@ class _File:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name is a URL, a pattern, or that of a file, by its ending or since it is there."""
+    """Whether a name is a URL, a pattern, or that of a file, by its extension or because the file exists."""
     if glob.has_magic(name) or _URL.match(name):
         return True
     path = Path(name).expanduser()
@@ -86,17 +86,17 @@ def read_files(
 ) -> DatasetDict:
     """Reads files of one format.
 
-    Columns that are neither texts nor labels are kept where all files of a split have them with the same type.
+    Columns other than texts and labels are kept if all files of a split have them with the same type.
 
     Args:
-        files: By split a file, a URL or a pattern of files, or several; without a split, those to train on.
-        labels: Where labels stand. In CSV files an empty field there is a missing label, unless a delimiter stands
-            between labels; in other columns it is an empty text, and words such as "None" are words.
-        text_columns: Columns of text.
+        files: For each split one or more files, URLs or patterns; without splits, the files to train on.
+        labels: Where the labels are. In CSV files, an empty field there is a missing label, unless a label delimiter is
+            given; in other columns it is an empty text, and words such as "None" are words.
+        text_columns: Text columns.
         reader_kwargs: Options of the format's reader.
 
     Raises:
-        ValueError: A file is not there, or cannot be read whole.
+        ValueError: A file does not exist or cannot be read completely.
     """
     wanted = (*text_columns, *labels.columns)
     given = files if isinstance(files, Mapping) else {"train": files}
@@ -126,7 +126,7 @@ def read_files(
 
 
 def _expanded(names: Sequence[str]) -> list[str]:
-    """The files that names and patterns stand for; URLs and files that are there as they are."""
+    """The files given by names and patterns; URLs and existing files are returned unchanged."""
     found: list[str] = []
     for name in names:
         path = Path(name).expanduser()
@@ -162,7 +162,7 @@ def _unreachable(name: str, error: Exception) -> UsageError:
 
 
 def _suffixes(name: str) -> list[str]:
-    """Endings of a file or URL, in small letters."""
+    """Extensions of a file or URL, in lower case."""
     path = urlsplit(name).path if _URL.match(name) else name
     return [suffix.lower() for suffix in PurePosixPath(path).suffixes]
 
@@ -172,7 +172,7 @@ def _is_compressed(name: str) -> bool:
 
 
 def ending_of(name: str) -> str:
-    """The ending that tells the format, before that of compression; `.zip` for archives."""
+    """The extension of the format, before that of a compression; `.zip` for archives."""
     suffixes = _suffixes(name)
     if suffixes[-1:] == [".zip"]:
         return ".zip"
@@ -189,7 +189,7 @@ def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> 
 
 
 def _local_files(name: str) -> Iterator[_File]:
-    """Fetches and extracts a file; what is extracted is found again by the content of the archive."""
+    """Fetches and extracts a file; extracted files are cached by the archive's content."""
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "downloads"
     path = name
     if _URL.match(name):
@@ -227,7 +227,7 @@ def _local_files(name: str) -> Iterator[_File]:
 
 
 def _check_is_one_split(files: Sequence[_File]) -> None:
-    """Refuses files of which some are named for training and others for evaluation, and that no split was given for."""
+    """Refuses files given without splits if they are named for different ones, such as training and test."""
     of_split: dict[str, str] = {}
     for file in files:
         words = set(re.findall("[a-z]+", f"{Path(file.path).name} {Path(file.name).name}".lower()))
@@ -264,7 +264,7 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
         _check_is_utf8(file)
     if file_format == "json" and "field" not in options:
         _check_holds_rows(file, options.get("encoding", "utf-8"))
-    if num_rows == 0:  # which datasets refuses
+    if num_rows == 0:  # datasets refuses it
         return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
     if file_format == "parquet" and _has_no_rows(file):
         return Dataset(pq.read_table(file.path))
@@ -286,14 +286,14 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
 def _has_no_rows(file: _File) -> bool:
     try:
         return bool(pq.read_metadata(file.path).num_rows == 0)
-    except pa.ArrowInvalid:  # which the reader tells better
+    except pa.ArrowInvalid:  # the reader has a better message
         return False
 
 
 def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequence[str]) -> Dataset:
     def load(**more: Any) -> Dataset:
         builder = _BUILDERS[file_format](
-            # datasets finds what it has read by path and time, to which this adds the content and what reads it
+            # datasets caches by path and time; this adds the content and its own version
             config_name=f"{file.digest}-{datasets.__version__}",
             data_files={"train": glob.escape(file.path)},
             **options,
@@ -311,7 +311,7 @@ def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequ
             size = Path(file.path).stat().st_size
             if file_format != "json" or size <= _JSON_BYTES_READ:
                 raise
-            dataset = load(chunksize=size)  # further down are other columns or types, which one block tells
+            dataset = load(chunksize=size)  # in one block, since later rows may have other columns or types
         kinds = repr([dataset.features.get(name) for name in wanted])
         rounded = "Json(" in repr(dataset.features) and "float" in kinds
         if file_format == "json" and (rounded or "timestamp" in kinds):
@@ -328,7 +328,7 @@ def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequ
 
 
 def _check_is_utf8(file: _File) -> None:
-    """Refuses other bytes, which pyarrow reads in JSON as they are."""
+    """Refuses a file that is not UTF-8; in JSON, pyarrow would read its bytes unchanged."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with open(file.path, "rb") as content:
         try:
@@ -340,7 +340,7 @@ def _check_is_utf8(file: _File) -> None:
 
 
 def _check_holds_rows(file: _File, encoding: str) -> None:
-    """Refuses a single object of columns or of tables, which `datasets` would take for one row."""
+    """Refuses a single JSON object of columns or tables, which `datasets` would read as one row."""
     with open(file.path, encoding=encoding, errors="replace") as lines:
         first = lines.readline()
         if first.strip() == "{":
@@ -360,7 +360,7 @@ def _check_holds_rows(file: _File, encoding: str) -> None:
 
 
 def _is_one_value(file: _File, options: Mapping[str, Any]) -> bool:
-    """Whether a JSON file is a list of rows, or has one under a key, rather than lines."""
+    """Whether a JSON file is a list of rows, or has one under a key, instead of having a row per line."""
     if "field" in options:
         return True
     with open(file.path, encoding=options.get("encoding", "utf-8"), errors="replace") as content:
@@ -368,10 +368,10 @@ def _is_one_value(file: _File, options: Mapping[str, Any]) -> bool:
 
 
 def _json_rows(file: _File, options: Mapping[str, Any]) -> Dataset:
-    """The rows of a JSON file, in memory, by the reader of Python.
+    """The rows of a JSON file, read into memory by Python's reader.
 
-    That of `datasets` takes texts for times, and rounds numbers to ten decimals unless a file has lines and one type in
-    each column.
+    That of `datasets` takes texts for times, and rounds numbers to ten decimals unless the file has a row per line and
+    one type per column.
     """
     encoding = options.get("encoding", "utf-8-sig")
     with open(file.path, encoding=encoding) as content:
@@ -388,7 +388,7 @@ def _json_rows(file: _File, options: Mapping[str, Any]) -> Dataset:
 
 
 def _bad_line(file: _File) -> str | None:
-    """What is wrong with the first line that is no JSON; None where it is not lines that are."""
+    """What is wrong with the first line that is not JSON; None if the file does not have a row per line."""
     with open(file.path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and line.strip() in ("{", "[", "[{"):
@@ -398,12 +398,12 @@ def _bad_line(file: _File) -> str | None:
             except json.JSONDecodeError as error:
                 return f"line {number}: {error.msg}."
             if not isinstance(row, dict):
-                return None if number == 1 else f"line {number} is no JSON object."
+                return None if number == 1 else f"line {number} is not a JSON object."
     return None
 
 
 def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> Dataset:
-    """One data set of several: what is wanted, and what else all have with the same type."""
+    """Concatenates data sets: the wanted columns, and others that all have with the same type."""
     parts = [part for part in parts if len(part[1])] or parts[:1]
     (first_file, first), *others = parts
     if all(dataset.features == first.features for _, dataset in others):
@@ -425,13 +425,13 @@ def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> 
 
 
 def _content_fingerprint(files: list[_File], reader_kwargs: Mapping[str, Any], dataset: Dataset) -> str:
-    """By which tokens are found again: of content, where `datasets` goes by paths and times."""
+    """Fingerprint for the token cache, from the content, whereas `datasets` uses paths and times."""
     read_as = [(file.digest, file.ending) for file in files], sorted(reader_kwargs.items()), dataset.features
     return str(xxh3_64(repr(read_as).encode()).hexdigest())
 
 
 def _common_feature(features: list[Any]) -> Any:
-    """A type that is of all; None where there is none."""
+    """A type common to all; None if there is none."""
     if all(feature == features[0] for feature in features):
         return features[0]
     if not all(isinstance(feature, Value) for feature in features):

@@ -1,4 +1,4 @@
-"""Which task a run has: the data's, or that of a trained model."""
+"""The task of a run: from the data, or from a trained model."""
 
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ def find_task_class(problem_type: str) -> type[Task]:
     """The class of a task, by its name or import path.
 
     Raises:
-        ValueError: There is none, or it lacks something of the protocol `Task`.
+        ValueError: There is none, or it lacks members of the protocol `Task`.
     """
     task_class = look_up(problem_type, TASKS, "problem_type")
     lacking = [name for name in vars(Task) if not name.startswith("_") and not hasattr(task_class, name)]
@@ -32,16 +32,16 @@ def find_task_class(problem_type: str) -> type[Task]:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a user says of the task.
+    """A user's settings for the task.
 
     Attributes:
-        problem_type: Name or import path of the task; by default what the labels of the training split look like.
-        label_names: Names of the labels; by default those of the data.
-        source: Where the labels stand.
-        standardize_targets: A regression learns its targets standardised.
+        problem_type: Name or import path of the task; by default inferred from the training labels.
+        label_names: Names of the labels; by default those in the data.
+        source: Where the labels are in the data.
+        standardize_targets: Standardise the targets of a regression.
 
     Raises:
-        ValueError: There is no such task, or no names of labels.
+        ValueError: There is no such task, or the label names are not valid.
     """
 
     problem_type: str | None
@@ -51,24 +51,24 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         task_class = find_task_class(self.problem_type or _USUAL)
-        # one name alone may be that of a regression's target
+        # a single name may be that of a regression's target
         if self.label_names is not None and (self.problem_type is not None or len(self.label_names) != 1):
             task_class.from_names(self.label_names, self.source)
 
     def find(
         self, train_labels: LabelColumns | None, trained_config: PretrainedConfig | None, *, training: bool
     ) -> Task | None:
-        """In training the task of the data; elsewhere the one that the model was trained for, where it says.
+        """Finds the task: when training, that of the data; otherwise the one that the model was trained for, if known.
 
-        Where both have the same labels, they stand in the order of the model's.
+        If both have the same labels, they are in the model's order.
 
         Args:
-            train_labels: Of the split to train on, if it is there and has labels.
-            trained_config: Configuration of what the model was trained for, if it was.
-            training: The run trains; labels may then be others than the model's.
+            train_labels: Labels of the training split, if it exists and has labels.
+            trained_config: Configuration of the model, if it was trained to classify.
+            training: The run trains; its labels may then differ from the model's.
 
         Returns:
-            None where nothing tells.
+            The task; None if it is unknown.
 
         Raises:
             ValueError: The labels cannot be learnt, or the model was trained for others.
@@ -96,5 +96,5 @@ class TaskOptions:
 
 
 def in_data_unit(task: Task) -> Task:
-    """The same task without standardised targets."""
+    """The task without standardised targets."""
     return replace(task, standardization=None) if isinstance(task, Regression) else task

@@ -1,4 +1,4 @@
-"""Texts that are tokenized when their batch is made; until then their tokens are estimated from their bytes."""
+"""Texts that are tokenized when their batch is made; until then, token counts are estimated from their bytes."""
 
 import os
 import string
@@ -18,9 +18,9 @@ from smartbatch_lightning.data.encoding import EncodedText, TextEncoder, stored_
 from smartbatch_lightning.data.tokens import Check, TokenTable
 
 _SAMPLE_SIZE = 256
-_UNIT = 2**12  # of weights, which are whole numbers so that every machine estimates the same
+_UNIT = 2**12  # of weights; they are whole numbers, so that estimates are the same on every machine
 
-# Of each kind of byte, which bytes are of it: all, blanks, punctuation, and those of letters beyond ASCII. (4, 256)
+# Which bytes are of each kind: all, blanks, punctuation, and those of non-ASCII letters. Shape (4, 256).
 _KINDS = np.zeros((4, 256), np.int64)
 _KINDS[0] = 1
 _KINDS[1, list(string.whitespace.encode())] = 1
@@ -29,17 +29,18 @@ _KINDS[3, 128:] = 1
 
 
 class LazyTokenTable(TokenTable):
-    """Token ids that are made whenever samples are asked for, those of a batch at once.
+    """Tokenizes samples whenever they are requested, those of a batch at once.
 
-    Before that, tokens are estimated from the kinds of bytes of a text, with weights that fit 256 samples best:
-    on IMDB `smart` batches of 16 then have 3.8 % padding, and 9.2 % by the number of bytes alone.
+    Before that, token counts are estimated from the kinds of bytes in a text, with weights fitted on 256 samples. On
+    IMDB, `smart` batches of 16 then have 3.8 % padding, or 9.2 % with estimates from the number of bytes alone.
 
     Args:
         dataset: One split.
-        encoder: What makes token ids of its texts.
+        encoder: Tokenizes its texts.
 
     Raises:
-        ValueError: A text is missing, no text, or, in the samples that are looked at, shorter than the special tokens.
+        ValueError: A text is missing or not text, or one of the samples tokenized in advance has no tokens or too many
+            special tokens.
     """
 
     def __init__(self, dataset: Dataset, encoder: TextEncoder) -> None:
@@ -53,16 +54,16 @@ class LazyTokenTable(TokenTable):
         return len(self._texts)
 
     def __getitem__(self, sample: int) -> dict[str, NDArray[Any]]:
-        """A sample's `input_ids` and perhaps `token_type_ids`. Shapes (length,)."""
+        """A sample's `input_ids` and optionally `token_type_ids`. Shapes (length,)."""
         return self.samples([sample])[0]
 
     def samples(self, rows: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
-        """The same of several samples.
+        """The same for several samples.
 
         Raises:
             ValueError: A check refuses one.
         """
-        if get_worker_info() is not None:  # each has a core; and threads of the process it was forked from are gone
+        if get_worker_info() is not None:  # one core per worker; and threads do not survive a fork
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         table = self._table(self._encode(rows))
         for check in self._checks:
@@ -70,7 +71,7 @@ class LazyTokenTable(TokenTable):
         return table.samples(range(len(rows)))
 
     def check(self, check: Check) -> None:
-        """Looks at some samples now, and at each one when it is asked for."""
+        """Checks some samples now, and each sample when it is requested."""
         check(self._table(self._sample), self._sample_rows)
         self._checks.append(check)
 
@@ -80,12 +81,12 @@ class LazyTokenTable(TokenTable):
 
     @property
     def lost_tokens(self) -> None:
-        """Nobody knows before all texts are tokenized."""
+        """None, since it is unknown until all texts are tokenized."""
         return None
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:  # type: ignore[override]
-        """Tokens of each sample, as estimated. Shape (num_samples,), int32."""
+        """Estimated tokens of each sample. Shape (num_samples,), int32."""
         weights = self._fitted_weights()
         constant, by_byte = weights[0], weights[1:] @ _KINDS
         blocks = [constant + _sums(block, by_byte) for block in self._blocks_of_texts()]
@@ -96,7 +97,7 @@ class LazyTokenTable(TokenTable):
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all texts, of what makes tokens of them, and of the estimates."""
+        """Hash of all texts, of their tokenization, and of the estimates."""
         digest = xxh3_128(self.encoder.identity.encode())
         digest.update(self.lengths.tobytes())
         for block in self._blocks_of_texts():
@@ -119,7 +120,7 @@ class LazyTokenTable(TokenTable):
         return (block for _, block in text_blocks(self._texts, range(len(self))))
 
     def _fitted_weights(self) -> Int64s:
-        """A constant, and a weight for each of a kind of bytes, that fit the samples best that are not cut."""
+        """A constant and a weight for each kind of byte, fitted on the samples that are not cut."""
         tokens = np.array([len(sample.ids) for sample in self._sample])
         table = self._texts[self._sample_rows]
         bytes_of = np.stack([np.ones_like(tokens), *(_sums(table, kind) for kind in _KINDS)], axis=1)
@@ -131,7 +132,7 @@ class LazyTokenTable(TokenTable):
 
 
 def _sums(table: pa.Table, by_byte: Int64s) -> Int64s:
-    """Sum of a number for each byte of the texts of a row. Shape (num_rows,)."""
+    """For each row, the sum over the bytes of its texts of a number per byte. Shape (num_rows,)."""
     total = np.zeros(len(table), np.int64)
     for column in table.columns:
         flat, offsets = _utf8(column)
@@ -141,7 +142,7 @@ def _sums(table: pa.Table, by_byte: Int64s) -> Int64s:
 
 
 def _utf8(column: pa.ChunkedArray) -> tuple[NDArray[np.uint8], Int64s]:
-    """The bytes of all texts of a column, one after another, and where each starts, and the end."""
+    """The concatenated bytes of all texts of a column, where each text starts, and the end."""
     texts = pa.concat_arrays(column.cast(pa.large_string()).chunks)
     _, offsets, content = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]

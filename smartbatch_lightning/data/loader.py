@@ -1,6 +1,6 @@
-"""A DataLoader that works under Lightning: what Lightning does to data loaders is met here.
+"""A DataLoader that works under Lightning, with workarounds for what Lightning does to data loaders.
 
-Each was found with lightning 2.6 and has a test that fails without its cure.
+Each is needed with lightning 2.6 and has a test that fails without it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -40,7 +40,7 @@ class _LightningSamplerAdapter(DistributedSampler[Any], SequentialSampler):
 class _LazyIterator(Iterator[Any]):
     """Starts iterating at the first `next()`.
 
-    Lightning calls `iter(loader)` before `set_epoch` and before it restores progress; workers would already fetch
+    Lightning calls `iter(loader)` before `set_epoch` and before it restores progress, so workers would start fetching
     batches of the wrong epoch.
     """
 
@@ -62,9 +62,9 @@ class _LazyIterator(Iterator[Any]):
             self._loader.data_wait_seconds += perf_counter() - start
 
     def _forget_batches(self) -> None:
-        """Empties what Lightning keeps of a prediction's batches, their samples as Python numbers, but for the newest.
+        """Deletes the sample indices that Lightning keeps of all predicted batches, except the newest.
 
-        By itself it keeps all of them to the end, though it looks at none but the newest.
+        Lightning would keep all of them to the end, as Python numbers, but uses only the newest.
         """
         if isinstance(self._loader.batch_sampler, _IndexBatchSamplerWrapper):
             if self._num_batches:
@@ -85,16 +85,16 @@ class SmartBatchLoader(DataLoader[Any]):
     Args:
         dataset: A map-style data set.
         batch_sampler: Chooses this rank's batches.
-        on_epoch: Called when Lightning has set the epoch, before its first batch; given by a data module, whose state
-            then says where training stands. Without one the loader's own state does.
-        loss_weights: Gives a weight for each batch that the sampler yields next, at the start of an epoch; a batch that
-            is a dictionary then holds its own as `loss_weight`, a float.
-        options: Everything else that `DataLoader` takes. Arguments that exclude a batch sampler are dropped, since
-            Lightning builds loaders again for prediction with them set.
+        on_epoch: Called when Lightning has set the epoch, before its first batch. Given by a data module, which then
+            stores the training progress; without it, the loader does so itself.
+        loss_weights: Called at the start of an epoch, returns a weight for each batch to come; a batch that is a
+            dictionary then gets its weight as `loss_weight`, a float.
+        options: Other arguments of `DataLoader`. Those that exclude a batch sampler are dropped, since Lightning sets
+            them when it recreates loaders for prediction.
 
     Attributes:
-        plan_sampler: The batch sampler, also where Lightning has wrapped it.
-        data_wait_seconds: Time in which a batch was waited for, over all epochs.
+        plan_sampler: The batch sampler, also if Lightning has wrapped it.
+        data_wait_seconds: Time spent waiting for batches, over all epochs.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class SmartBatchLoader(DataLoader[Any]):
         for excluded in _DECIDED_BY_BATCHES:
             options.pop(excluded, None)
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
-        # Lightning wraps the batch sampler of a prediction loader; torch forbids `self.sampler = ...` by now.
+        # Lightning wraps the batch sampler of a prediction loader; torch no longer allows `self.sampler = ...`.
         if isinstance(batch_sampler, _IndexBatchSamplerWrapper):
             batch_sampler = cast(SmartBatchSampler, batch_sampler._batch_sampler)
         self.plan_sampler = batch_sampler
@@ -133,15 +133,15 @@ class SmartBatchLoader(DataLoader[Any]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where iteration stands; nothing where a data module knows."""
+        """The progress of iteration; empty if a data module stores it."""
         ranks = self.plan_sampler.num_replicas
         return {"epoch": self.plan_sampler.epoch, "consumed": [(ranks, self.num_yielded)]} if self.has_state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there.
+        """Resumes from a state.
 
         Raises:
-            ValueError: There are other ranks than before.
+            ValueError: The number of ranks has changed.
         """
         ranks = self.plan_sampler.num_replicas
         if state and state["consumed"][0][0] != ranks:
@@ -154,10 +154,10 @@ class SmartBatchLoader(DataLoader[Any]):
 
 
 def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, Any]:
-    """Refuses options that batches decide or that a `DataLoader` does not take; else returns them.
+    """Returns the options, unless the batch plan sets one or `DataLoader` does not take it.
 
     Raises:
-        ValueError: One of them is there.
+        ValueError: There is such an option.
     """
     if fixed := _DECIDED_BY_BATCHES & set(options):
         raise UsageError(
@@ -166,7 +166,7 @@ def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, 
         )
     try:
         loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(1)), **{"num_workers": num_workers, **options})
-        if loader.timeout and not loader.num_workers:  # which torch sees too late, when it iterates
+        if loader.timeout and not loader.num_workers:  # torch would notice too late, when iterating
             raise ValueError("timeout needs num_workers of 1 or more")
     except (TypeError, ValueError) as error:
         raise UsageError(f"loader_kwargs is {options}, which a DataLoader does not take: {error}") from error

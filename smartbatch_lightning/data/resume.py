@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data, and how training goes on from one, on any number of ranks."""
+"""What a checkpoint stores about the data, and resuming from it on any number of ranks."""
 
 import hashlib
 from typing import Any
@@ -18,20 +18,20 @@ _FIELD_DESCRIPTIONS = {"data": "data (texts, labels, tokenizer, tokenization, ma
 
 
 def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
-    """What an epoch's plan is made from, but for the number of ranks: a resume is exact where all of it is equal.
+    """Everything that an epoch's plan depends on except the number of ranks; a resume is exact if all of it is equal.
 
     Args:
         data: The training samples.
-        spec: Of the sampler, its jitter a number.
+        spec: The sampler's, with a number as jitter.
     """
     return {"data": data_digest(data), **spec.fingerprint()}
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses a checkpoint of other data or batching.
+    """Refuses a checkpoint made with other data or batching.
 
     Raises:
-        ValueError: The fingerprints differ; the message names in what.
+        ValueError: The fingerprints differ; the message says in what.
     """
     differing = [
         f"{_FIELD_DESCRIPTIONS.get(name, name)} was {saved.get(name)}, now {current.get(name)}"
@@ -55,15 +55,15 @@ def data_digest(data: TokenDataset) -> str:
 
 
 def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> None:
-    """Refuses, on every rank, a stage whose ranks have other data, labels or settings; all ranks have to call it.
+    """Refuses, on every rank, a stage whose ranks differ in data, labels or settings; all ranks must call it.
 
     Args:
-        sets: Data of the stage.
+        sets: Data sets of the stage.
         label_names: Names of the classes.
-        spec: What a batch may hold.
+        spec: The limits of a batch.
 
     Raises:
-        ValueError: The ranks differ; the message names in what.
+        ValueError: The ranks differ; the message says in what.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -81,28 +81,28 @@ def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, s
 
 
 def training_state(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, Any]:
-    """Where training stands, as `SmartBatchSampler.load_state_dict` takes it, and whether validation comes next."""
+    """The training progress, as input for `SmartBatchSampler.load_state_dict`, and whether validation comes next."""
     at = progress.position(trainer)
     state = {"consumed": []} if at.batches is None else sampler.state_dict(at.batches)
     return {**state, "epoch": at.epoch, "validation_due": at.validation_due}
 
 
 def has_trained(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written after its first batch; before it, as in a batch size finder, no plan holds yet.
+    """Whether a checkpoint was written after the first batch; before, as in a batch size finder, no plan is binding.
 
     Args:
-        state: What `training_state` gave.
+        state: As returned by `training_state`.
     """
     return bool(state["epoch"] or any(batches for _, batches in state["consumed"]))
 
 
 def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any]) -> None:
-    """Lets Lightning go on where a checkpoint stood, counted in batches of the ranks there are now.
+    """Makes Lightning resume at a checkpoint's position, counted in batches of the current number of ranks.
 
     Args:
         trainer: In `fit`, about to restore its counters.
-        sampler: Of training.
-        state: What `training_state` gave.
+        sampler: The training sampler.
+        state: As returned by `training_state`.
     """
     sampler.load_state_dict(state)
     sampler.set_epoch(state["epoch"])
@@ -113,7 +113,7 @@ def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any])
 
 
 def adopt_lightnings_count(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
-    """Goes on by Lightning's counters where a checkpoint has no state of the data module, with a warning."""
+    """Resumes by Lightning's counters if a checkpoint has no state of the data module, with a warning."""
     batches = progress.position(trainer).batches or 0
     rank_zero_warn(
         "The checkpoint has no state of this data module, perhaps because its class was renamed. Resuming after "

@@ -53,14 +53,14 @@ class SmartBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self._given_ranks = (num_replicas, rank)
         self.window: int | None = None
-        self._steps: dict[tuple[int, int | None], int] = {}  # of an epoch, by number of ranks and window
+        self._steps: dict[tuple[int, int | None], int] = {}  # steps of an epoch, by number of ranks and window
         self.epoch = 0
         self._unfinished: dict[str, Any] = {"epoch": -1, "consumed": []}
         if not 0 <= self.rank < self.num_replicas:
             raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
             )
-        len(self)  # which refuses what cannot be planned
+        len(self)  # refuses what cannot be planned
 
     @property
     def num_replicas(self) -> int:
@@ -132,7 +132,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         only_step = len(plan) == self.num_replicas
         if only_step or (sample_weights is not None and len(plan)):
             counted = (np.ones(len(self.lengths)) if sample_weights is None else np.asarray(sample_weights))[plan.order]
-            if only_step:  # samples may stand in it twice
+            if only_step:  # samples may appear in it twice
                 again = np.ones(len(counted), bool)
                 again[np.unique(plan.order, return_index=True)[1]] = False
                 counted[again] = 0
@@ -150,7 +150,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         return self._plan(self.num_replicas)
 
     def window_steps(self) -> NDArray[np.int64]:
-        """Steps of a whole epoch after which each window is done. Shape (num_windows,)."""
+        """Number of steps of a whole epoch after which each window is finished. Shape (num_windows,)."""
         ends = window_offsets(len(self.lengths), self.window or len(self.lengths))[1:]
         return np.searchsorted(self.plan().offsets, ends) // self.num_replicas
 
@@ -166,7 +166,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         return plan if samples is None else BatchPlan(samples[plan.order], plan.offsets, num_replicas)
 
     def _remaining_plan(self) -> tuple[BatchPlan, int]:
-        """The plan in force, and the steps of it that were consumed before."""
+        """The current plan, and the number of its steps already consumed."""
         runs = [*self.consumed, (self.num_replicas, 0)]
         plan, step = self._plan(runs[0][0]), 0
         for num_replicas, steps in runs:

@@ -1,4 +1,4 @@
-"""A data set by its name, or as an object from Python -> `DatasetDict`."""
+"""A data set by name, or as a Python object -> `DatasetDict`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _MOST_FILES_NAMED = 5
 
 
 def plain_source(dataset: Any) -> Any:
-    """A name, files by split or an object, with paths as text.
+    """A name, files by split, or an object, with paths as strings.
 
     Raises:
         ValueError: It is none of these.
@@ -52,7 +52,7 @@ def plain_source(dataset: Any) -> Any:
 
 
 def is_named(dataset: Any) -> bool:
-    """Whether it is a name, files, or files by split, rather than objects."""
+    """Whether a data set is given by a name, files, or files by split, rather than as an object."""
     return all(isinstance(one, str) for one in _flat(dataset))
 
 
@@ -64,7 +64,7 @@ def describe_source(dataset: Any) -> str:
 
 
 def _flat(dataset: Any) -> list[Any]:
-    """Names and objects of all splits."""
+    """The names and objects of all splits, in one list."""
     by_split = isinstance(dataset, dict) and not isinstance(dataset, DatasetDict)
     values = list(dataset.values()) if by_split else [dataset]
     return [one for value in values for one in (value if _are_names(value) else [value])]
@@ -81,10 +81,10 @@ def read_dataset(
 
     Args:
         dataset: As `SmartBatchDataModule` takes it.
-        config: Configuration of a data set that has several.
-        labels: Where labels stand.
-        text_columns: Columns of text.
-        reader_kwargs: Options of the reader of the files' format.
+        config: Configuration name of a data set that has several.
+        labels: Where the labels are.
+        text_columns: Text columns.
+        reader_kwargs: Options of the file reader.
 
     Raises:
         ValueError: There is no such data set, or it cannot be read.
@@ -140,7 +140,7 @@ def read_dataset(
 
 
 def _may_have_configs(name: str) -> bool:
-    """Whether it is a name on the Hub, or a folder that `datasets` reads, rather than files or what it has saved."""
+    """Whether a name is on the Hub or a folder read by `datasets`, not files or the output of `save_to_disk`."""
     return not (is_file_name(name) or _is_saved(Path(name).expanduser()))
 
 
@@ -151,10 +151,10 @@ def _is_saved(path: Path) -> bool:
 def _read_found(
     name: str, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
 ) -> DatasetDict:
-    """Reads a folder or a data set of the Hub; `datasets` tells by names or a README which files are of which split.
+    """Reads a folder or a Hub data set; `datasets` assigns files to splits by their names or a README.
 
-    Files of a folder are read as they are when they are named, and so are CSV files of the Hub, in which `datasets`
-    guesses types and nulls.
+    Files of a folder, and CSV files on the Hub, are read in the same way as files given by name, since `datasets` would
+    guess types and nulls.
     """
     builder = load_dataset_builder(name, config)
     if config is None and Path(name).is_dir() and not Path(name, "README.md").exists():
@@ -177,9 +177,9 @@ def _read_found(
 
 
 def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
-    """Tells of files of data that `datasets` leaves out: of another format, or beside files named for splits."""
+    """Warns of data files that `datasets` skips: of another format, or next to files named for splits."""
     read = {Path(file).resolve() for of_split in files.values() for file in of_split}
-    endings = set(FORMATS) - {".json"}  # which others than data have, such as a model's configuration
+    endings = set(FORMATS) - {".json"}  # also used by other files, such as a model's configuration
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ending_of(path.name) in endings]
     if unread := [str(path.relative_to(folder)) for path in found if path.resolve() not in read]:
         rank_zero_warn(
@@ -189,11 +189,11 @@ def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
 
 
 def splits_of(data: Any) -> DatasetDict:
-    """Data as Python has them: by split, or else as the training split.
+    """Python objects as a `DatasetDict`: by split, or else as the training split.
 
     Args:
-        data: A `DatasetDict`; a `Dataset`, a pandas or polars frame, an Arrow table or a list of dicts; or these by
-            split.
+        data: A `DatasetDict`; a `Dataset`, a pandas or polars DataFrame, an Arrow table or a list of dicts; or a dict
+            of these by split.
 
     Raises:
         ValueError: It is none of these, or a column has values of several types.
@@ -239,7 +239,7 @@ def _is_table(data: Any) -> bool:
 
 
 def _is_frame(data: Any, library: str) -> bool:
-    """Whether it is a frame of a library, which need not be installed."""
+    """Whether an object is a DataFrame of a library, which need not be installed."""
     return any(kind.__name__ == "DataFrame" and kind.__module__.split(".")[0] == library for kind in type(data).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Which splits a run uses, and setting samples aside for validation, with no class left untrained."""
+"""Which splits a run uses, and setting samples aside for validation without leaving a class untrained."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ _DEFAULT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class SplitNames:
-    """Names of the splits to train, validate, test and predict on, as a data module takes them.
+    """Names of the splits to train on, validate, test and predict, as arguments of a data module.
 
     Raises:
-        ValueError: What should be a share or names of splits, each once, is not; or no split is named to test on.
+        ValueError: An argument is not a fraction or distinct split names, or no test split is named.
     """
 
     train: str
@@ -44,7 +44,7 @@ class SplitNames:
             raise UsageError(f"test_split is {self.test!r}; give the name of a split, or several.")
 
     def validated(self, splits: Collection[str]) -> list[str]:
-        """Splits to validate on; none where a share of the training split is set aside, or nothing is validated."""
+        """Splits to validate on; empty if a share of the training split is set aside or there is no validation."""
         if self.validation == "auto":
             return next(([name] for name in _VALIDATION_NAMES if name in splits), [])
         if isinstance(self.validation, str):
@@ -69,12 +69,12 @@ class SplitNames:
         return self.predict or self.tested[0]
 
     def used(self, splits: Mapping[str, Dataset]) -> list[str]:
-        """Names of the splits that a stage may ask for and that have samples."""
+        """Names of the non-empty splits that some stage may use."""
         named = {self.train, *self.validated(splits), *self.tested, self.predicted(splits)}
         return [split for split in splits if split in named and len(splits[split])]
 
     def argument(self, split: str) -> str:
-        """The argument of a data module that names a split."""
+        """The data module's argument that names a split."""
         if split == self.train:
             return "train_split"
         if self.validation != "auto" and split in self.validated([]):
@@ -83,7 +83,7 @@ class SplitNames:
 
 
 def _are_names(value: Any) -> bool:
-    """Whether it is the name of a split, or names of several, each once."""
+    """Whether a value is a split name or several distinct ones."""
     names = [value] if isinstance(value, str) else value
     named = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     return named and len(set(names)) == len(names)
@@ -92,14 +92,14 @@ def _are_names(value: Any) -> bool:
 def find_split(
     splits: Mapping[str, Dataset], split: str, text_columns: list[str], source: str, argument: str
 ) -> Dataset:
-    """A split that has samples and a text in each of the text columns.
+    """Returns a split, if it has samples, and texts in all text columns.
 
     Args:
-        splits: All there are.
-        split: Name of the one that is wanted.
-        text_columns: What it has to have.
-        source: Of the splits, for messages.
-        argument: That names it, for messages.
+        splits: All splits.
+        split: Name of the split.
+        text_columns: Text columns that it must have.
+        source: Name of the data set, for messages.
+        argument: Data module argument that names the split, for messages.
 
     Raises:
         ValueError: There is no such split, it is empty, or a column or a text is missing.
@@ -131,10 +131,10 @@ def find_split(
 
 
 def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, seed: int) -> tuple[Int64s, Int64s]:
-    """Splits the rows of a training split, and logs which labels are too rare to be validated.
+    """Rows to train and to validate on; logs which labels are too rare to be validated.
 
     Raises:
-        ValueError: As `stratified_split`.
+        ValueError: As for `stratified_split`.
     """
     strata = task.strata(labels)
     train, validation = stratified_split(strata, share, seed)
@@ -149,11 +149,11 @@ def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, se
 def stratified_split(strata: ArrayLike, share: float, seed: int = 0) -> tuple[Int64s, Int64s]:
     """Splits samples in two at random, with the same share of every stratum in the second part, to within one sample.
 
-    A systematic sample of the samples sorted by stratum, the strata in random order. The first part keeps a sample of
-    every stratum, so that strata of a single sample are in that alone.
+    The second part is a systematic sample of the samples sorted by stratum, with the strata in random order. The first
+    part keeps a sample of every stratum, so it has those of strata with a single sample.
 
     Args:
-        strata: What each sample is of. Shape (num_samples,), integers.
+        strata: Stratum of each sample. Shape (num_samples,), integers.
         share: Share of the samples in the second part, between 0 and 1.
         seed: The split depends on this and the strata alone.
 

@@ -1,4 +1,4 @@
-"""A stream of rows that is not there as a whole -> batches, chosen among the rows of a buffer."""
+"""A stream of rows -> batches, planned within a buffer of rows."""
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -68,7 +68,7 @@ class StreamDataModule(SmartBatchDataModule):
         self._batches: _Batches | None = None
 
     def load_dataset(self) -> dict[str, Any]:
-        """The first buffer as the split to train on, and the other splits."""
+        """The first buffer as the training split, and the other splits."""
         if self._first is None:
             self._first = self._buffer(islice(self._stream, self.buffer_size))
         return {self.train_split: self._first, **self._others}
@@ -103,7 +103,7 @@ class StreamDataModule(SmartBatchDataModule):
         return self._batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training and the stream stand."""
+        """The progress of training and of the stream."""
         if self.trainer is None or self._batches is None:
             return {}
         at = progress.position(self.trainer)
@@ -116,10 +116,10 @@ class StreamDataModule(SmartBatchDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there, on as many ranks.
+        """Resumes from a checkpoint, on the same number of ranks.
 
         Raises:
-            ValueError: The checkpoint is of another stream, other settings or another number of ranks.
+            ValueError: The checkpoint is from another stream, other settings or another number of ranks.
         """
         if not state or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -150,7 +150,7 @@ class StreamDataModule(SmartBatchDataModule):
         return Dataset.from_list(list(rows), features=self._stream.features)
 
     def samples(self, rows: Iterator[dict[str, Any]]) -> TokenDataset:
-        """Labelled samples of some rows.
+        """Tokenized samples with labels for some rows.
 
         Raises:
             ValueError: A text or a label is missing, or a label is none of the classes.
@@ -162,25 +162,25 @@ class StreamDataModule(SmartBatchDataModule):
 
 
 class _Batches:
-    """One rank's batches of all steps, as Lightning takes a loader."""
+    """One rank's batches of all steps, as a loader for Lightning."""
 
     def __init__(self, data: StreamDataModule, length: int, restored: dict[str, Any] | None) -> None:
         self._data = data
         self._length = length
         self._start = restored or {"batches": 0, "first": 0, "buffer": 0, "stream": None}
-        self._marks: list[dict[str, Any]] = []  # for each buffer its number, first batch and state of the stream
+        self._marks: list[dict[str, Any]] = []  # for each buffer, its number, first batch and stream state
 
     def __len__(self) -> int:
         return self._length
 
     def mark(self, batches: int) -> dict[str, Any]:
-        """Where the buffer begins that is in use after so many batches, which only grow from call to call."""
+        """Start of the buffer in use after a number of batches, which must not decrease from call to call."""
         while len(self._marks) > 1 and self._marks[1]["first"] <= batches:
             self._marks.pop(0)
         return self._marks[0] if self._marks else {name: self._start[name] for name in ("first", "buffer", "stream")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module's state tells; without this method Lightning warns that nothing does."""
+        """Empty, since the data module stores the state; without this method, Lightning would warn."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ class _Batches:
             self._marks.append({"first": first, "buffer": buffer, "stream": deepcopy(stream.state_dict())})
             try:
                 samples = data.samples(islice(rows, data.buffer_size))
-            except (ValueError, TypeError) as error:  # of pyarrow, or our own
+            except (ValueError, TypeError) as error:  # pyarrow's, or our own
                 raise UsageError(f"after {buffer * data.buffer_size:,} rows of the stream: {error}") from error
             plan = plan_epoch(samples.lengths, data.spec, epoch=buffer, num_replicas=trainer.world_size)
             for step, batch in enumerate(plan.rank_batches(trainer.global_rank), first):
@@ -211,9 +211,9 @@ class _Batches:
 
 
 def _endless(stream: IterableDataset) -> Iterator[dict[str, Any]]:
-    """The rows of one epoch of a stream after another."""
+    """The rows of a stream, epoch after epoch."""
     rows, before = 1, 1
-    while rows or before:  # one that was resumed at its end has none
+    while rows or before:  # an epoch resumed at its end has none
         rows, before = 0, rows
         for row in stream:
             rows += 1

@@ -1,4 +1,4 @@
-"""TextDataModule: a data set by name or file -> labelled token ids, ready to be batched."""
+"""TextDataModule: a data set by name or file -> token ids with labels, ready to be batched."""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
@@ -36,14 +36,14 @@ _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What one set-up has loaded; the next one loads again, since model and settings may be others."""
+    """What one `setup` has loaded; the next one loads again, since model and settings may have changed."""
 
     splits: DatasetDict
     model: TextModel | None
     tokenizer: PreTrainedTokenizerBase
     train_labels: LabelColumns | None
     task: Task | None
-    trains: bool  # or runs a model that is not trained yet
+    trains: bool  # or the model is not trained yet
     truncation: Truncation
 
 
@@ -131,7 +131,7 @@ class TextDataModule(L.LightningDataModule):
         objects = {"tokenizer": not isinstance(tokenizer, str | None), "dataset": not is_named(dataset)}
         self.save_hyperparameters(ignore=[name for name, is_object in objects.items() if is_object])
         if objects["dataset"]:
-            self.hparams["dataset"] = None  # which load_from_checkpoint refuses, rather than take the demo
+            self.hparams["dataset"] = None  # so that load_from_checkpoint refuses it instead of using the demo
         check_at_least(1, max_length=max_length)
         if max_length < 3:
             raise UsageError(
@@ -140,7 +140,7 @@ class TextDataModule(L.LightningDataModule):
         if tokenization not in ("ahead", "lazy"):
             raise UsageError(f"tokenization is {tokenization!r}; choose 'ahead' or 'lazy'.")
         columns = _checked_columns(text_columns, text_separator)
-        SplitNames(train_split, validation_split, test_split, predict_split)  # which refuses what names no split
+        SplitNames(train_split, validation_split, test_split, predict_split)  # refuses invalid names
         source = LabelSource.of(label_column, label_delimiter)
         if both := [column for column in columns if column in source.columns]:
             raise UsageError(
@@ -171,7 +171,7 @@ class TextDataModule(L.LightningDataModule):
         self._given_tokenizer = tokenizer
         self._loaded: _Loaded | None = None
 
-    # --- what a subclass may want to do differently ---
+    # --- methods to override ---
 
     def load_dataset(self) -> Any:
         """Loads the splits as a `DatasetDict`. Override it to load other data.
@@ -194,7 +194,7 @@ class TextDataModule(L.LightningDataModule):
         folder = Path(self.cache_dir) if self.cache_dir else cache_dir()
         return tokenize_to_cache(dataset, self.text_encoder, folder, self.source)
 
-    # --- what the data turns out to be ---
+    # --- what is known about the data ---
 
     @property
     def is_demo(self) -> bool:
@@ -277,8 +277,8 @@ class TextDataModule(L.LightningDataModule):
         """Token ids of one split, from `tokenize`, checked.
 
         Raises:
-            ValueError: Their number is not that of the samples, a sample has none or too many, or an id is not in the
-                tokenizer's vocabulary.
+            ValueError: There are not as many rows as samples, a sample has no tokens or too many, or an id is not in
+                the tokenizer's vocabulary.
         """
         tokenized = self.tokenize(dataset)
         table = tokenized if isinstance(tokenized, TokenTable) else TokenTable.from_rows(tokenized)
@@ -374,24 +374,24 @@ class TextDataModule(L.LightningDataModule):
         return SplitNames(self.train_split, self.validation_split, self.test_split, self.predict_split)
 
     def _standardize_targets(self) -> None:
-        """Lets the task know mean and deviation of the targets that are trained on, unless a trained model does."""
+        """Sets the mean and deviation of the training targets in the task, unless a trained model has them."""
         loaded = self._load()
         task, labels = loaded.task, loaded.train_labels
         if not (self._task_options.standardize_targets and loaded.trains and labels and isinstance(task, Regression)):
             return
         if task.standardization is None:
-            self._split(self.train_split)  # which refuses one without samples
+            self._split(self.train_split)  # refuses a split without samples
             parts = self._train_and_validation_rows()
             standardized = task.standardized(labels, None if parts is None else parts[0])
             self._loaded = replace(loaded, task=standardized)
 
     def _train_and_validation_rows(self) -> tuple[Int64s, Int64s] | None:
-        """Rows of the training split to train and to validate on; None where none are set aside."""
+        """Rows of the training split to train and to validate on; None if none are set aside."""
         share = self._names.validation_share(self.splits)
         labels = self._load().train_labels
         if not share or labels is None or self.task is None:
             return None
-        task = in_data_unit(self.task)  # whether targets are standardised makes no difference
+        task = in_data_unit(self.task)  # so that standardisation makes no difference
         return train_and_validation_rows(task, task.encode(labels), share, self.seed)
 
     def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
@@ -402,7 +402,7 @@ class TextDataModule(L.LightningDataModule):
         return train, [validation]
 
     def _labelled_splits(self) -> list[str]:
-        """Splits whose labels the stage needs that the Trainer runs."""
+        """Splits whose labels the Trainer's current stage needs."""
         stage = None if self.trainer is None else self.trainer.state.fn
         if stage == TrainerFn.TESTING:
             return self._names.tested
@@ -415,7 +415,7 @@ class TextDataModule(L.LightningDataModule):
         return TokenDataset(self.token_table(self._split(split)), self._labels(split))
 
     def _labels(self, split: str) -> NDArray[Any]:
-        """The labels of a split, encoded."""
+        """The encoded labels of a split."""
         dataset = self._split(split)
         if self.task is None and self.train_split in self.splits:
             self.label_source.read(self._split(self.train_split), self.train_split)

@@ -1,4 +1,4 @@
-"""Texts -> token ids in the cache: in shards, which all cores make and one process or several, and a kill loses one."""
+"""Texts -> token ids in the cache, in shards written by all cores of one or more processes; a kill loses one shard."""
 
 import json
 from collections import deque
@@ -20,7 +20,7 @@ from smartbatch_lightning.storage import is_valid, write_together
 
 _FORMAT = 5
 _ROWS_PER_SHARD = 2**16
-_THREADS = 3  # some convert what they have encoded while the Rust tokenizer of another uses all cores
+_THREADS = 3  # some convert encoded texts while the Rust tokenizer of another uses all cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -29,21 +29,21 @@ _Result = TypeVar("_Result")
 def tokenize_to_cache(
     dataset: Dataset, encoder: TextEncoder, cache_dir: Path, source: str = "", rows_per_shard: int = _ROWS_PER_SHARD
 ) -> TokenFile:
-    """Tokenizes a data set, or what of it has not been done before.
+    """Tokenizes a data set into the cache, except for what is already there.
 
-    The name of the folder is computed from the data's fingerprint and the encoder's: another start, rank or number of
-    processes finds it. Processes that are to make the same share the shards. One that was damaged is found by its
-    checksum and made again.
+    The folder's name is computed from the fingerprints of the data and the encoder, so later runs, other ranks and
+    other processes find it. Concurrent processes divide the shards among them. A damaged shard is detected by its
+    checksum and recreated.
 
     Args:
         dataset: One split.
-        encoder: What makes token ids of its texts.
-        cache_dir: Where the folder is kept.
-        source: Of the data, as `smartbatch cache list` names it.
-        rows_per_shard: Samples of a file.
+        encoder: Tokenizes its texts.
+        cache_dir: Folder of the cache.
+        source: Name of the data set in `smartbatch cache list`.
+        rows_per_shard: Samples per file.
 
     Raises:
-        ValueError: A text is missing, no text, or shorter than the special tokens alone.
+        ValueError: A text is missing or not text, or has no tokens or too many special tokens.
     """
     named = [_FORMAT, rows_per_shard, dataset._fingerprint, encoder.identity]
     folder = cache_dir / f"tokens-{sha256(json.dumps(named).encode()).hexdigest()[:32]}"
@@ -61,7 +61,7 @@ def tokenize_to_cache(
             writes = {path: partial(_write_shard, texts, rows, encoder, bar.update) for path, rows in missing.items()}
             for path in write_together(writes):
                 done += len(shards[path])
-                bar.update(done - bar.n)  # for what another process made
+                bar.update(done - bar.n)  # for files from other processes
         if limit is not None:
             prune(cache_dir, limit)
     tokens = TokenFile(folder)
@@ -72,7 +72,7 @@ def tokenize_to_cache(
 def _write_shard(
     texts: Dataset, rows: range, encoder: TextEncoder, report: Callable[[int], object], path: Path
 ) -> None:
-    """Writes the token ids of some rows to a file, and reports how many rows each block had."""
+    """Writes the token ids of some rows to a file, and reports the number of rows of each block."""
     names = [name for name in COLUMN_TYPES if encoder.with_types or name != "token_type_ids"]
     ragged = [(name, pa.list_(pa.from_numpy_dtype(COLUMN_TYPES[name]))) for name in names]
     schema = pa.schema([*ragged, ("lost_tokens", pa.int32())])
@@ -96,7 +96,7 @@ def _write_shard(
 
 
 def _in_threads(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """What a function gives for each item in order, of which as few as there are threads wait to be taken."""
+    """Results of a function for each item, in order, computed in threads, with at most `_THREADS` pending."""
     with ThreadPoolExecutor(_THREADS) as threads:
         waiting: deque[Future[_Result]] = deque()
         for item in items:

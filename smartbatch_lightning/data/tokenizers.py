@@ -15,23 +15,23 @@ from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_me
 from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
 from smartbatch_lightning.hub import hub_or_cache
 
-_FEWEST_WORDS = 4  # besides special tokens, as of DNA; one without files has two at most
+_FEWEST_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
 
 
 def find_tokenizer(
     given: str | PreTrainedTokenizerBase | None, model: TextModel | None, source: str, is_demo: bool, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that is given, by itself or by name, else the model's, which pads as the model wants it.
+    """The given tokenizer, as an object or by name, else the model's; set to pad as the model expects.
 
     Args:
-        given: By the user.
-        model: That the Trainer runs, if it says which tokenizer is its own.
-        source: Of the texts, for messages.
-        is_demo: The texts are the embedded demo's.
-        max_length: Tokens of the longest sample there may be.
+        given: The user's tokenizer or its name, if any.
+        model: The Trainer's model, if it names its tokenizer.
+        source: Name of the data set, for messages.
+        is_demo: The texts are those of the built-in demo.
+        max_length: Maximum number of tokens in a sample.
 
     Raises:
-        ValueError: There is none, it takes fewer tokens, or it is the demo's and the texts are not.
+        ValueError: There is no tokenizer, it takes fewer tokens, or it is the demo's and the texts are not.
     """
     if isinstance(given, PreTrainedTokenizerBase):
         return given if model is None else fit_tokenizer(given, model.config)
@@ -54,12 +54,12 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
     """Loads a tokenizer, and refuses one that takes fewer tokens than samples will have.
 
     Args:
-        name: On the Hub, a folder written by `save_pretrained`, or `demo`.
-        max_length: Tokens of the longest sample there may be.
-        kwargs: What else `from_pretrained` takes.
+        name: Name on the Hub, folder written by `save_pretrained`, or `demo`.
+        max_length: Maximum number of tokens in a sample.
+        kwargs: Other arguments of `from_pretrained`.
 
     Raises:
-        ValueError: There is none, it knows no words, or it takes fewer tokens.
+        ValueError: There is no tokenizer, it knows no words, or it takes fewer tokens.
     """
     folder = str(demo.model_dir()) if name == "demo" else name
     try:
@@ -67,7 +67,7 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, **{"trust_remote_code": False, **kwargs}
             )
-    except Exception as error:  # tokenizers raises plain ones
+    except Exception as error:  # tokenizers raises plain exceptions
         check_trusted(name, error)
         if (missing := _missing_package(error)) is not None:
             raise UsageError(
@@ -91,24 +91,24 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
 
 
 def _missing_package(error: BaseException | None) -> str | None:
-    """The package without which transformers could not load a tokenizer; None where it was something else."""
+    """The missing package because of which transformers could not load a tokenizer; None for other errors."""
     while error is not None and not (isinstance(error, ImportError) and error.name):
         error = error.__context__
     if error is None:
         return None
-    # transformers takes a lone model of sentencepiece for one of tiktoken where sentencepiece is missing
+    # without sentencepiece, transformers takes a lone sentencepiece model for one of tiktoken
     return "sentencepiece with protobuf, or tiktoken" if error.name == "tiktoken" else error.name
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """A tokenizer that pads as a model wants it, and gives the inputs that it takes.
+    """A tokenizer that pads as a model expects, and returns the inputs that the model takes.
 
     Args:
-        tokenizer: Not changed.
-        config: The model's.
+        tokenizer: The tokenizer; not changed.
+        config: The model's configuration.
 
     Returns:
-        The same, or a copy where something differs.
+        The same tokenizer, or a copy if something has to be changed.
 
     Raises:
         ValueError: There is no token to pad with.
@@ -133,7 +133,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     fitted = copy.deepcopy(tokenizer)
     for name, value in changed.items():
         setattr(fitted, name, value)
-        fitted.init_kwargs[name] = value  # else save_pretrained leaves out what was not given at first
+        fitted.init_kwargs[name] = value  # otherwise save_pretrained omits what was not given originally
     return fitted
 
 
@@ -150,11 +150,11 @@ def check_tokens(
 
     Args:
         table: The samples.
-        rows: Their numbers, for messages.
-        max_length: Tokens of the longest sample there may be.
-        windows: Samples may have more, and are then several windows.
-        vocabulary_size: Tokens that the tokenizer knows.
-        end_tokens_of: It, where the model's head wants as many end tokens in all samples.
+        rows: Their row numbers, for messages.
+        max_length: Maximum number of tokens in a sample.
+        windows: Longer samples are allowed and split into windows.
+        vocabulary_size: Number of tokens that the tokenizer knows.
+        end_tokens_of: The tokenizer, if the model's head needs the same number of end tokens in all samples.
 
     Raises:
         ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
@@ -172,15 +172,15 @@ def check_tokens(
 def check_end_tokens(
     table: TokenTable, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, windows: NDArray[np.integer]
 ) -> None:
-    """Refuses samples without an end token, or with more of these than the others have, as where a text spells one.
+    """Refuses samples without an end token, or with more of them than others, for example because a text contains one.
 
-    For models whose head wants as many in all rows of a batch.
+    For models whose head needs the same number in all rows of a batch.
 
     Args:
         table: The samples.
-        rows: Their numbers, for messages.
-        tokenizer: Whose end token it is.
-        windows: Rows of a batch that each sample is. Shape (num_samples,).
+        rows: Their row numbers, for messages.
+        tokenizer: The tokenizer, for its end token.
+        windows: Number of windows of each sample. Shape (num_samples,).
 
     Raises:
         ValueError: There is one.

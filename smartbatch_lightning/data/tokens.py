@@ -1,4 +1,4 @@
-"""Tokenized text on Arrow: written once, memory-mapped afterwards; lengths for free, rows without a copy."""
+"""Tokenized text in Arrow, written once and memory-mapped afterwards; lengths and rows are read without copying."""
 
 import json
 from bisect import bisect_right
@@ -27,7 +27,7 @@ class Ragged:
 
     Attributes:
         values: Shape (num_values,).
-        offsets: Where each row starts, and the end. Shape (num_rows + 1,), integers.
+        offsets: Start of each row, and the end. Shape (num_rows + 1,), integers.
     """
 
     values: NDArray[Any]
@@ -43,14 +43,14 @@ class Ragged:
 
 
 class TokenTable:
-    """Token ids of samples, in blocks of consecutive ones: flat arrays in which every sample is a slice.
+    """Token ids of samples, in blocks of consecutive samples: flat arrays of which every sample is a slice.
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), int32.
 
     Args:
         blocks: The columns of each block, by name.
-        lost_tokens: Tokens of each sample that were cut, of each block; by default none.
+        lost_tokens: For each block, the number of tokens cut from each sample; by default none.
     """
 
     def __init__(self, blocks: Sequence[Mapping[str, Ragged]], lost_tokens: Sequence[NDArray[np.int32]] = ()) -> None:
@@ -62,16 +62,16 @@ class TokenTable:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Any], lost_tokens: Sequence[int] = ()) -> "TokenTable":
-        """Keeps rows in memory: lists of ids, or mappings with `input_ids` and perhaps `token_type_ids`.
+        """Keeps rows in memory: lists of ids, or mappings with `input_ids` and optionally `token_type_ids`.
 
-        Where a mapping has an `attention_mask`, tokens that it leaves out are left out.
+        If a mapping has an `attention_mask`, tokens that it masks are dropped.
 
         Args:
             rows: One for each sample.
             lost_tokens: Tokens of each sample that were cut; by default none.
 
         Raises:
-            ValueError: A row has no tokens, or holds something else than whole numbers.
+            ValueError: A row has no tokens, or has something other than whole numbers.
         """
         kept = [_without_padding(row) if isinstance(row, Mapping) else {"input_ids": row} for row in rows]
         columns: dict[str, Ragged] = {}
@@ -91,12 +91,12 @@ class TokenTable:
 
     @property
     def lost_tokens(self) -> NDArray[np.int32] | None:
-        """Tokens of each sample that were cut. Shape (num_samples,), int32; None where that is not known yet."""
+        """Number of tokens cut from each sample. Shape (num_samples,), int32; None if not known yet."""
         return np.concatenate(self._lost_tokens) if self._lost_tokens else np.zeros(len(self), np.int32)
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all token ids and lengths, whether they are in files or in memory; 3 ms for IMDB."""
+        """Hash of all token ids and lengths, the same for files and memory; 3 ms for IMDB."""
         digest = xxh3_128()
         for block in self._blocks:
             digest.update(np.diff(block["input_ids"].offsets).astype(np.int64).data)
@@ -106,11 +106,11 @@ class TokenTable:
         return digest.hexdigest()
 
     def check(self, check: "Check") -> None:
-        """Looks at the token ids of all samples."""
+        """Runs a check on the token ids of all samples."""
         check(self, range(len(self)))
 
     def check_ids(self, vocabulary_size: int) -> None:
-        """Refuses ids that a model has no embedding for.
+        """Refuses ids for which a model has no embedding.
 
         Raises:
             ValueError: An id is negative, or not below the size of the vocabulary.
@@ -124,7 +124,7 @@ class TokenTable:
                 )
 
     def counts(self, token: int) -> NDArray[np.int64]:
-        """How often a token stands in each sample. Shape (num_samples,)."""
+        """How often a token occurs in each sample. Shape (num_samples,)."""
         counts = [np.empty(0, np.int64)]
         for block in self._blocks:
             ids = block["input_ids"]
@@ -142,15 +142,15 @@ class TokenTable:
         return {name: column[row] for name, column in self._blocks[block].items()}
 
     def samples(self, rows: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
-        """The same of several samples."""
+        """The same for several samples."""
         return [self[row] for row in rows]
 
 
-Check = Callable[[TokenTable, Sequence[int]], None]  # what refuses samples, which it names by these numbers
+Check = Callable[[TokenTable, Sequence[int]], None]  # refuses samples, naming them by these row numbers
 
 
 class TokenFile(TokenTable):
-    """The same, memory-mapped from the Arrow files of a folder; where the slices are is in the offsets of Arrow.
+    """A `TokenTable` memory-mapped from the Arrow files of a folder; slices are given by Arrow's offsets.
 
     Args:
         path: A folder written by `tokenize_to_cache`.
@@ -184,7 +184,7 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
 
     Args:
         table: Token ids of all samples of a split.
-        labels: Label of each sample, or None where there are none. Shape (num_rows of the table, ...).
+        labels: Label of each row of the table, (num_rows, ...); None without labels.
         rows: Rows of the table that belong to this data set; by default all.
     """
 
@@ -201,15 +201,15 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
 
     @property
     def sample_labels(self) -> NDArray[Any] | None:
-        """Labels of its samples, (len(self), ...); None where there are none."""
+        """Labels of its samples, (len(self), ...); None without labels."""
         return None if self.labels is None else self.labels[self.rows]
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
-        """`input_ids` and perhaps `token_type_ids`, `labels`; `index` is the row in the split that was loaded."""
+        """`input_ids`, optionally `token_type_ids` and `labels`, and `index`, the row in the loaded split."""
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
-        """The same of the samples of a batch, which torch asks for at once."""
+        """The same for the samples of a batch; torch requests them together."""
         rows = self.rows[samples].tolist()
         fields: list[dict[str, Any]] = [
             {**tokens, "index": row} for tokens, row in zip(self.table.samples(rows), rows, strict=True)
@@ -221,7 +221,7 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
 
 
 def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a row with an attention mask what it is to be attended to."""
+    """A row without the tokens that its attention mask excludes."""
     mask = row.get("attention_mask")
     if mask is None:
         return row
@@ -230,13 +230,13 @@ def _without_padding(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Shard:
-    """One of the files, as views of it.
+    """Views of one of the files.
 
     Attributes:
         blocks: The columns of each block.
-        lost_tokens: Tokens of their samples that were cut.
-        num_samples: Of all files.
-        max_length: Tokens that a sample may have; None for any number.
+        lost_tokens: For each block, the number of tokens cut from each sample.
+        num_samples: Number of samples in all files.
+        max_length: Maximum number of tokens in a sample; None for any number.
 
     Raises:
         ValueError: The file is cut short or corrupt.

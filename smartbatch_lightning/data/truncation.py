@@ -1,4 +1,4 @@
-"""What is kept of a text that has more tokens than a model takes at once."""
+"""Truncation: what to keep of texts with more tokens than a model takes at once."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,18 +22,19 @@ _POOLINGS = ("mean", "max")
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is kept of a text that has more tokens than a model takes at once.
+    """What to keep of texts with more tokens than a model takes at once.
 
     Args:
         truncation: `head` keeps the beginning, `tail` the end, `head_tail` both (Sun et al., *How to Fine-Tune BERT for
-            Text Classification?*, 2019); `windows` makes overlapping windows of it, the last of which may be shorter.
-        head_tokens: Tokens at the beginning that `head_tail` keeps; by default a quarter of the longest input.
-        stride: Tokens that a window shares with the one before; by default a quarter of the longest input.
-        max_windows: Windows of a text at most; what comes after them is cut.
+            Text Classification?*, 2019); `windows` splits the text into overlapping windows, the last of which may be
+            shorter.
+        head_tokens: Tokens that `head_tail` keeps from the beginning; by default a quarter of `max_length`.
+        stride: Tokens that a window shares with the previous one; by default a quarter of `max_length`.
+        max_windows: Maximum number of windows per text; the rest is cut.
         window_pooling: How the logits of a text's windows become one prediction: `mean`, the default, or `max`.
 
     Raises:
-        ValueError: An option is out of range, or is none of this truncation's.
+        ValueError: An option is out of range, or does not belong to this truncation.
     """
 
     truncation: str = "head"
@@ -57,17 +58,17 @@ class Truncation:
 
     @classmethod
     def of_model(cls, config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
-        """What a model was trained on; else the head, or the tail where the tokenizer cuts the left side.
+        """The truncation a model was trained with; else `head`, or `tail` if the tokenizer truncates on the left.
 
         Args:
-            config: Of a trained model.
-            tokenizer: Of the texts.
+            config: Configuration of a trained model.
+            tokenizer: The tokenizer.
         """
         trained_on = None if config is None else setting(config, TEXT_TRUNCATION)
         return cls(**trained_on) if trained_on else cls("tail" if tokenizer.truncation_side == "left" else "head")
 
     def check_columns(self, text_columns: Sequence[str], text_separator: str | None) -> None:
-        """Refuses pairs of texts where something else than their beginnings or ends is kept."""
+        """Refuses text pairs unless their beginnings or ends are kept."""
         if self.side is None and len(text_columns) == 2 and text_separator is None:
             raise UsageError(
                 f"truncation is {self.truncation!r}, but text pairs can only be cut on one side, the longer text "
@@ -85,22 +86,22 @@ class Truncation:
 
     @property
     def side(self) -> str | None:
-        """The side on which all is cut, `right` or `left`; None where there is no such side."""
+        """The side on which texts are cut, `right` or `left`; None if it is not just one side."""
         return {"head": "right", "tail": "left"}.get(self.truncation)
 
     def pieces(self, tokens: Sequence[_Token], room: int, max_length: int) -> tuple[list[Sequence[_Token]], int]:
-        """Cuts the tokens of a text, of which there are more than fit.
+        """Cuts the tokens of a text that does not fit.
 
         Args:
-            tokens: Of the text, without special tokens.
+            tokens: The text's tokens, without special tokens.
             room: How many of them a model takes at once.
-            max_length: The same with special tokens.
+            max_length: The same, including special tokens.
 
         Returns:
-            What the model takes, one piece but for windows; and the number of tokens that stand in none of them.
+            The pieces to keep, several only with windows, and the number of tokens in none of them.
 
         Raises:
-            ValueError: There is no room for what the options ask for.
+            ValueError: The options need more tokens than there is room for.
         """
         number, lost = len(tokens), len(tokens) - room
         if room < 1:

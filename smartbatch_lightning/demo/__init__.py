@@ -1,8 +1,8 @@
-"""The demo that `python train.py fit` runs by itself: made-up film reviews and a small untrained BERT.
+"""The demo that `python train.py fit` runs by default: made-up film reviews and a small untrained BERT.
 
 The reviews are composed from banks of phrases, so the demo needs no network. It shows that the whole pipeline works
 on texts of very different lengths. It is not a benchmark: its accuracy says nothing about real reviews or real models.
-It is made once, in a second or two, and kept in the user's cache.
+It is created once, in a second or two, and kept in the user's cache.
 """
 
 from functools import cache
@@ -11,11 +11,11 @@ from pathlib import Path
 from smartbatch_lightning.demo.reviews import REVIEWS, make_reviews
 from smartbatch_lightning.storage import cache_dir, write_if_missing
 
-NAME = "demo-v1"  # raise the number with any change to what is made
+NAME = "demo-v1"  # increase the number if the content changes
 
 
 def _make(folder: Path) -> None:
-    from smartbatch_lightning.demo.model import make_model, make_tokenizer  # only where the demo is made
+    from smartbatch_lightning.demo.model import make_model, make_tokenizer  # only needed to create the demo
 
     splits = {split: make_reviews(split) for split in REVIEWS}
     (folder / "data").mkdir(parents=True)

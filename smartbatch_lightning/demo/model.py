@@ -12,8 +12,8 @@ _SEED = 3
 _SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _VOCABULARY_SIZE = 2000
 _MAX_TOKENS = 512
-# A step of Adam moves a weight by about the learning rate. Embeddings this small are soon shaped by the steps
-# instead of by where they started, so the model learns from scratch at a rate meant for fine-tuning.
+# A step of Adam moves a weight by about the learning rate. Embeddings this small are soon shaped by these steps instead
+# of by where they started, so the model learns from scratch at a rate meant for fine-tuning.
 _EMBEDDING_LIMIT = 0.002
 _WEIGHT_LIMIT = 0.17
 
@@ -36,7 +36,7 @@ def make_tokenizer(texts: list[str]) -> BertTokenizer:
 
 
 def make_model(vocabulary_size: int) -> BertForSequenceClassification:
-    """Build an untrained BERT. Its weights are uniform draws, which are the same bits on every machine."""
+    """Build an untrained BERT. Its weights are drawn uniformly, with the same bits on every machine."""
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=128,
