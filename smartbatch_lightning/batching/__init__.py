@@ -1,4 +1,4 @@
-"""Which samples make a batch, and what it costs: numpy alone."""
+"""Which samples make up a batch, and what it costs; needs only numpy."""
 
 from smartbatch_lightning.batching.layout import PlanRequest
 from smartbatch_lightning.batching.plan import BatchPlan, batch_overlap

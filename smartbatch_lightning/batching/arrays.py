@@ -1,4 +1,4 @@
-"""The array operations that plans are made of: numpy alone, no Python loop over samples or batches."""
+"""Array operations for plans, in numpy, without Python loops over samples or batches."""
 
 from typing import Any, TypeVar
 
@@ -9,29 +9,29 @@ from smartbatch_lightning.errors import UsageError
 
 Int64s = NDArray[np.int64]
 _Number = TypeVar("_Number", int, Int64s)
-_LEAST_FRACTION_BITS = 6  # of a random number between two keys
+_LEAST_FRACTION_BITS = 6  # minimum resolution of random numbers between two keys
 
 
 def round_up(tokens: _Number, multiple: int) -> _Number:
-    """The next multiple."""
+    """Rounds up to the next multiple."""
     return -(-tokens // multiple) * multiple
 
 
 def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, num_replicas: int) -> Int64s:
-    """Cuts sorted samples into as few steps as a token budget allows; what is left over are the shortest.
+    """Cuts sorted samples into as few steps as a token budget allows; an incomplete step has the shortest samples.
 
     Args:
-        widths: The widths there are, ascending. Shape (num_widths,).
-        counts: Samples of each width. Shape (num_widths,).
-        batch_size: Samples in a batch at most.
-        budget: Samples times the width of the widest, at most.
-        num_replicas: Batches in a step.
+        widths: The distinct widths, ascending. Shape (num_widths,).
+        counts: Number of samples of each width. Shape (num_widths,).
+        batch_size: Maximum number of samples in a batch.
+        budget: Maximum of samples times largest width in a batch.
+        num_replicas: Number of batches in a step.
 
     Returns:
         Where each step starts among the samples, and the end. Shape (num_steps + 1,).
     """
     sizes_of_width = np.minimum(batch_size, budget // widths) * num_replicas
-    runs, ahead = [], 0  # samples that the last step has already taken of those that come next
+    runs, ahead = [], 0  # samples of the next width that the last step has already taken
     for count, size in zip(counts[::-1].tolist(), sizes_of_width[::-1].tolist(), strict=True):
         num_steps = max(0, -(-(count - ahead) // size))
         runs.append(np.full(num_steps, size))
@@ -39,7 +39,7 @@ def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: in
     sizes = np.concatenate(runs)[::-1].copy()
     sizes[0] -= ahead
     missing = num_replicas - int(sizes[0])
-    if missing > 0:  # a sample for every rank, out of the step of the next longer ones
+    if missing > 0:  # so that every rank has a sample, taken from the step of the next longer ones
         if sizes[1] - missing < num_replicas:
             raise budget_too_small_error(int(counts.sum()), num_replicas, budget)
         sizes[0] += missing
@@ -48,7 +48,7 @@ def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: in
 
 
 def offsets_by_cost(costs: Int64s, parts: int) -> Int64s:
-    """Cuts samples where equal shares of their costs end, and leaves at least one in each part. Shape (parts + 1,)."""
+    """Cuts samples into parts of about equal cost with at least one sample each. Returns offsets (parts + 1,)."""
     spent = np.cumsum(costs)
     cuts = np.searchsorted(spent, np.arange(1, parts) * spent[-1] // parts, side="right")
     place = np.arange(1, parts)
@@ -59,9 +59,9 @@ def offsets_by_cost(costs: Int64s, parts: int) -> Int64s:
 def argsort(key: NDArray[np.integer], bit_generator: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
     """Indices in order of `key + uniform(0, spread)`; without `bit_generator`, of `key` and then index.
 
-    A spread of 1 or less only breaks ties, since keys are whole numbers. The sums are in fixed point, of 16 bits where
-    that leaves 64 values or more between two keys, else of 32; ties are broken in another order every time. The raw
-    bits of the generator, unlike its distributions, are the same in every version of numpy.
+    A spread of 1 or less only breaks ties, since keys are whole numbers. The sums are in fixed point, with 16 bits if
+    that leaves 64 or more values between two keys, else with 32; ties are broken at random. The generator's raw bits,
+    unlike its distributions, are the same in every version of numpy.
     """
     num_keys = len(key)
     if num_keys == 0:
@@ -83,10 +83,10 @@ def argsort(key: NDArray[np.integer], bit_generator: np.random.PCG64 | None, spr
 
 
 def _radix_argsort(words: NDArray[np.integer], order: NDArray[np.integer]) -> Int64s:
-    """Sorts indices by words of 0 or more, equal ones staying in the given order.
+    """Sorts indices by non-negative words; equal ones stay in the given order.
 
-    By 16 bits at a time, which numpy does in linear time on every machine; the speed of its other sorts depends on the
-    instructions of the CPU.
+    Sorts 16 bits at a time, which numpy does in linear time on every machine; the speed of its other sorts depends on
+    the CPU's instructions.
     """
     for shift in range(0, max(1, int(words.max()).bit_length()), 16):
         digits = (words >> shift).astype(np.uint16)
@@ -95,7 +95,7 @@ def _radix_argsort(words: NDArray[np.integer], order: NDArray[np.integer]) -> In
 
 
 def _scattered_indices(number: int, bit_generator: np.random.PCG64) -> NDArray[np.uint32]:
-    """All indices below a number, in steps of a random width: no good shuffle, but one to break ties by."""
+    """All indices below a number, in steps of a random width: not a good shuffle, but good enough to break ties."""
     power = 1 << (number - 1).bit_length()
     indices = np.arange(power, dtype=np.uint32)
     indices *= np.uint32(
@@ -106,14 +106,14 @@ def _scattered_indices(number: int, bit_generator: np.random.PCG64) -> NDArray[n
 
 
 def even_offsets(total: int, parts: int) -> Int64s:
-    """Offsets of `parts` runs whose sizes differ by one at most, the larger ones first. Shape (parts + 1,)."""
+    """Offsets of `parts` runs whose sizes differ by at most one, the larger ones first. Shape (parts + 1,)."""
     size, larger = divmod(total, parts)
     cuts = np.arange(parts + 1, dtype=np.int64)
     return cuts * size + np.minimum(cuts, larger)
 
 
 def split_runs(offsets: Int64s, parts: int) -> Int64s:
-    """Cuts every run into `parts` whose sizes differ by one at most, the larger ones first."""
+    """Cuts every run into `parts` whose sizes differ by at most one, the larger ones first."""
     size, larger = np.divmod(np.diff(offsets)[:, None], parts)
     part = np.arange(parts)
     starts = offsets[:-1, None] + part * size + np.minimum(part, larger)
@@ -121,7 +121,7 @@ def split_runs(offsets: Int64s, parts: int) -> Int64s:
 
 
 def gather_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, Int64s]:
-    """The given runs of `order`, one after another, and their offsets."""
+    """The given runs of `order`, concatenated, and their offsets."""
     starts, sizes = offsets[runs], np.diff(offsets)[runs]
     new_offsets = np.concatenate(([0], np.cumsum(sizes)))
     index = np.repeat(starts - new_offsets[:-1], sizes)
@@ -132,14 +132,14 @@ def gather_runs(order: Int64s, offsets: Int64s, runs: Int64s) -> tuple[Int64s, I
 def tutorial_draws(
     num_samples: int, run: int, num_steps: int, num_replicas: int, bit_generator: np.random.PCG64
 ) -> tuple[Int64s, Int64s]:
-    """Takes a random run of `run` neighbours out of a list of `num_samples`, closes the gap, and so on to the end.
+    """Repeatedly removes a random run of `run` neighbours from a list of `num_samples`, closing the gap each time.
 
-    Returns the positions in the original list, draw after draw, and the offsets of the draws. The last draw takes
-    what is left; where that is less than a sample a rank, earlier draws are a sample shorter.
+    Returns the positions in the original list, draw after draw, and the offsets of the draws. The last draw takes what
+    is left; if that is less than one sample per rank, earlier draws are a sample shorter.
 
-    Drawing one after another costs a memory move of the whole rest each time. Instead the effect of consecutive draws
-    is composed pairwise, in log2(num_steps) passes over all samples: what a position of the second half means before
-    the first half was drawn is found by a binary search among the first half's sorted positions.
+    Drawing one after another would move the whole rest in memory each time. Instead, consecutive draws are composed
+    pairwise, in log2(num_steps) passes over all samples: the position that an item of the second half had before the
+    first half was drawn is found by binary search among the first half's sorted positions.
     """
     last = min(max(num_samples - (num_steps - 1) * run, num_replicas), num_samples)
     takes = np.diff(even_offsets(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
@@ -149,18 +149,18 @@ def tutorial_draws(
     choices = (remaining - takes + 1).astype(np.uint64)
     starts = ((bit_generator.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
 
-    # Positions in the list as it is just before the draw. Short draws are filled up, and draws past the end added up
-    # to a power of two, by positions so far off that nothing ever looks for them.
+    # Positions in the list just before the draw. Short draws are filled up, and their number to a power of two, with
+    # positions too large ever to be searched for.
     width = int(takes.max())
     shape = (1 << (num_steps - 1).bit_length(), width)
     position = 2 * num_samples + np.arange(shape[0] * shape[1]).reshape(shape)
     column = np.arange(width)
     np.copyto(position[:num_steps], starts[:, None] + column, where=column < takes[:, None])
-    stride = 2 * (num_samples + position.size)  # keeps the positions of one pair of halves clear of the next pair's
+    stride = 2 * (num_samples + position.size)  # separates the positions of one pair of halves from the next pair's
     while width < position.size:
         first, second = position.reshape(-1, 2, width).swapaxes(0, 1)
         pair = np.arange(len(first))[:, None]
-        gaps = np.sort(first, axis=1) - np.arange(width)  # how many later positions each removal moves up
+        gaps = np.sort(first, axis=1) - np.arange(width)  # how many positions each removal shifts
         shift = np.searchsorted((gaps + pair * stride).ravel(), (second + pair * stride).ravel(), side="right")
         second += shift.reshape(second.shape) - pair * width
         width *= 2
@@ -168,7 +168,7 @@ def tutorial_draws(
 
 
 def budget_too_small_error(num_samples: int, num_replicas: int, budget: int) -> UsageError:
-    """What to raise where equal steps would need two samples in a batch that has room for one."""
+    """The error to raise if equal steps would need two samples in a batch that has room for one."""
     return UsageError(
         f"{num_samples} samples cannot be split into equally many batches for {num_replicas} ranks, since the token "
         f"budget of {budget} allows only one sample per batch. Raise it, or use a number of devices that divides the "

@@ -1,4 +1,4 @@
-"""How much jitter sorting needs: batch overlap and padding as functions of it, and the choice between them."""
+"""Choosing the jitter: measuring batch overlap and padding as functions of it."""
 
 from dataclasses import dataclass, replace
 
@@ -11,18 +11,18 @@ from smartbatch_lightning.batching.spec import BatchSpec
 from smartbatch_lightning.batching.strategies import smart
 
 MAX_OVERLAP, MAX_PADDING = 0.10, 0.01
-_TENTHS_AT_FIRST = 6  # up to half a token jitter only breaks ties
+_TENTHS_AT_FIRST = 6  # up to half a token, jitter only breaks ties
 _MOST_SAMPLES, _WINDOWS = 2**20, 16
 
 
 @dataclass(frozen=True)
 class JitterPoint:
-    """What `smart` batches cost and how well they mix with a jitter.
+    """Padding and mixing of `smart` batches with a given jitter.
 
     Attributes:
-        jitter: Tokens.
+        jitter: Jitter in tokens.
         padding_ratio: Padding over real tokens, in the epoch that pads more.
-        batch_overlap: Share of a sample's batch-mates that it meets again in the next epoch.
+        batch_overlap: Share of a sample's batch-mates that share a batch with it again in the next epoch.
     """
 
     jitter: float
@@ -33,13 +33,13 @@ class JitterPoint:
 def measure_jitter(
     lengths: NDArray[np.integer], spec: BatchSpec, jitter: float, tokens: NDArray[np.integer] | None = None
 ) -> JitterPoint:
-    """Plans two epochs and compares them; the same whatever the run's seed.
+    """Plans two epochs and compares them, independently of the run's seed.
 
     Args:
-        lengths: Tokens of each sample, by which is planned. Shape (num_samples,).
-        spec: What a batch may hold.
-        jitter: Tokens.
-        tokens: What they turn out to be, where `lengths` are estimates. Shape (num_samples,).
+        lengths: Lengths to plan by, in tokens. Shape (num_samples,).
+        spec: The limits of a batch.
+        jitter: Jitter in tokens.
+        tokens: Actual lengths, if `lengths` are estimates. Shape (num_samples,).
     """
     tokens = lengths if tokens is None else tokens
     first, second = (
@@ -50,22 +50,23 @@ def measure_jitter(
 
 
 def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:
-    """The least jitter, in tenths of a token, that keeps the batch overlap under 10 %.
+    """The smallest jitter, in tenths of a token, that keeps the batch overlap under 10 %.
 
-    As far as padding stays within 1 % of the real tokens, or costs no more than without jitter, or of windows 1 % more:
-    where no jitter does both, the most that pads so little. Depends on the lengths and on what a batch may hold, not on
-    the seed. Where there are more than a million samples, some ranges of their lengths stand for all.
+    Padding must stay within 1 % of the real tokens, or within the padding without jitter if that is more (for windows,
+    1 % more than that). If no jitter meets both conditions, it is the largest one that meets the limit on padding.
+    Depends on the lengths and the limits of a batch, not on the seed. With more than a million samples, only some
+    ranges of the sorted lengths are used.
 
     Args:
         lengths: Tokens of each sample. Shape (num_samples,).
-        spec: What a batch may hold.
+        spec: The limits of a batch.
     """
     if spec.batching != "smart" or len(lengths) < 2:
         return 0.0
     lengths = _sorted_windows(lengths)
     allowed = max(MAX_PADDING, measure_jitter(lengths, spec, 0.0).padding_ratio)
     if spec.window_pooling:
-        allowed += MAX_PADDING  # to that of last windows, which is nearly the same in any order
+        allowed += MAX_PADDING  # on top of the padding of last windows, which is nearly the same in any order
 
     def enough(tenths: int) -> bool:
         point = measure_jitter(lengths, spec, tenths / 10)
@@ -84,7 +85,7 @@ def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:
 
 
 def _sorted_windows(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The lengths in order; of very many some ranges of neighbours, spread evenly."""
+    """The sorted lengths; if there are very many, only some evenly spread ranges of them."""
     counts = np.bincount(lengths)
     ends = np.cumsum(counts)
     places = np.arange(min(len(lengths), _MOST_SAMPLES))

@@ -1,4 +1,4 @@
-"""How an order of samples is cut into steps and batches under a token budget, and dealt to ranks."""
+"""Cutting an order of samples into steps and batches under a token budget, and distributing them over ranks."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class PlanRequest:
 
     Attributes:
         lengths: Tokens of each sample. Shape (num_samples,), integers.
-        spec: What a batch may hold; its jitter is a number.
+        spec: The limits of a batch; its jitter is a number.
         num_replicas: Number of ranks, which all take the same number of steps.
         bit_generator: The only source of randomness, derived from the seed and the epoch; None for evaluation, whose
             plan is not random.
@@ -38,15 +38,15 @@ class PlanRequest:
 
     @property
     def samples_per_batch(self) -> int:
-        """Samples that a batch may hold whatever their lengths."""
+        """Number of samples that always fit into a batch."""
         return self.spec.samples_per_batch(int(self.lengths.max()), len(self.lengths))
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch whose batches hold equally many samples, to within one.
+        """Number of steps of an epoch whose batches have the same number of samples, to within one.
 
         Raises:
-            ValueError: The token budget has no room for equally many steps on so many ranks.
+            ValueError: The token budget does not allow equally many steps on all ranks.
         """
         samples, num_samples, budget = self.samples_per_batch, len(self.lengths), self.spec.max_tokens_per_batch
         if budget and budget < 2 * self.spec.width(self.lengths.max()) and num_samples % self.num_replicas:
@@ -54,10 +54,10 @@ class PlanRequest:
         return min(-(-num_samples // (samples * self.num_replicas)), num_samples // self.num_replicas)
 
     def cut(self, order: Int64s) -> BatchPlan:
-        """Cuts samples that come in any order, with the same number of batches whatever it is.
+        """Cuts samples in any order into batches, whose number does not depend on the order.
 
-        Batches hold equally many samples, and those of a step are dealt to its ranks by length, back and forth. Packed
-        batches under a token budget are cut where equal shares of the tokens end.
+        Batches have equally many samples, and those of a step are distributed over ranks by length, back and forth.
+        Packed batches under a token budget are cut into equal shares of the tokens.
 
         Args:
             order: Every sample once. Shape (num_samples,).
@@ -68,11 +68,11 @@ class PlanRequest:
         return self._deal_by_length(order, even_offsets(len(order), self.num_steps))
 
     def cut_sorted(self, order: Int64s, headroom: int = 0) -> BatchPlan:
-        """Cuts samples that come in order of length; under a token budget into few long or many short ones.
+        """Cuts samples sorted by length; under a token budget, batches have few long or many short samples.
 
         Args:
             order: Every sample once, the shortest first. Shape (num_samples,).
-            headroom: Tokens by which a sample may be longer than one behind it.
+            headroom: Tokens by which a sample may be longer than a later one.
         """
         by_cost = self._offsets_by_cost(order)
         if by_cost is not None:
@@ -83,12 +83,12 @@ class PlanRequest:
         return BatchPlan(order, even_offsets(len(order), self.num_steps * self.num_replicas), self.num_replicas)
 
     def is_too_large(self, samples: int, tokens: int) -> bool:
-        """Whether a batch holds more than it may; two samples it always may, where steps could not be equal."""
+        """Whether a batch exceeds its limits; two samples are always allowed, if steps could not be equal otherwise."""
         most = max(self.spec.batch_size or samples, 1 + (len(self.lengths) % self.num_replicas > 0))
         return samples > most or tokens > (self.spec.max_tokens_per_batch or tokens)
 
     def shuffle_steps(self, plan: BatchPlan) -> BatchPlan:
-        """Puts the steps of a plan in random order; in evaluation they stay as they are."""
+        """Shuffles the steps of a plan; in evaluation, they stay in order."""
         if self.bit_generator is None:
             return plan
         steps = argsort(np.zeros(len(plan) // self.num_replicas, np.int64), self.bit_generator)
@@ -96,13 +96,13 @@ class PlanRequest:
         return BatchPlan(*gather_runs(plan.order, plan.offsets, batches), self.num_replicas)
 
     def _offsets_by_cost(self, order: Int64s) -> Int64s | None:
-        """Offsets of packed batches of a budget, where they are fewer than those of equally many samples."""
+        """Offsets of packed batches under a budget; None if batches of equally many samples are no more numerous."""
         budget = self.spec.max_tokens_per_batch
         if budget is None or not self.spec.packed:
             return None
-        # what of the budget a sample takes up, its share of `batch_size` included
+        # tokens of the budget that a sample uses up, at least its share of `batch_size`
         costs = np.maximum(self.lengths, -(-budget // (self.spec.batch_size or len(order)))).astype(np.int64)
-        # a run between two cuts exceeds an equal share of the costs by less than its last sample's
+        # a run between two cuts exceeds an equal share by less than the cost of its last sample
         num_batches = -(-int(costs.sum()) // (budget - int(costs.max()) + 1))
         num_steps = -(-num_batches // self.num_replicas)
         samples = self.samples_per_batch * self.num_replicas
@@ -111,14 +111,14 @@ class PlanRequest:
         return offsets_by_cost(costs[order], num_steps * self.num_replicas)
 
     def _steps_by_width(self, headroom: int) -> Int64s | None:
-        """Offsets of the steps of a budget, where batches of short samples may hold more than those of long ones."""
+        """Offsets of steps under a budget; None if batches of short samples cannot have more samples than others."""
         budget = self.spec.max_tokens_per_batch
         batch_size = self.spec.batch_size or len(self.lengths)
         if budget is None or self.samples_per_batch >= batch_size:
             return None
         counts = np.bincount(self.lengths)
         lengths = np.flatnonzero(counts)
-        # a sample this much longer may stand in the place of any other
+        # any sample may be replaced by one this much longer
         widths = self.spec.width(np.minimum(lengths + headroom, lengths[-1]))
         return offsets_by_width(widths, counts[lengths], batch_size, budget, self.num_replicas)
 
@@ -126,7 +126,7 @@ class PlanRequest:
         if self.num_replicas == 1:
             return BatchPlan(order, steps)
         step = np.repeat(np.arange(len(steps) - 1), np.diff(steps))
-        # longest first, so that the odd ones that are left over at the end are the short ones
+        # longest first, so that those left over at the end are short
         by_length = argsort((step + 1) * (int(self.lengths.max()) + 1) - self.lengths[order], None)
         round_, slot = np.divmod(np.arange(len(order)) - steps[step], self.num_replicas)
         rank = np.where(round_ % 2 == 0, slot, self.num_replicas - 1 - slot)

@@ -1,4 +1,4 @@
-"""Lengths, seed and epoch in, a `BatchPlan` out, without torch and without global random state."""
+"""From lengths, seed and epoch to a `BatchPlan`, without torch and without global random state."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -84,7 +84,7 @@ def window_offsets(num_samples: int, window: int) -> Int64s:
 
 
 def with_jitter(spec: BatchSpec, lengths: NDArray[np.integer]) -> BatchSpec:
-    """The same, with a number for `jitter: auto`, which depends on the lengths of the whole data set.
+    """The spec with a number for `jitter: auto`, which depends on the lengths of the whole data set.
 
     Raises:
         ValueError: A length is above the token budget.
@@ -94,10 +94,10 @@ def with_jitter(spec: BatchSpec, lengths: NDArray[np.integer]) -> BatchSpec:
 
 
 def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
-    """The lengths as an array, if a plan can be made of these.
+    """The lengths as an array, if they can be planned.
 
     Raises:
-        ValueError: They are no integers of one dimension, there are none, or one is below 1.
+        ValueError: They are not a one-dimensional array of integers, there are none, or one is below 1.
     """
     checked = np.asarray(lengths)
     if checked.ndim != 1 or not (np.issubdtype(checked.dtype, np.integer) or checked.size == 0):

@@ -1,4 +1,4 @@
-"""What a batch may hold and what it costs: asked by everything that plans, builds or counts batches."""
+"""The limits and the cost of a batch, used by everything that plans, builds or counts batches."""
 
 import math
 from collections.abc import Callable
@@ -84,12 +84,12 @@ class BatchSpec:
         return self.padding == "max_length"
 
     def width(self, longest: ArrayLike) -> Int64s:
-        """Width of a batch whose longest sample has this many tokens; of any shape."""
+        """Width of a batch whose longest sample has this many tokens; takes arrays of any shape."""
         longest = np.asarray(longest, np.int64)
         return longest if self.packed else self.windows(longest) * self._row_width(longest)
 
     def windows(self, lengths: ArrayLike) -> Int64s:
-        """Number of rows for samples of these lengths: one, or one per window; of any shape."""
+        """Number of rows for samples of these lengths: one, or one per window; takes arrays of any shape."""
         return -(-np.asarray(lengths, np.int64) // self._longest_row)
 
     def tokens(self, lengths: ArrayLike, offsets: Int64s) -> Int64s:
@@ -115,7 +115,7 @@ class BatchSpec:
             filled = self.tokens(lengths, offsets) - np.add.reduceat(lengths, offsets[:-1])
             longest = self._row_width(np.maximum.reduceat(lengths, offsets[:-1]))
             longest = np.maximum(longest, self.max_length or 0)
-            whole, rest = np.divmod(filled, longest)  # samples of padding, as long as may be
+            whole, rest = np.divmod(filled, longest)  # padding samples, as long as possible
             before = (self.windows(lengths) - 1) * self._longest_row  # tokens of a sample before its last window
             of_samples = before * self._longest_row + (lengths - before) ** 2
             pairs: Int64s = np.add.reduceat(of_samples, offsets[:-1]) + whole * longest**2 + rest**2
@@ -154,11 +154,11 @@ class BatchSpec:
 
     @property
     def _longest_row(self) -> int:
-        """Tokens of a row at most: a sample of more is split into windows."""
+        """Maximum tokens of a row; longer samples are split into windows."""
         return self.max_length if self.window_pooling and self.max_length else 2**62
 
     def _row_width(self, longest: Int64s) -> Int64s:
-        """Tokens of a row of a batch whose longest sample has so many."""
+        """Width of the rows of a batch whose longest sample has this many tokens."""
         row, padded = np.minimum(longest, self._longest_row), PADDING_WIDTHS[self.padding]
         return row if padded is None else np.maximum(row, padded(self, row))
 
@@ -167,7 +167,7 @@ class BatchSpec:
         settings = asdict(self)
         if self.window_pooling is None:
             del settings["window_pooling"]
-        if self.max_tokens_per_batch is None:  # then a plan does not depend on the width of its batches
+        if self.max_tokens_per_batch is None:  # without a budget, a plan does not depend on the width of its batches
             for name in ("padding", "pad_to_multiple_of", "max_length"):
                 del settings[name]
         return settings
@@ -182,7 +182,7 @@ def _to_max_length(spec: BatchSpec, longest: Int64s) -> Int64s:
     return np.full_like(longest, spec.max_length)
 
 
-# By `padding`, the width of batches with the given longest samples, which are never cut; None where they are packed.
+# By `padding`, the width of batches with the given longest samples, which are never cut; None for packed batches.
 PADDING_WIDTHS: dict[str, Callable[[BatchSpec, Int64s], Int64s] | None] = {
     "longest": _to_longest,
     "max_length": _to_max_length,

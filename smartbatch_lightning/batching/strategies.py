@@ -1,4 +1,4 @@
-"""How batches are chosen: functions in an open registry, and the check of those that are not the package's own."""
+"""Batching strategies: functions in an open registry, with a check of those that are not the package's own."""
 
 import math
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def smart(request: PlanRequest) -> BatchPlan:
 def tutorial(request: PlanRequest) -> BatchPlan:
     """Draws random contiguous runs from what is left of the sorted samples, as the *Smart Batching Tutorial* does.
 
-    The longest sample of a run varies from epoch to epoch, so under a token budget batches hold as many samples as fit
-    whatever their lengths.
+    The longest sample of a run varies from epoch to epoch, so under a token budget, a batch has only as many samples as
+    fit at any length.
     """
     order = argsort(request.lengths, None)
     if request.bit_generator is None:
@@ -66,10 +66,10 @@ def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
 
 
 def find_strategy(batching: str) -> Strategy:
-    """The strategy of a name or an import path; one that is not the package's own is checked whenever it plans.
+    """The strategy with a name or import path; unless it is the package's own, every plan it returns is checked.
 
     Raises:
-        ValueError: There is none, or it is no function of one argument.
+        ValueError: There is none, or it is not a function of one argument.
     """
     strategy = look_up(batching, STRATEGIES, "batching")
     if not _takes_one_argument(strategy):
@@ -91,7 +91,7 @@ def _takes_one_argument(strategy: object) -> bool:
         return False
     try:
         signature(strategy).bind(None)
-    except ValueError:  # some of those written in C do not tell
+    except ValueError:  # some functions written in C have no signature
         return True
     except TypeError:
         return False
@@ -99,7 +99,7 @@ def _takes_one_argument(strategy: object) -> bool:
 
 
 def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
-    """Refuses a plan that does not keep what every plan promises.
+    """Refuses a plan that breaks what every plan promises.
 
     Raises:
         ValueError: A sample is missing or repeated, ranks have unequal steps, or a batch is too large.

@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: how well it does, where, and where it does not."""
+"""Evaluation of a trained model: what it does well, and where it fails."""

@@ -1,4 +1,4 @@
-"""Whether probabilities are as often right as they say, and the temperature that brings them closer to it.
+"""Calibration of probabilities, and the temperature that improves it.
 
 Expected calibration error as in Naeini et al. (2015), temperature scaling as in Guo et al. (2017).
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
 _BINS = 15
-_LARGEST = 100.0  # of temperatures, at which nothing is left of what the model says
+_LARGEST = 100.0  # maximum temperature, at which all probabilities are nearly equal
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class CalibrationBin:
     """Predictions of about the same probability.
 
     Attributes:
-        probability: Their mean.
-        observed: Share of them that came true.
-        count: How many there are.
+        probability: Mean predicted probability.
+        observed: Share of these predictions that came true.
+        count: Number of predictions.
     """
 
     probability: float
@@ -35,12 +35,12 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far probabilities are from what came true.
+    """Calibration of predicted probabilities.
 
     Attributes:
-        expected_calibration_error: Mean distance between `probability` and `observed`, weighted by `count`.
-        log_loss: Mean negative logarithm of the probability of what came true, over samples and labels.
-        bins: By probability, without empty ones.
+        expected_calibration_error: Mean gap between `probability` and `observed`, weighted by `count`.
+        log_loss: Mean negative logarithm of the probability of the true label, over samples and labels.
+        bins: Non-empty bins, by probability.
     """
 
     expected_calibration_error: float
@@ -50,11 +50,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits that give certain probabilities, which a temperature divides.
+    """Logits recovered from probabilities, to be divided by a temperature.
 
     Attributes:
         values: (num_samples, num_labels), float64.
-        labels: Number of each sample's class, (num_samples,); for several labels 0 and 1, (num_samples, num_labels).
+        labels: Class number of each sample, (num_samples,); for multi-label 0 and 1, (num_samples, num_labels).
     """
 
     values: Tensor
@@ -62,36 +62,36 @@ class Logits:
 
     @classmethod
     def from_probabilities(cls, probabilities: NDArray[Any], labels: NDArray[Any]) -> "Logits":
-        """Logarithms of classes' probabilities; of several labels' log odds."""
+        """Logarithms of class probabilities; for multi-label, log odds."""
         given = torch.from_numpy(np.asarray(probabilities, np.float64))
-        tiny = torch.finfo(torch.float32).tiny  # which float32 rounds to 0
+        tiny = torch.finfo(torch.float32).tiny  # smaller ones are 0 in float32
         if labels.ndim == 1:
             return cls(given.clamp_min(tiny).log(), torch.from_numpy(np.asarray(labels, np.int64)))
         return cls(torch.logit(given, torch.finfo(torch.float32).eps), torch.from_numpy(np.asarray(labels, np.float64)))
 
     def loss(self, temperature: Tensor | float = 1.0, reduction: str = "mean") -> Tensor:
-        """Cross-entropy; of several labels the binary one."""
+        """Cross-entropy; for multi-label, binary cross-entropy."""
         scaled = self.values / temperature
         if self.labels.ndim == 1:
             return F.cross_entropy(scaled, self.labels, reduction=reduction)
         return F.binary_cross_entropy_with_logits(scaled, self.labels, reduction=reduction)
 
     def all_right(self) -> bool:
-        """Whether the likelier answer is right everywhere, so that ever lower temperatures are ever better."""
+        """Whether all predictions are right, so that the loss keeps falling with the temperature."""
         if self.labels.ndim == 1:
             others = self.values.scatter(1, self.labels[:, None], -torch.inf).amax(1)
             return bool((self.values.gather(1, self.labels[:, None])[:, 0] > others).all())
         return bool(((self.values > 0) == (self.labels > 0)).all())
 
     def calibration(self, temperature: float = 1.0) -> Calibration:
-        """Of the probability of the likeliest class; of several labels of every label's."""
+        """Calibration of the likeliest class's probability; for multi-label, of every label's."""
         scaled = self.values / temperature
         if self.labels.ndim == 1:
             probabilities, likeliest = scaled.softmax(1).max(1)
             came_true = likeliest == self.labels
         else:
             probabilities, came_true = scaled.sigmoid().flatten(), self.labels.flatten() > 0
-        # torchmetrics (1.9) has a bin of its own for probabilities of exactly 1
+        # torchmetrics (1.9) has a separate bin for probabilities of exactly 1
         probabilities = probabilities.clamp(max=float(np.nextafter(1, 0)))
         edges = torch.linspace(0, 1, _BINS + 1, dtype=torch.float64).numpy()
         values, truth = probabilities.numpy(), came_true.numpy()
@@ -107,10 +107,10 @@ class Logits:
 
 
 def fit_temperature(loss: Callable[[Tensor], Tensor]) -> float | None:
-    """The temperature of the least loss; None where none up to 100 is.
+    """The temperature with the lowest loss; None if there is none up to 100.
 
     Args:
-        loss: Of a temperature, a scalar.
+        loss: Returns the loss at a temperature, a scalar.
     """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, tolerance_grad=1e-9, line_search_fn="strong_wolfe")

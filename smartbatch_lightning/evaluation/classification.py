@@ -1,4 +1,4 @@
-"""How well classes are distinguished: by class, confusion, threshold, calibration and length; the worst mistakes."""
+"""Evaluating classification: by class, confusions, thresholds, calibration, lengths and the worst mistakes."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
 
 _MOST_CURVES, _CURVE_POINTS = 8, 300
 _MOST_CONFUSIONS, _MOST_MISTAKES, _MOST_SCORES = 20, 50, 10
-_LARGEST_MATRIX = 100  # classes of which all confusions are written as JSON
+_LARGEST_MATRIX = 100  # maximum number of classes for writing the whole confusion matrix as JSON
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How well one class, or one label of several, is distinguished from all else.
+    """How well one class, or one label in multi-label tasks, is distinguished from the others.
 
-    What is undefined is None: the recall of a class without samples, the precision of one that is never predicted, and
-    what goes by ranks where all samples are of the class or none is.
+    Undefined values are None: the recall of a class without samples, the precision of one that is never predicted, and
+    areas under curves if all or no samples are of the class.
 
     Attributes:
-        name: Of the class.
-        support: Samples of it.
-        predicted: Samples that are predicted to be.
-        precision: Share of the predicted ones that are.
-        recall: Share of its samples that are predicted.
-        f1: Harmonic mean of both.
+        name: Name of the class.
+        support: Number of its samples.
+        predicted: Number of samples predicted as this class.
+        precision: Share of the samples predicted as this class that are of it.
+        recall: Share of its samples that are predicted as this class.
+        f1: Harmonic mean of precision and recall.
         auroc: Area under the ROC curve, this class against all others.
         average_precision: Area under the precision-recall curve.
-        best_threshold: Probability above which to predict it for the best F1 on these samples; of single labels only
-            where there are two classes, for the second.
+        best_threshold: Probability above which predicting this class gives the best F1 on these samples; for
+            single-label tasks only with two classes, for the second.
         best_f1: F1 at that threshold.
     """
 
@@ -79,9 +79,9 @@ class Confusion:
 
     Attributes:
         label: Their class.
-        prediction: What they were predicted as.
-        samples: How many there are.
-        share: Of the samples of the class.
+        prediction: The predicted class.
+        samples: Number of such samples.
+        share: Their share of the samples of the class.
     """
 
     label: str
@@ -92,7 +92,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Curves:
-    """ROC and precision-recall curve of a class, thinned out to a few hundred points.
+    """ROC and precision-recall curves of a class, reduced to a few hundred points.
 
     Attributes:
         false_positive_rate: Shape (points,).
@@ -113,17 +113,17 @@ class ClassificationResults:
 
     Attributes:
         summary: Metrics over all samples, by name.
-        classes: By class.
-        confusion_matrix: Samples by class (rows) and prediction (columns); of several labels, for each label those
-            without and with it (rows) by whether it was predicted (columns), (num_labels, 2, 2).
-        confusions: The most frequent ones of single labels.
-        curves: Of the classes with the least average precision; of two classes those of the second.
-        calibration: Of the probabilities as they are.
-        temperature: That divides the logits for the least loss; None where it was not asked for, or there is none.
+        classes: Results for each class.
+        confusion_matrix: Number of samples by class (rows) and prediction (columns); for multi-label, for each label
+            those without and with it (rows) by whether it was predicted (columns), (num_labels, 2, 2).
+        confusions: The most frequent confusions, for single-label tasks.
+        curves: Curves of the classes with the lowest average precision; with two classes, of the second.
+        calibration: Calibration of the unchanged probabilities.
+        temperature: Temperature that divides the logits; None if none was requested or found.
         scaled: Calibration at that temperature.
-        lengths: Share of samples that are right by length; of several labels the mean F1 of a sample.
-        mistakes: Those of the greatest loss.
-        notes: What is to be known besides.
+        lengths: Accuracy by length; for multi-label, mean F1 per sample.
+        mistakes: The samples with the highest loss.
+        notes: Further remarks.
     """
 
     summary: dict[str, float | None]
@@ -144,7 +144,7 @@ class ClassificationResults:
         return {one.name: one.best_threshold for one in self.classes if one.best_threshold is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it; of very many classes only the most frequent confusions."""
+        """All results, ready for JSON; with very many classes, only the most frequent confusions."""
         written = {name: value for name, value in asdict(self).items() if name != "confusion_matrix"}
         if len(self.classes) <= _LARGEST_MATRIX:
             written["confusion_matrix"] = self.confusion_matrix.tolist()
@@ -152,13 +152,13 @@ class ClassificationResults:
 
 
 def classify(evaluation: "Evaluation") -> ClassificationResults:
-    """Measures the predictions of single labels or of several."""
+    """Computes the results of a single-label or multi-label evaluation."""
     with _without_warnings():
         return _Measured(evaluation).results()
 
 
 class _Measured:
-    """The arrays of an evaluation as tensors, with what differs between single labels and several."""
+    """The arrays of an evaluation as tensors, and everything that differs between single-label and multi-label."""
 
     def __init__(self, evaluation: "Evaluation") -> None:
         self.evaluation = evaluation
@@ -192,7 +192,7 @@ class _Measured:
         )
 
     def _by_sample(self, right: Tensor) -> Tensor:
-        """How well each sample is predicted: whether it is, or of several labels its F1. Shape (num_samples,)."""
+        """Whether each sample is predicted correctly; for multi-label, its F1. Shape (num_samples,)."""
         if not self.several:
             return right
         return multilabel_f1_score(
@@ -287,10 +287,14 @@ class _Measured:
         if asked != "fit":
             return asked, []
         if self.logits.all_right():
-            return None, ["No temperature was fitted: all is predicted rightly, and ever lower ones lessen the loss."]
+            return None, [
+                "No temperature was fitted: all predictions are right, and ever lower temperatures lower the loss."
+            ]
         fitted = fit_temperature(self.logits.loss)
         if fitted is None:
-            return None, ["No temperature was fitted: the loss keeps falling until all labels are equally likely."]
+            return None, [
+                "No temperature was fitted: ever higher ones lower the loss, until all labels are equally likely."
+            ]
         return fitted, []
 
     def _mistakes(self, wrong: Tensor) -> list[Mistake]:
@@ -322,10 +326,10 @@ class _Measured:
 
 
 def _best_threshold(scores: Tensor, truth: Tensor) -> tuple[float | None, float | None]:
-    """The threshold of the best F1, halfway between the least probability above it and the next one, and that F1."""
+    """The threshold with the best F1, midway between the probabilities just above and below it, and that F1."""
     precision, recall, taken = binary_precision_recall_curve(scores, truth, validate_args=False)
     f1 = (2 * precision * recall / (precision + recall)).nan_to_num()[: len(taken)]
-    f1[taken <= 0] = -1  # no threshold is below
+    f1[taken <= 0] = -1  # no threshold lies below these
     best = int(f1.argmax())
     if f1[best] < 0:
         return None, None
@@ -364,7 +368,7 @@ def _written(label: Any) -> str:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Without torchmetrics' warnings of classes without samples, which results show."""
+    """Suppresses torchmetrics' warnings of classes without samples, which the results show."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No (positive|negative) samples")
         yield

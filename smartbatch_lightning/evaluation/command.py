@@ -83,7 +83,7 @@ def evaluate(
 
 
 def _check_model(folder: str, names: list[str]) -> None:
-    """Refuses a folder that holds no model, or one of other labels."""
+    """Refuses a folder without a model, or with a model for other labels."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Evaluation: what predictions and labels say of a model, as a table, JSON, figures and a page."""
+"""Evaluation: compares predictions with labels, and reports results as tables, JSON, figures and a page."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, write_thresho
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_ROWS, _MOST_MISTAKES, _LINES_OF_A_TEXT = 30, 3, 4  # on a terminal
+_MOST_ROWS, _MOST_MISTAKES, _LINES_OF_A_TEXT = 30, 3, 4  # in the terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Evaluation:
 
     @property
     def is_regression(self) -> bool:
-        """Numbers are predicted."""
+        """Whether numbers are predicted."""
         return isinstance(self.task, Regression)
 
     @property
@@ -100,7 +100,7 @@ class Evaluation:
 
     @property
     def predicted(self) -> NDArray[Any]:
-        """Numbers of the labels that are predicted, of the shape of `labels`."""
+        """Encoded predictions, with the shape of `labels`."""
         if self.predicted_labels is not None:
             return self.predicted_labels
         return self.task.predict_labels(self.scores)
@@ -112,7 +112,7 @@ class Evaluation:
 
     @cached_property
     def sections(self) -> list[sections.Section]:
-        """Tables and figures, in their order."""
+        """Tables and figures, in order."""
         if isinstance(self.results, RegressionResults):
             return sections.of_regression(self.results, self.lengths)
         several = isinstance(self.task, MultiLabelClassification)

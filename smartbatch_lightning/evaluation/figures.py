@@ -1,4 +1,4 @@
-"""The figures of an evaluation: confusion, curves, calibration, groups of samples, targets against predictions."""
+"""Figures of an evaluation: confusions, curves, calibration, groups of samples, targets against predictions."""
 
 import io
 import re
@@ -20,7 +20,7 @@ from smartbatch_lightning.evaluation.classification import ClassResult, Curves
 from smartbatch_lightning.evaluation.regression import Quantile
 from smartbatch_lightning.evaluation.samples import Group
 
-_INK = "#1f2933"  # of all that is written; in a page it becomes that of the text around
+_INK = "#1f2933"  # colour of all text; in a page it is replaced by that of the surrounding text
 _MAIN, _SECOND, _THIRD = "#3787a8", "#d98e33", "#8a8f98"
 _STYLE: Any = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], _INK),
@@ -28,8 +28,8 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlesize": "medium",
     "legend.frameon": False,
-    "text.parse_math": False,  # names with a $ are names
-    "svg.fonttype": "none",  # text as text: the browser has fonts for every script
+    "text.parse_math": False,  # a $ in a name is not mathematics
+    "svg.fonttype": "none",  # text stays text: browsers have fonts for every script
 }
 _WIDTH, _HEIGHT = 4.8, 3.6  # inches
 _MOST_CLASSES, _MOST_BARS, _MOST_POINTS = 20, 40, 5000
@@ -46,7 +46,7 @@ def _style() -> Iterator[None]:
 
 @_style()
 def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> Figure:
-    """Samples by class and prediction; of many classes those with the most mistakes, without all others."""
+    """Samples by class and prediction; if there are many classes, only those with the most mistakes."""
     title, shown = "Confusion", np.arange(len(names))
     if len(names) > _MOST_CLASSES:
         wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
@@ -72,7 +72,7 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> Figure:
 
 @_style()
 def label_counts(classes: Sequence[ClassResult]) -> Figure:
-    """Hits, misses and false alarms of each of several labels; of many labels those with the most mistakes."""
+    """Hits, misses and false alarms of each label; if there are many labels, only those with the most mistakes."""
     title, hits = "Hits, misses and false alarms", [round((one.recall or 0) * one.support) for one in classes]
     order = list(range(len(classes)))
     if len(order) > _MOST_BARS:
@@ -111,7 +111,7 @@ def roc(curves: Mapping[str, Curves]) -> Figure:
 
 @_style()
 def precision_recall(curves: Mapping[str, Curves]) -> Figure:
-    """Precision over recall, one class against all others."""
+    """Precision-recall curves, one class against all others."""
     figure, axes = _figure()
     _curves(axes, [(one.recall, one.precision) for one in curves.values()], list(curves))
     axes.set(title="Precision and recall", xlabel="recall", ylabel="precision")
@@ -120,7 +120,7 @@ def precision_recall(curves: Mapping[str, Curves]) -> Figure:
 
 @_style()
 def reliability(calibrations: Mapping[str, Calibration]) -> Figure:
-    """How often predictions came true, over how probable they were; the larger a point, the more there are."""
+    """Share of correct predictions against predicted probability; larger points mean more predictions."""
     figure, axes = _figure()
     axes.plot([0, 1], [0, 1], color=_THIRD, linestyle=":", linewidth=1)
     for (name, one), color in zip(calibrations.items(), (_MAIN, _SECOND), strict=False):
@@ -138,7 +138,7 @@ def reliability(calibrations: Mapping[str, Calibration]) -> Figure:
 
 @_style()
 def groups(of: Sequence[Group], title: str, xlabel: str, ylabel: str, *, share: bool = False) -> Figure:
-    """Mean values of groups of samples, such as those of a length."""
+    """Mean values of groups of samples, for example by length."""
     figure, axes = _figure()
     axes.plot(np.arange(len(of)), [one.value for one in of], "o-", color=_MAIN, clip_on=False)
     axes.set_xticks(np.arange(len(of)), [one.name for one in of], rotation=45, ha="right")
@@ -154,7 +154,7 @@ def groups(of: Sequence[Group], title: str, xlabel: str, ylabel: str, *, share: 
 
 @_style()
 def scatter(labels: NDArray[np.float64], predictions: NDArray[np.float64], name: str) -> Figure:
-    """Predictions over targets; of very many samples a part drawn at random."""
+    """Predictions against targets; if there are very many samples, a random part of them."""
     figure, axes = _figure()
     shown = np.arange(len(labels))
     if len(shown) > _MOST_POINTS:
@@ -168,7 +168,7 @@ def scatter(labels: NDArray[np.float64], predictions: NDArray[np.float64], name:
 
 @_style()
 def residuals(errors: NDArray[np.float64], name: str) -> Figure:
-    """How many samples have which error."""
+    """Histogram of errors."""
     figure, axes = _figure()
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color=_MAIN)
     axes.axvline(0, color=_THIRD, linestyle=":", linewidth=1)
@@ -191,7 +191,7 @@ def quantiles(of: Sequence[Quantile], name: str) -> Figure:
 
 
 def as_svg(figure: Figure) -> str:
-    """A figure to stand in a page, whose text has the colour of the text around."""
+    """A figure for a page, with text in the colour of the surrounding text."""
     content = io.StringIO()
     with drawing():
         figure.savefig(
@@ -202,19 +202,19 @@ def as_svg(figure: Figure) -> str:
         )
     svg = content.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # names that another figure of the page has too, and that nothing refers to
+    # names that other figures on the page also have, and that nothing refers to
     return re.sub(r'<g id="[a-zA-Z_]+\d*_?\d+">', "<g>", svg)
 
 
 def as_png(figure: Figure, path: object) -> None:
-    """A figure as a file."""
+    """Writes a figure to a PNG file."""
     with drawing():
         figure.savefig(path, format="png", dpi=150)  # type: ignore[arg-type]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Draws in one style, also scripts for which matplotlib has no font: a browser has."""
+    """A common style, without warnings about characters missing in matplotlib's font, which browsers have."""
     with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font|Matplotlib currently does not support")
         yield
@@ -234,8 +234,8 @@ def _curves(axes: Axes, lines: Sequence[tuple[Sequence[float], Sequence[float]]]
 
 
 def _plain(name: str) -> str:
-    """A name as it is written, whatever it would mean to matplotlib, shortened where it is long."""
+    """A name without special meaning to matplotlib, shortened if it is long."""
     if len(name) > _LONGEST_NAME:
         name = f"{name[: _LONGEST_NAME - 3]}..."
     name = " ".join(name.split())
-    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name  # which a legend would leave out
+    return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name  # legends omit names that begin with _

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page: figures and styles are in it, and nothing is fetched."""
+"""An evaluation as a self-contained HTML page."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,6 @@ def page(evaluation: "Evaluation") -> str:
 
 
 def _drawn(figure: Any) -> dict[str, Any]:
-    """A figure for the page: where there is no room small ones shrink, and large ones are scrolled."""
+    """A figure for the page; on narrow screens, small figures shrink and large ones scroll."""
     width = round(96 * figure.get_figwidth())
     return {"svg": Markup(as_svg(figure)), "width": width, "least": 280 if width < 500 else round(0.8 * width)}

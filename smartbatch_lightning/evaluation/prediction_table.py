@@ -1,4 +1,4 @@
-"""Tables of predictions, as `predict` writes them, read again with their labels."""
+"""Reading tables of predictions written by `predict`, with their labels."""
 
 import json
 from collections.abc import Sequence
@@ -38,22 +38,22 @@ def read_predictions(
 ) -> Evaluation:
     """Reads predictions with their labels.
 
-    The table has a `probability_NAME` for each class or label, and what is predicted as `prediction`; of a regression
-    `prediction` alone, of several targets as a list in the order of `label_column`; and columns of the input.
+    The table has a column `probability_NAME` for each class or label, and `prediction`; for regression, it has only
+    `prediction`, a list in the order of `label_column` if there are several targets; and columns of the input.
 
     Args:
         path: A Parquet or CSV file, or a folder of Parquet files.
-        label_column: Column of labels, or several, of which each is a label or a target.
-        label_delimiter: What stands between the labels of a text that has several.
-        label_names: Names of the classes in the order in which whole numbers in the label column count them; needed
-            where that column has ids and no names.
-        text_column: Column of the text, or several of them.
-        thresholds: File of probabilities above which labels are predicted; by default what stands in `prediction`.
-        temperature: As `Evaluation` takes it.
-        title: As `Evaluation` takes it; by default the name of the file.
+        label_column: Label column; or several, one for each label or target.
+        label_delimiter: Separator for several labels in one string.
+        label_names: Class names in the order of the integer ids in the label column; needed if that column has ids
+            without names.
+        text_column: Text column or columns.
+        thresholds: File of decision thresholds; by default, the column `prediction` is used.
+        temperature: As in `Evaluation`.
+        title: As in `Evaluation`; by default the name of the file.
 
     Raises:
-        ValueError: A column is missing or holds something else; the message says what is there.
+        ValueError: A column is missing or has the wrong type; the message says what is there.
     """
     source = LabelSource.of(label_column, label_delimiter)
     texts = [text_column] if isinstance(text_column, str) else list(text_column or [])
@@ -81,7 +81,7 @@ def read_predictions(
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of predictions, and where labels and texts stand in it."""
+    """A table of predictions, and its label and text columns."""
 
     path: Path
     table: pa.Table
@@ -136,7 +136,7 @@ class _Table:
         return SingleLabelClassification(encoder)
 
     def columns(self, source: LabelSource) -> LabelColumns:
-        """Labels as they stand in the table."""
+        """The label columns of the table."""
         return source.read(Dataset(self.table.select(list(source.columns))), self.path.name)
 
     def scores(self, task: SingleLabelClassification | MultiLabelClassification | Regression) -> NDArray[np.float32]:
@@ -164,7 +164,7 @@ class _Table:
         return Texts(len(self.table), lambda sample: (column[sample].as_py() for column in columns))
 
     def lengths(self) -> Lengths | None:
-        """Characters of the texts."""
+        """Lengths of the texts in characters; None without texts."""
         if not self.text_columns:
             return None
         characters = np.zeros(len(self.table), np.int64)
@@ -195,7 +195,7 @@ class _Table:
         return Regression(columns if width == len(columns) else tuple(f"{columns[0]}_{one}" for one in range(width)))
 
     def _check_ids(self, whole: bool) -> None:
-        """Refuses whole numbers as labels where classes have names, and nothing says which number is which."""
+        """Refuses integers as labels if classes have names and nothing says which number is which class."""
         [name] = self.label_source.columns
         if whole or self.label_names is not None or not pa.types.is_integer(self.table.schema.field(name).type):
             return
@@ -230,14 +230,14 @@ def _read_csv(path: Path, columns: list[str], source: LabelSource, label_names: 
     for number, name in enumerate(table.column_names):
         column = table.column(name)
         if is_text(column.type):
-            # as predict keeps a spreadsheet from taking it for a formula
+            # predict adds it so that a spreadsheet does not take the text for a formula
             column = pc.replace_substring_regex(column, r"\A'('*[=+\-@\t\r])", r"\1")
             table = table.set_column(number, name, _lists(column) if name in labels else column)
     return table
 
 
 def _lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists that stand in a CSV file as JSON; other text as it is."""
+    """Parses lists written as JSON in a CSV file; other text is returned unchanged."""
     if not pc.all(pc.match_substring_regex(column, r"\A\[.*\]\z")).as_py():
         return column
     try:
@@ -252,7 +252,7 @@ def _class_names(columns: Sequence[str]) -> list[str]:
 
 
 def _are_words(columns: Sequence[str]) -> bool:
-    """Whether classes have names that are to be read as they are written: neither numbers nor truth values."""
+    """Whether class names are to be read as text: they are neither numbers nor booleans."""
     classes = _class_names(columns)
     return bool(classes) and not whole_numbers(classes) and not set(classes) <= {"True", "False"}
 

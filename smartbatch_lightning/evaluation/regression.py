@@ -1,4 +1,4 @@
-"""How far predicted numbers are from the targets: over all, by target, by length, and the worst."""
+"""Evaluating regression: errors over all samples, by target, by length, and the worst ones."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,17 +26,17 @@ _MOST_ERRORS = 50
 class TargetResult:
     """How well one target is predicted.
 
-    What is undefined is None: correlations and R² where the target or the prediction is the same for all samples.
+    Undefined values are None: correlations and R² if the target or the prediction is the same for all samples.
 
     Attributes:
-        name: Of the target.
+        name: Name of the target.
         mae: Mean absolute error.
-        rmse: Root of the mean squared error.
-        bias: Mean of prediction less target.
-        pearson: Correlation.
-        spearman: Correlation of the ranks.
-        r2: Share of the variance that is explained.
-        quantiles: By the target, from low to high.
+        rmse: Root mean squared error.
+        bias: Mean of prediction minus target.
+        pearson: Pearson correlation.
+        spearman: Spearman correlation.
+        r2: Coefficient of determination.
+        quantiles: Errors by quantile of the target, from low to high.
     """
 
     name: str
@@ -51,15 +51,15 @@ class TargetResult:
 
 @dataclass(frozen=True)
 class Quantile:
-    """Errors of the samples whose targets are close to each other.
+    """Errors of samples with similar targets.
 
     Attributes:
-        low: Their least target.
-        high: Their largest.
-        samples: How many there are.
+        low: Smallest target.
+        high: Largest target.
+        samples: Number of samples.
         mae: Mean absolute error.
-        rmse: Root of the mean squared error.
-        bias: Mean of prediction less target.
+        rmse: Root mean squared error.
+        bias: Mean of prediction minus target.
     """
 
     low: float
@@ -75,12 +75,12 @@ class RegressionResults:
     """Results of a regression.
 
     Attributes:
-        summary: Of a single target its metrics; of several the means of the errors.
-        targets: By target.
-        values: Targets and predictions of each, for figures. Shapes (num_samples,).
+        summary: Metrics of a single target; for several, the means of the errors.
+        targets: Results for each target.
+        values: Targets and predictions for each target, for figures. Shapes (num_samples,).
         lengths: Mean absolute error by length, over all targets.
-        mistakes: The largest errors; of several targets by the squared error in units of each target's variance.
-        notes: What is to be known besides.
+        mistakes: The largest errors; for several targets, by squared error relative to each target's variance.
+        notes: Further remarks.
     """
 
     summary: dict[str, float | None]
@@ -91,7 +91,7 @@ class RegressionResults:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the values, as JSON can hold it."""
+        """All results except the values, ready for JSON."""
         return {
             "summary": self.summary,
             "targets": [asdict(target) for target in self.targets],
@@ -102,7 +102,7 @@ class RegressionResults:
 
 
 def regress(evaluation: "Evaluation") -> RegressionResults:
-    """Measures the predictions of a regression."""
+    """Computes the results of a regression."""
     names = evaluation.task.label_names
     predictions = np.asarray(evaluation.scores, np.float64).reshape(-1, len(names))
     labels = np.asarray(evaluation.labels, np.float64).reshape(-1, len(names))

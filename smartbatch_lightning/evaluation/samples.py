@@ -1,4 +1,4 @@
-"""Samples one by one and by length: what classifications and regressions tell alike."""
+"""Results by sample and by length, shared by classification and regression."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class Mistake:
 
     Attributes:
         row: Its row in the data.
-        label: What is right.
-        prediction: What was predicted.
-        loss: Of this sample.
-        scores: Probabilities of the likeliest labels; of a regression the errors.
-        length: In tokens or characters; None where it is unknown.
-        text: The text, of very long ones the beginning; None where there is none.
+        label: The true label.
+        prediction: The prediction.
+        loss: Loss of this sample.
+        scores: Probabilities of the likeliest labels; for regression, the errors.
+        length: Length in tokens or characters; None if unknown.
+        text: The text, or the beginning of a very long one; None without texts.
     """
 
     row: int
@@ -36,12 +36,12 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of about the same length, or of about the same target.
+    """Samples of similar length, or with similar targets.
 
     Attributes:
-        name: The least and the most of them.
-        samples: How many there are.
-        value: Mean over them.
+        name: The range of the group, from smallest to largest.
+        samples: Number of samples.
+        value: Mean over the samples.
     """
 
     name: str
@@ -54,9 +54,9 @@ class Lengths:
     """Lengths of samples.
 
     Attributes:
-        values: Of whole texts, or of what was kept of them. Shape (num_samples,).
+        values: Lengths of whole texts, or of what was kept of them. Shape (num_samples,).
         unit: `tokens` or `characters`.
-        max_length: Length at which longer texts were cut; None where none was.
+        max_length: Length to which longer texts were cut; None if none were.
     """
 
     values: NDArray[np.integer]
@@ -64,12 +64,13 @@ class Lengths:
     max_length: int | None = None
 
     def groups(self, values: NDArray[Any]) -> list[Group]:
-        """Mean of a value by length, in equal parts.
+        """Mean of a value by length, in groups of equal size.
 
-        Where all that is known is what was kept, samples as long as texts can be, most of them cut, are by themselves.
+        If only the length after truncation is known, samples of maximum length, most of which were cut, are a separate
+        group.
 
         Args:
-            values: Of each sample. Shape (num_samples,).
+            values: Value of each sample. Shape (num_samples,).
         """
         cut = np.zeros(len(values), bool)
         if self.max_length is not None and self.values.max(initial=0) <= self.max_length:
@@ -81,11 +82,11 @@ class Lengths:
 
 
 class Texts(Sequence[str]):
-    """Texts that are read when they are asked for.
+    """Texts that are read only when requested.
 
     Args:
-        number: How many there are.
-        read: Gives the text of each column of a sample, which are shown with " / " between them.
+        number: Number of texts.
+        read: Returns the text of each column of a sample; they are joined with " / ".
     """
 
     def __init__(self, number: int, read: Callable[[int], Iterable[Any]]) -> None:
@@ -99,11 +100,11 @@ class Texts(Sequence[str]):
 
 
 def by_quantile(keys: NDArray[Any], values: NDArray[Any]) -> list[Group]:
-    """Mean of values in up to ten parts with about as many samples each, in the order of the keys.
+    """Mean of values in up to ten groups of about equal size, in the order of the keys.
 
     Args:
-        keys: What to part them by; equal ones stay together. Shape (num_samples,).
-        values: Shape (num_samples,).
+        keys: What to group by; equal keys stay together. Shape (num_samples,).
+        values: Value of each sample. Shape (num_samples,).
     """
     groups = []
     for part in quantile_parts(keys):
@@ -114,7 +115,7 @@ def by_quantile(keys: NDArray[Any], values: NDArray[Any]) -> list[Group]:
 
 
 def quantile_parts(keys: NDArray[Any]) -> list[NDArray[np.bool_]]:
-    """Which samples are in each of up to ten parts with about as many each, in the order of the keys."""
+    """Which samples are in each of up to ten groups of about equal size, in the order of the keys."""
     if not len(keys):
         return []
     number = int(np.clip(len(keys) // _LEAST_SAMPLES, 1, _MOST_GROUPS))
@@ -124,7 +125,7 @@ def quantile_parts(keys: NDArray[Any]) -> list[NDArray[np.bool_]]:
 
 
 def text_at(texts: Sequence[str] | None, sample: int) -> str | None:
-    """A sample's text, of very long ones the beginning."""
+    """A sample's text, or the beginning of a very long one."""
     if texts is None:
         return None
     text = texts[sample]

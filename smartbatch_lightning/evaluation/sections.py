@@ -1,4 +1,4 @@
-"""Results as sections of a report: tables and figures under a title, for the terminal and for a page alike."""
+"""Results as sections of a report: tables and figures under a title, for both terminal and page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,9 +12,9 @@ from smartbatch_lightning.evaluation.samples import Group, Lengths
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MOST_TARGETS = 4  # with figures of their own
+_MOST_TARGETS = 4  # with their own figures
 _OF_TARGETS = ("scatter", "residuals", "quantiles")
-# All names of figures that a report may have.
+# Names of all figures that a report may have.
 FIGURES = (
     *("labels", "confusion", "roc", "precision_recall", "reliability", "lengths", *_OF_TARGETS),
     *(f"{name}_{number}" for name in _OF_TARGETS for number in range(_MOST_TARGETS)),
@@ -23,13 +23,13 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report.
+    """A section of a report.
 
     Attributes:
-        title: What it is of.
-        rows: Of its table, cells by column.
-        figures: By name, under which they are also written as files.
-        note: What is to be known to read it.
+        title: Its title.
+        rows: Rows of its table, cells by column.
+        figures: Its figures by name; files have the same names.
+        note: A remark for the reader.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Section:
 
 
 def of_classification(results: ClassificationResults, several: bool, lengths: Lengths | None) -> list[Section]:
-    """Sections of single labels, or of several."""
+    """Sections for single-label or multi-label classification."""
     from smartbatch_lightning.evaluation import figures
 
     names = [one.name for one in results.classes]
@@ -98,7 +98,7 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
 
 
 def of_regression(results: RegressionResults, lengths: Lengths | None) -> list[Section]:
-    """Sections of one target, or of several."""
+    """Sections for regression with one or more targets."""
     from smartbatch_lightning.evaluation import figures
 
     sections = [Section("By target", [_target_row(one) for one in results.targets])]
@@ -144,7 +144,7 @@ def _class_row(one: ClassResult, what: str) -> dict[str, str]:
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows without the columns in which no row has anything."""
+    """Rows without the columns that are empty in all of them."""
     kept = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     return [{name: row[name] for name in kept} for row in rows]
 

@@ -1,1 +1,1 @@
-"""How a model takes batches."""
+"""Models, and how they process batches."""

@@ -1,7 +1,7 @@
-"""Adapters of `peft`, such as LoRA: a few weights that are trained in place of a model's own.
+"""Adapters of `peft`, such as LoRA: a few weights that are trained instead of a model's own.
 
-The layers go into the `transformers` model itself, which stays what it is for packing, freezing and everything else.
-Its own weights stay as they were pretrained, so a checkpoint leaves them out.
+The adapter layers are put into the `transformers` model itself, so packing, freezing and everything else work as usual.
+The pretrained weights do not change, so checkpoints leave them out.
 """
 
 import copy
@@ -19,21 +19,21 @@ from xxhash import xxh3_64
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.registry import look_up
 
-FINGERPRINT = "base_fingerprint"  # of the weights that a checkpoint leaves out, among those that it holds
-# Kinds that are trained, saved, merged and loaded by transformers alike. Others of peft add tokens or follow the
-# training step, or are wrong merged.
+FINGERPRINT = "base_fingerprint"  # buffer that identifies the weights left out of a checkpoint
+# Types with which training, saving, merging and loading by transformers were tested. Others add tokens, depend on the
+# training step, or give wrong results when merged.
 _TRIED = ("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA")
-_NUMBERS = 1024  # of each weight, which tell it from others
+_NUMBERS = 1024  # values of each weight that go into the fingerprint
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What `add_adapters` has made of a model.
+    """The adapters added to a model by `add_adapters`.
 
     Attributes:
-        peft_model: The wrapper of peft around the model, which saves and merges adapters.
-        pretrained: Names of the model's parameters that stay as they were loaded.
-        fingerprint: Of these, one number. Shape (), int64.
+        peft_model: peft's wrapper around the model, which saves and merges adapters.
+        pretrained: Names of the model's parameters that keep their loaded values.
+        fingerprint: Hash of these parameters. Shape (), int64.
     """
 
     peft_model: Any
@@ -41,25 +41,25 @@ class Adapters:
     fingerprint: Tensor
 
     def __str__(self) -> str:
-        """What is trained, and how much of it."""
+        """The type of adapter, and the number of trained parameters."""
         trained, total = self.peft_model.get_nb_trainable_parameters()
         kind = self.peft_model.peft_type.value
         return f"{kind} trains {trained:,} of {total:,} parameters, {trained / total:.2%}."
 
     def leaves_out(self, name: str) -> bool:
-        """Whether what has that name in the model's state is as it was loaded, with what bitsandbytes has beside it."""
+        """Whether a checkpoint omits this entry of the state: pretrained weights and their bitsandbytes data."""
         module, found, _ = name.partition(".weight.")
         return (f"{module}.weight" if found else name) in self.pretrained or name.endswith((".SCB", ".weight_format"))
 
     def detached(self, merged_for: Sequence[Mapping[str, Tensor]] = ()) -> Any:
-        """A copy on the CPU to be saved: peft's wrapper, or the model with the adapters merged into its weights.
+        """A copy on the CPU for saving: peft's wrapper, or the model with the adapters merged into its weights.
 
         Args:
-            merged_for: Inputs, each a batch, for which it then has to give the same logits as before; none to leave it
-                as it is.
+            merged_for: Batches of inputs for which the merged model must give the same logits; if empty, the adapters
+                are not merged.
 
         Raises:
-            ValueError: It gives others, as where layers share their weights.
+            ValueError: The logits differ, for example because layers share weights.
         """
         detached = copy.deepcopy(self.peft_model).cpu().eval()
         if not merged_for:
@@ -76,7 +76,7 @@ class Adapters:
 
 
 def is_quantized(model: nn.Module | None) -> bool:
-    """Whether a model's weights are in 8 or 4 bits."""
+    """Whether a model has weights in 8 or 4 bits."""
     return bool(getattr(model, "is_quantized", False))
 
 
@@ -87,7 +87,7 @@ def read_peft_config(given: Any) -> Any:
         given: `peft_type` and the arguments of its configuration; or `class_path` and `init_args`.
 
     Raises:
-        ValueError: peft is not installed, or there is no such configuration, or one that was not tried.
+        ValueError: peft is not installed, or the configuration is invalid or of an unsupported type.
     """
     peft = _import_peft()
     if not isinstance(given, Mapping) or not {"peft_type", "class_path"} & given.keys():
@@ -107,10 +107,10 @@ def read_peft_config(given: Any) -> Any:
 
 
 def plain_peft_config(given: Any) -> dict[str, Any]:
-    """What `peft_config` says, as a dictionary that a checkpoint can hold.
+    """`peft_config` as a dictionary that a checkpoint can store.
 
     Raises:
-        ValueError: As `read_peft_config`.
+        ValueError: As for `read_peft_config`.
     """
     if hasattr(given, "to_dict"):
         given = json.loads(json.dumps(given.to_dict(), default=sorted))  # sets
@@ -119,22 +119,22 @@ def plain_peft_config(given: Any) -> dict[str, Any]:
 
 
 def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Collection[str]) -> Adapters:
-    """Puts adapters into a model, of which they, the head and what the pretrained model lacks are trained.
+    """Adds adapters to a model; only they, the head and weights that the pretrained model lacks are trained.
 
     Args:
-        model: Changed in place.
-        peft_config: As `plain_peft_config` gives it. Where it names no layers to adapt, these are what peft knows for
-            the model's family, else all linear ones.
+        model: The model; changed in place.
+        peft_config: As returned by `plain_peft_config`. If it names no layers to adapt, peft's defaults for the model
+            family are used, else all linear layers.
         fresh: Names of the weights that the pretrained model lacks.
 
     Raises:
-        ValueError: Its layers are not there, or it changes pretrained weights.
+        ValueError: The model lacks the named layers, or the configuration would change pretrained weights.
     """
     peft = _import_peft()
     config = read_peft_config(peft_config)
     if config.target_modules is None and not config.to_dict().get("target_parameters"):
         known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", {})
-        if known:  # peft has IA3's elsewhere
+        if known:  # peft keeps IA3's elsewhere
             config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
             config.exclude_modules = _odd_linear_layers(model) or None
@@ -147,7 +147,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's own affair
             peft_model = peft.PeftModel(model, config)
-    except Exception as error:  # peft raises what its layers do
+    except Exception as error:  # peft passes on any error of its layers
         raise UsageError(
             f"peft_config is {peft_config}, which does not fit {type(model).__name__}: {root_cause_message(error)} "
             "Correct it."
@@ -169,7 +169,7 @@ def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None
     """Refuses a checkpoint of a model with other adapters.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The adapters differ.
     """
     if saved != own and (saved is None or own is None or read_peft_config(saved) != read_peft_config(own)):
         raise UsageError(
@@ -182,7 +182,7 @@ def check_same_base(fingerprint: Tensor, adapters: Adapters, pretrained: str) ->
     """Refuses adapters that were trained in a model with other weights.
 
     Raises:
-        ValueError: They were.
+        ValueError: The weights differ.
     """
     if int(fingerprint) != int(adapters.fingerprint):
         raise UsageError(
@@ -192,7 +192,7 @@ def check_same_base(fingerprint: Tensor, adapters: Adapters, pretrained: str) ->
 
 
 def _trained_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str]:
-    """The head, and modules of the base model with weights that the pretrained one lacks; none inside another."""
+    """Names of the head and of base model modules with weights that the pretrained model lacks, without submodules."""
     base = model.base_model
     names = {
         name for name, child in model.named_children() if child is not base and any(True for _ in child.parameters())
@@ -203,7 +203,7 @@ def _trained_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str
 
 
 def _odd_linear_layers(model: PreTrainedModel) -> list[str]:
-    """Linear layers that give more than a product, as routers of experts do."""
+    """Names of linear layers that return more than a product, such as routers of experts."""
     linear = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [name for name, kind in linear.items() if kind.__module__.startswith("transformers.models.")]
 
@@ -214,7 +214,7 @@ def _logits(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 
 def _fingerprint(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A number that tells weights from others. Shape (), int64; those in 8 or 4 bits do not count."""
+    """Hash of weights, except those in 8 or 4 bits. Shape (), int64."""
     digest = xxh3_64()
     for parameter in parameters:
         if parameter.is_floating_point():

@@ -1,7 +1,7 @@
-"""Attention inside each sample of a packed batch, under a name that `transformers` models take.
+"""Attention within each sample of a packed batch, registered under a name that `transformers` models accept.
 
-It takes padded batches too, where it differs from transformers' own SDPA in one point: it never looks whether a mask
-hides anything, for which Python would wait for the GPU in every forward.
+It also handles padded batches. There it differs from transformers' own SDPA in one point: it never checks whether a
+mask hides anything, for which Python would wait for the GPU in every forward pass.
 """
 
 import inspect
@@ -23,13 +23,13 @@ from smartbatch_lightning.models.dropout import DropoutAttention, bit_generator_
 
 ATTENTION = "smartbatch"
 _TAKES_GROUPED_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.13
-FLASH_CAPABILITY = (8, 0)  # of CUDA: Ampere; Volta and Turing have no FlashAttention
+FLASH_CAPABILITY = (8, 0)  # CUDA capability of Ampere; Volta and Turing have no FlashAttention
 
-_NOT_PACKED = ("softcap", "s_aux", "position_bias", "attention_mask")  # what some models ask of attention besides
+_NOT_PACKED = ("softcap", "s_aux", "position_bias", "attention_mask")  # arguments of some models' attention
 
 
 class KeysAndValues(Exception):  # noqa: N818 - it is no error
-    """Ends a layer at its attention, for the keys and values that it is raised with."""
+    """Raised to end a layer's forward pass at its attention, with the keys and values."""
 
 
 def attention_forward(
@@ -55,39 +55,39 @@ def attention_forward(
 
     Args:
         layer: The attention layer.
-        query: (batch, heads, tokens, head_size), the batch being 1 if it is packed.
-        key: As `query`, perhaps with fewer heads.
-        value: As `key`, perhaps with another head size.
-        attention_mask: Of a padded batch.
-        dropout: Of attention weights.
-        scaling: Of the products of queries and keys.
-        sliding_window: Tokens on each side that are attended to, and one.
-        is_causal: Tokens attend to those before them alone; by default what the layer says.
+        query: (batch, heads, tokens, head_size), where batch is 1 if packed.
+        key: Like `query`, possibly with fewer heads.
+        value: Like `key`, possibly with another head size.
+        attention_mask: Mask of a padded batch.
+        dropout: Dropout probability of attention weights.
+        scaling: Factor for the products of queries and keys.
+        sliding_window: Number of tokens attended to on each side, plus one.
+        is_causal: Tokens attend only to earlier ones; by default as the layer says.
         cu_seq_lens_q: Where the queries of each sample of a packed batch start, and the end. Shape (batch + 1,), int32.
-        cu_seq_lens_k: The same of keys and values.
-        max_length_q: Queries of its longest sample.
-        max_length_k: Keys of its longest sample.
-        only_keys_and_values: End the layer here by `KeysAndValues`.
-        keys_and_values: Those of all tokens, where `query` (batch, heads, 1, head_size) is of `tokens_read` alone, and
-            so is `attention_mask`.
-        tokens_read: Where these stand, (batch,), in the row if the batch is packed.
-        options: What only other implementations use.
+        cu_seq_lens_k: The same for keys and values.
+        max_length_q: Number of queries of its longest sample.
+        max_length_k: Number of keys of its longest sample.
+        only_keys_and_values: End the layer here by raising `KeysAndValues`.
+        keys_and_values: Keys and values of all tokens, if `query`, (batch, heads, 1, head_size), and `attention_mask`
+            are only for `tokens_read`.
+        tokens_read: Positions of these tokens, (batch,), in the row if the batch is packed.
+        options: Arguments that only other implementations use.
 
     Returns:
-        (batch, tokens, heads, head_size), and no attention weights.
+        The output (batch, tokens, heads, head_size), and None for the attention weights.
 
     Raises:
-        ValueError: The layer asks for what its kernels cannot do in packed batches.
+        ValueError: The layer needs something that attention in packed batches does not support.
     """
     if only_keys_and_values:
         raise KeysAndValues(key, value)
     causal = getattr(layer, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is not None and attention_mask.ndim == 2:  # of `_mask`, in place of none
-        sliding_window = sliding_window or attention_mask.shape[1] + (not causal)  # counted without the token itself
+    if attention_mask is not None and attention_mask.ndim == 2:  # `_mask`'s replacement for no mask
+        sliding_window = sliding_window or attention_mask.shape[1] + (not causal)  # excluding the token itself
         attention_mask = None
     radius = -1 if sliding_window is None else sliding_window - 1
     if keys_and_values is None:
-        tokens_read = None  # a layer before the last one, which computes all
+        tokens_read = None  # layers before the last one compute all tokens
     else:
         key, value = keys_and_values
     if cu_seq_lens_q is None:
@@ -110,7 +110,7 @@ def attention_forward(
     cu_seq_lens, max_lengths = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
     if tokens_read is None:
         return _packed(query, key, value, cu_seq_lens, max_lengths, dropout, scaling, radius, causal), None
-    # the keys of each sample that its query sees stand side by side, between others that no query sees
+    # the keys seen by each sample's query are contiguous, between keys that no query sees
     first, end = cu_seq_lens_k[:-1], cu_seq_lens_k[1:]
     if radius >= 0:
         first = torch.maximum(first, tokens_read - radius)
@@ -136,16 +136,16 @@ def _packed(
     radius: int,
     causal: bool,
 ) -> Tensor:
-    """Attention inside each sample of a row, (1, tokens, heads, head_size)."""
-    if torch.is_autocast_enabled(query.device.type):  # as SDPA does; queries and keys that were rotated are float32
+    """Attention within each sample of a row, (1, tokens, heads, head_size)."""
+    if torch.is_autocast_enabled(query.device.type):  # as in SDPA; rotated queries and keys are float32
         query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     if not has_varlen_kernel(query) or query.shape[-1] != value.shape[-1]:
         looped: Tensor = _sdpa_per_sample(query, key, value, *cu_seq_lens, dropout, scaling, radius, causal)
         return looped
     # not `tensor[0]`, whose backward pass fills a tensor of zeros and copies into it
     q, k, v = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
-    # A window as wide as the longest sample hides nothing, and keeps to FlashAttention: for full attention torch 2.14
-    # and later take cuDNN on Hopper, which prepares a plan for every new number of tokens, some 50 ms long.
+    # A window as wide as the longest sample hides nothing and makes torch use FlashAttention: for full attention, torch
+    # 2.14 and later use cuDNN on Hopper, which takes about 50 ms to plan every new number of tokens.
     reach = max_lengths[1] if radius < 0 else radius
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1] and _TAKES_GROUPED_HEADS:
@@ -167,7 +167,7 @@ def _packed(
 
 
 def has_varlen_kernel(query: Tensor) -> bool:
-    """Whether torch's FlashAttention takes queries of this device, type and head size (the last dimension)."""
+    """Whether torch's FlashAttention supports queries of this device, dtype and head size (the last dimension)."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -218,28 +218,29 @@ def _sdpa_per_sample(
 
 
 def _visible(queries: Tensor, keys: Tensor, radius: int, causal: bool) -> Tensor:
-    """Which keys (keys,) tokens at some places (..., queries) see, (..., queries, keys): at most `radius` apart."""
+    """Which keys (keys,) the tokens at positions (..., queries) see, (..., queries, keys): at most `radius` away."""
     distance = queries[..., None] - keys
     near = distance.abs() <= (radius if radius >= 0 else len(keys))
     return near & (distance >= 0) if causal else near
 
 
 def _mask(*, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any) -> Tensor | None:
-    """SDPA's mask of a padded batch; a batch without one has none, above all not one of tokens x tokens.
+    """SDPA's mask for a padded batch; for a batch without a mask none, and in particular not one of tokens x tokens.
 
-    In its stand (0, window), since not every model tells attention of its window. `transformers` itself would look
-    whether a mask hides anything at all, and wait for the GPU to know.
+    Instead it has the shape (0, window), since not every model passes its window to attention. `transformers` itself
+    would check whether a mask hides anything at all, and wait for the GPU.
     """
-    if attention_mask is None and not options.get("use_vmap"):  # which masks of a model's own making have
+    if attention_mask is None and not options.get("use_vmap"):  # set for masks defined by the model
         return None if local_size is None else torch.empty(0, local_size)
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(attention_mask=attention_mask, local_size=local_size, **{**options, **skips})
 
 
 def _without_positions(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    """What `transformers` does before `_mask`, which needs no positions, without waiting for the GPU to look at them.
+    """What `transformers` does before `_mask`, but without position ids, which `_mask` does not need.
 
-    In every forward of a decoder without an attention mask it would ask whether they start again anywhere.
+    Otherwise, in every forward pass of a decoder without an attention mask, `transformers` would wait for the GPU to
+    check whether positions restart anywhere.
     """
     place = list(inspect.signature(preprocess).parameters).index("position_ids") - 1
 
@@ -252,7 +253,7 @@ def _without_positions(preprocess: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_arguments
 
 
-with suppress(AttributeError, ValueError):  # of a transformers that does this elsewhere, and waits
+with suppress(AttributeError, ValueError):  # another version of transformers may do this elsewhere, and wait
     masking_utils._preprocess_mask_arguments = _without_positions(masking_utils._preprocess_mask_arguments)
 AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, _mask)

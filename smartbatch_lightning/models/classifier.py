@@ -83,8 +83,8 @@ from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 
 Batch = dict[str, Any]
 
-_ARCHITECTURE = "architecture"  # among weights that are handed from process to process
-_MOST_LOSSES = 1000  # that are kept on the device until somebody looks at them
+_ARCHITECTURE = "architecture"  # key among the weights passed between processes
+_MOST_LOSSES = 1000  # kept on the device before they are read
 
 
 class SequenceClassifier(L.LightningModule):
@@ -198,7 +198,7 @@ class SequenceClassifier(L.LightningModule):
         self.loss_options = LossOptions(class_weights, pos_weight, label_smoothing, focal_gamma)
         self.metrics = metrics
         if metrics is not None:
-            named_specs(metrics)  # which refuses what is no metric
+            named_specs(metrics)  # refuses what is not a metric
         self.layer_decay = layer_decay
         self.head_learning_rate = head_learning_rate
         self.freeze_embeddings = freeze_embeddings
@@ -217,14 +217,14 @@ class SequenceClassifier(L.LightningModule):
         self.model = None
         self._task: Task | None = None
         self.epoch_metrics = EpochMetrics()
-        self._frozen: list[nn.Parameter] = []  # while ranks share the gradients of all others
-        self._losses: list[tuple[int, Tensor]] = []  # of steps that nobody has looked at yet
-        self._last_loss: Tensor | None = None  # that was read
+        self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronise only the gradients of the others
+        self._losses: list[tuple[int, Tensor]] = []  # steps and losses not read yet
+        self._last_loss: Tensor | None = None  # the last one read
         self._seed = run_seed()
-        self._random_state: Tensor | None = None  # of before a fit, which draws from states of its own
+        self._random_state: Tensor | None = None  # before `fit`, which sets its own state for every step
         self._trained_on: dict[str, Any] | None = None
 
-    # --- what a subclass may want to do differently ---
+    # --- methods to override ---
 
     def step(self, batch: Batch, stage: Stage, dataloader_idx: int = 0) -> Tensor:
         """Computes the loss of a batch and updates the metrics of its stage.
@@ -246,7 +246,7 @@ class SequenceClassifier(L.LightningModule):
                 "without autocast. Set --trainer.precision=bf16-mixed or 32-true."
             )
         if labels.dtype == torch.bool:
-            labels = labels.to(output.logits.dtype)  # as losses take several labels
+            labels = labels.to(output.logits.dtype)  # the dtype that multi-label losses take
         loss = self.compute_loss(output, labels)
         self.epoch_metrics.of(stage, dataloader_idx, self._make_metrics).update(loss, output.logits, labels)
         return loss
@@ -274,7 +274,7 @@ class SequenceClassifier(L.LightningModule):
         """Returns AdamW or the given `optimizer`; parameters of one dimension (biases, normalisation) are not decayed.
 
         Frozen parameters are included, and skipped until they are unfrozen, unless a callback such as
-        `BackboneFinetuning` adds them, in which case they are all decayed.
+        `BackboneFinetuning` adds them later; weight decay then applies to all that it adds.
         """
         added = adds_parameters(self._trainer) or self.adapters is not None
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad or not added]
@@ -297,7 +297,7 @@ class SequenceClassifier(L.LightningModule):
     # --- Lightning's hooks ---
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds a callback that has to run before all others; an override must call `super().configure_callbacks()`."""
+        """Returns a callback that must run before all others; an override must call `super().configure_callbacks()`."""
         if not ModelLifecycle.runs_in(self.trainer):
             self.trainer.callbacks.insert(0, ModelLifecycle())  # type: ignore[attr-defined]
         return []
@@ -325,7 +325,7 @@ class SequenceClassifier(L.LightningModule):
             self._random_state = torch.get_rng_state()
 
     def teardown(self, stage: str) -> None:
-        """Restores the random state, from which a later run without a seed takes its own."""
+        """Restores the random state, from which a later run without a seed draws its own."""
         if stage == "fit" and self._random_state is not None:
             torch.set_rng_state(self._random_state)
 
@@ -352,13 +352,13 @@ class SequenceClassifier(L.LightningModule):
             setattr(self.model.config, TEXT_TRUNCATION, data.truncation)
             if self.hparams.get("architecture"):
                 self.hparams["architecture"][TEXT_TRUNCATION] = data.truncation
-        adopt_padding(self.model.config, data.tokenizer)  # also where the model was built for other data
+        adopt_padding(self.model.config, data.tokenizer)  # also if the model was built for other data
         check_inputs(self.model, data)
         if data.packed:
             self._enable_packing()
 
     def on_fit_start(self) -> None:
-        """Refuses metrics to monitor that are not there; says what computes attention of packed batches on a GPU."""
+        """Refuses to monitor metrics that are not logged; says what computes attention for packed batches on a GPU."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint | EarlyStopping) and (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
@@ -377,7 +377,7 @@ class SequenceClassifier(L.LightningModule):
             rank_zero_info(packed_attention(self._transformer, capability, str(self.trainer.precision)))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and its schedule over exactly the optimizer steps that will run."""
+        """Returns the optimizer, and a schedule over exactly the optimizer steps that will run."""
         num_steps = total_steps(self.trainer)
         endless = math.isinf(num_steps)
         overridden = type(self).configure_scheduler is not SequenceClassifier.configure_scheduler
@@ -392,11 +392,11 @@ class SequenceClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": lightning_config(scheduler, monitor)}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
-        """Lets schedule and loaders stand where training goes on after a checkpoint or in a second `fit`."""
+        """Moves schedule and loaders to where training continues, after a resume or in a second `fit`."""
         stay_stopped(self.trainer)
         check_validation(self.trainer)
         self._losses.clear()
-        self.epoch_metrics.start("train")  # also where an epoch goes on
+        self.epoch_metrics.start("train")  # also if an epoch is resumed
         restore_loaders(self.trainer)
         if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
@@ -412,16 +412,16 @@ class SequenceClassifier(L.LightningModule):
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
-            self._enable_packing()  # also where no data module has announced packed batches
+            self._enable_packing()  # if no data module has announced packed batches
         num_samples = inputs.pop("num_samples", None)
         window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
         kind: Any = type(self._transformer)
         named = _named_inputs(kind)
-        if "input_ids" in named:  # else it takes whatever it is given
+        if "input_ids" in named:  # otherwise it takes any argument
             inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
         output: SequenceClassifierOutput = self.model(**inputs)
         if output.logits is not None:
-            # losses and metrics of logits with two or three digits are noise; and CUDA graphs write over their outputs
+            # half precision has too few digits for losses and metrics; and CUDA graphs overwrite their outputs
             output.logits = output.logits[:num_samples].to(
                 torch.promote_types(output.logits.dtype, torch.float32), copy=True
             )
@@ -430,12 +430,12 @@ class SequenceClassifier(L.LightningModule):
         return output
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Draws the random state of the step, that of dropout, from seed, epoch, batch and rank.
+        """Sets the random state of the step, used by dropout, from seed, epoch, batch and rank.
 
-        A checkpoint holds no random state: without this, a resumed run would go on with another one.
+        Checkpoints do not store the random state, so a resumed run would otherwise continue with a different one.
 
         Raises:
-            ValueError: On several ranks something is trained that was frozen when they were set up.
+            ValueError: Parameters were unfrozen after several ranks had been set up.
         """
         if any(parameter.requires_grad for parameter in self._frozen):
             raise UsageError(
@@ -444,13 +444,13 @@ class SequenceClassifier(L.LightningModule):
             )
         words = (self._seed, self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-        # not torch.manual_seed, which takes half a millisecond to remember it for devices that are not in use
+        # not torch.manual_seed, which takes half a millisecond to store the seed for unused devices
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a training batch, with the weight that it has in its optimizer step."""
+        """Loss of a training batch, multiplied by its weight in the optimizer step."""
         loss = self.step(batch, "train")
         if self._trainer is not None:
             self._losses.append((self._trainer.global_step, loss.detach()))
@@ -458,7 +458,7 @@ class SequenceClassifier(L.LightningModule):
         return loss * weight
 
     def read_losses(self, numbers: Tensor) -> list[int]:
-        """Reads whole numbers from the device together with the losses since the last time, so as to wait for it once.
+        """Reads whole numbers from the device together with the losses not read yet, with a single wait.
 
         Args:
             numbers: Shape (n,), int64.
@@ -473,39 +473,39 @@ class SequenceClassifier(L.LightningModule):
         return numbers.tolist()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss where Lightning logs; in other steps that would wait for the device, and cost 0.3 ms."""
+        """Logs the loss in steps in which Lightning logs; in others, it would cost a wait for the device and 0.3 ms."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
         if logged or len(self._losses) >= _MOST_LOSSES:
             self._check_losses()
         if logged and self._last_loss is not None:
-            # a tensor on the CPU, since Lightning reads what is in the progress bar in every step
+            # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
             size = len(batch["labels"])
             self.log("train_loss_step", self._last_loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Metrics of a validation batch."""
+        """Updates loss and metrics with a validation batch."""
         self.step(batch, "val", dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Metrics of a test batch."""
+        """Updates loss and metrics with a test batch."""
         self.step(batch, "test", dataloader_idx)
 
     def on_train_epoch_start(self) -> None:
-        """Starts new metrics; callbacks have been here before, and may have changed rates and what is trained."""
+        """Resets metrics; by now, callbacks may have changed learning rates and unfrozen parameters."""
         self.epoch_metrics.start("train")
         follow_rates(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts new metrics."""
+        """Resets metrics."""
         self.epoch_metrics.start("val")
 
     def on_test_epoch_start(self) -> None:
-        """Starts new metrics."""
+        """Resets metrics."""
         self.epoch_metrics.start("test")
 
     def on_train_epoch_end(self) -> None:
-        """Logs the metrics of the epoch, whose losses have to be finite."""
+        """Logs the metrics of the epoch, and refuses losses that are not finite."""
         self._check_losses()
         self.epoch_metrics.log(self, "train")
 
@@ -520,10 +520,10 @@ class SequenceClassifier(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
         """The task's predictions, and `index` (batch,), the row of each sample, if batches have it.
 
-        For single-label tasks `probabilities` (batch, num_labels), float32.
+        For single-label and multi-label tasks, the predictions are `probabilities` (batch, num_labels), float32.
         """
         logits = self(**forward_kwargs(batch)).logits
-        if not logits.isfinite().all():  # Lightning fetches predictions from the device in any case
+        if not logits.isfinite().all():  # no extra wait: predictions are fetched from the device anyway
             raise UsageError(
                 f"the model's logits are nan or infinite, and nothing can be predicted from them. {REMEDY}"
             )
@@ -532,7 +532,7 @@ class SequenceClassifier(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-        """Lightning's, but `weights_only` is always true, since loading a checkpoint could run code otherwise.
+        """Lightning's method with `weights_only` always true, since loading a checkpoint could otherwise run code.
 
         Raises:
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
@@ -542,7 +542,7 @@ class SequenceClassifier(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """As torch's, without what adapters leave as it was; with the architecture from a process that only trains."""
+        """Like torch's, without weights that adapters leave unchanged; in a spawned process, with the architecture."""
         state: dict[str, Any] = super().state_dict(*args, **options)
         if self.adapters is not None:
             prefix = f"{options.get('prefix', '')}model."
@@ -553,22 +553,22 @@ class SequenceClassifier(L.LightningModule):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-        """As torch's; builds the model first where its architecture comes along and there is none yet."""
+        """Like torch's; first builds the model if there is none yet and the state has its architecture."""
         if _ARCHITECTURE in state_dict:
             state_dict = dict(state_dict)
             self.architecture = json.loads(state_dict.pop(_ARCHITECTURE))
             options["strict"] = True
             if self.model is None:
-                trainer, self._trainer = self._trainer, None  # whose data is not set up in this process
+                trainer, self._trainer = self._trainer, None  # its data is not set up in this process
                 self.configure_model()
                 self._trainer = trainer
         return super().load_state_dict(state_dict, *args, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
-        """As torch's, of this module or a copy of it inside another one; adds what `state_dict` leaves out.
+        """Like torch's, also for a copy of this module inside another one; adds what `state_dict` leaves out.
 
         Raises:
-            ValueError: The weights that it leaves out are others than here.
+            ValueError: The weights that `state_dict` leaves out differ from this model's.
         """
         fingerprint = state_dict.get(f"{prefix}{FINGERPRINT}")
         if fingerprint is not None and self.adapters is not None:
@@ -579,13 +579,13 @@ class SequenceClassifier(L.LightningModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the seed of dropout, and refuses to save weights that are not finite."""
+        """Stores the seed of dropout, and refuses to save weights that are not finite."""
         checkpoint["dropout_seed"] = self._seed
         what = f"no checkpoint is written after {self.trainer.global_step} steps"
         check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with its seed unless one is given; refuses one for other labels, whose weights would not fit."""
+        """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if fitting and "optimizer_states" not in checkpoint:
             raise UsageError(
@@ -600,16 +600,16 @@ class SequenceClassifier(L.LightningModule):
         self._task = None
         hyperparameters = checkpoint.get("hyper_parameters", {})
         check_same_adapters(hyperparameters.get("peft_config"), self.peft_config)
-        # with which an evaluation without training data goes on
+        # used by an evaluation without training data
         self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
         saved = hyperparameters.get("architecture")
         if saved is not None and self.model is not None:
             config = AutoConfig.for_model(**saved)
             check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
-        elif saved is not None:  # a subclass may not take it as an argument
+        elif saved is not None:  # a subclass may not have this argument
             self.architecture = saved
 
-    # --- what the model is ---
+    # --- properties of the model ---
 
     @property
     def backbone(self) -> nn.Module | None:
@@ -652,7 +652,7 @@ class SequenceClassifier(L.LightningModule):
         return [] if data is None else data.evaluation_splits.get("val", [])
 
     def _logs_others(self) -> bool:
-        """Whether metrics may be logged in validation that are not this class's: by a subclass, or by a callback."""
+        """Whether a subclass or a callback may log other validation metrics than this class."""
         hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
         own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
         callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -660,7 +660,7 @@ class SequenceClassifier(L.LightningModule):
         return own[0] is not SequenceClassifier or not all(module.startswith(known) for module in callbacks)
 
     def text_model(self) -> TextModel:
-        """What a data module needs to know."""
+        """What a data module needs to know about the model."""
         return replace(
             self._source.text_model(self._own_config()),
             trained_on=self._trained_on,
@@ -682,7 +682,7 @@ class SequenceClassifier(L.LightningModule):
         return ModelSource(self.pretrained, self.model_kwargs, self.architecture, bool(self.peft_config))
 
     def _own_config(self) -> PretrainedConfig | None:
-        """Configuration of the built model, or of a checkpoint's."""
+        """Configuration of the built model, or of a checkpoint's; None if there is neither."""
         if self.model is not None:
             return self.model.config
         return None if self.architecture is None else self._source.config()
@@ -699,7 +699,7 @@ class SequenceClassifier(L.LightningModule):
         if labels is not None:
             options = options.balanced(task.label_counts(labels), len(labels))
             self.hparams.update({name: getattr(options, name) for name in self.loss_options.to_balance})
-        elif options.to_balance:  # as a checkpoint, or a fit before, has counted them
+        elif options.to_balance:  # as computed in a checkpoint or a previous fit
             known: dict[str, Any] = {name: self.hparams.get(name) or "balanced" for name in options.to_balance}
             options = replace(options, **known)
         return task.with_loss(options)
@@ -723,7 +723,7 @@ class SequenceClassifier(L.LightningModule):
         return Schedule(self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps, self.warmup_ratio)
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses an optimizer that cannot take the checkpoint's state; a schedule of another kind does without it."""
+        """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
         cls, states = type(self), checkpoint["optimizer_states"]
         if cls.configure_optimizers is not SequenceClassifier.configure_optimizers or not states:
             return
@@ -731,20 +731,20 @@ class SequenceClassifier(L.LightningModule):
             states[0]["param_groups"], self.configure_optimizer(), more_follow=adds_parameters(self._trainer)
         )
         if self.trainer.lr_scheduler_configs or cls.configure_scheduler is not SequenceClassifier.configure_scheduler:
-            return  # a tuner gives back what this run had
+            return  # a tuner restores this run's own state
         if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
-            checkpoint["lr_schedulers"] = []  # it is made again
+            checkpoint["lr_schedulers"] = []  # the schedule is recreated
 
     @property
     def _transformer(self) -> PreTrainedModel:
-        """The model, also where a subclass has wrapped it, as `peft` does."""
+        """The `transformers` model, also if a subclass has wrapped it, as `peft` does."""
         assert self.model is not None
         return next((part for part in self.model.modules() if isinstance(part, PreTrainedModel)), self.model)
 
     def _enable_packing(self) -> None:
         asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
         if self.model_kwargs.get("attn_implementation") not in (None, *TRANSFORMERS_OWN):
-            asked.remove("attn_implementation")  # a kernel that knows them
+            asked.remove("attn_implementation")  # a kernel that supports packed batches
         if asked:
             raise UsageError(
                 f"model_kwargs has {join_quoted(asked)}, but packed batches need this package's attention, which does "
@@ -756,7 +756,7 @@ class SequenceClassifier(L.LightningModule):
     def _build(self, task: Task | None) -> PreTrainedModel:
         model, fresh = self._load_model(task)
         model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
-        # transformers hands out models in eval mode, and Lightning leaves modes alone: dropout would stay off
+        # transformers returns models in eval mode, and Lightning does not change modes: dropout would stay off
         model.train()
         use_fast_dropout(model)
         if self.peft_config is not None:
@@ -775,11 +775,11 @@ class SequenceClassifier(L.LightningModule):
 
 @cache
 def _named_inputs(kind: Any) -> frozenset[str]:
-    """What a model takes by name, and what its attention takes of packed batches."""
+    """Names of the model's arguments, and of those that its attention takes for packed batches."""
     packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     return frozenset([*inspect.signature(kind.forward).parameters, *packed])
 
 
 def forward_kwargs(batch: Batch) -> Batch:
-    """What of a batch is for the model: all but labels, row numbers and the weight of its loss."""
+    """The model's inputs in a batch: everything except labels, row numbers and the loss weight."""
     return {name: value for name, value in batch.items() if name not in ("index", "loss_weight", "labels")}

@@ -1,4 +1,4 @@
-"""Whether a model fits the data: its labels, its longest input, its vocabulary and how its batches are made."""
+"""Whether a model fits the data: labels, maximum length, vocabulary and batches."""
 
 import math
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from smartbatch_lightning.tasks.standardization import Standardization
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a model with a trained classification head."""
+    """Whether a configuration belongs to a model with a trained classification head."""
     return any("SequenceClassification" in kind for kind in config.architectures or [])
 
 
 def check_labels(source: str, config: PretrainedConfig, label_names: list[str], task_fields: Mapping[str, Any]) -> None:
-    """Refuses a model whose labels are not the data's, by name and order, or that was trained for another task.
+    """Refuses a model whose labels differ from the data's in name or order, or that was trained for another task.
 
     Args:
         source: The model, for messages.
         config: Its configuration.
-        label_names: Of the data.
-        task_fields: What a configuration holds of the data's task.
+        label_names: Label names of the data.
+        task_fields: Configuration fields of the data's task.
 
     Raises:
         ValueError: It is such a model.
@@ -58,7 +58,7 @@ def _described(standardization: Standardization | None) -> str:
 
 
 def check_head(source: str, config: PretrainedConfig, label_names: list[str]) -> None:
-    """Refuses a fine-tuned classifier whose head is for another number of labels."""
+    """Refuses a fine-tuned classifier whose head has another number of labels."""
     trained = label_names_from_config(config)
     if is_fine_tuned(config) and len(trained) != len(label_names):
         raise UsageError(
@@ -68,11 +68,11 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str]) ->
 
 
 def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Lets a model take for padding what the batches are padded with, since heads look for the last other token.
+    """Sets a model's padding token to that of the batches, since heads look for the last token that is not padding.
 
     Args:
-        config: Of the model; changed.
-        tokenizer: Whose padding the batches have; None where that is not known.
+        config: The model's configuration; changed in place.
+        tokenizer: The tokenizer with which batches are padded; None if unknown.
     """
     before = pad_token_of(config)
     if tokenizer is None or tokenizer.pad_token_id in (None, before):
@@ -85,10 +85,9 @@ def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
 
 
 def check_inputs(model: PreTrainedModel, data: TextData) -> None:
-    """Refuses packed batches of a model that cannot take them, and data that the embedding tables have no rows for.
+    """Refuses packed batches for a model without support, and data for which the embedding tables lack rows.
 
-    The latter would be an assertion in a kernel on a GPU. Warns of a model that does not compute the same of a text
-    in every batch.
+    On a GPU, the latter would fail in a kernel assertion. Warns of a model whose results depend on the batch.
     """
     if data.packed:
         check_packing(model)
@@ -121,7 +120,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
 
 
 def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
-    """Refuses batches of widths at which Reformer does not train: all of its positions, or a multiple of its chunks."""
+    """Refuses batch widths at which Reformer cannot train; it needs all positions or a multiple of its chunks."""
     lengths = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
     multiple = math.lcm(*(lengths[kind] for kind in set(config.attn_layers)))
     width = math.prod(config.axial_pos_shape) if config.axial_pos_embds else multiple
@@ -133,7 +132,7 @@ def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
 
 
 def _longest_input(model: PreTrainedModel) -> int | None:
-    """Tokens for which a model has positions; None where it has them for any number."""
+    """Number of tokens for which a model has positions; None if unlimited."""
     config = model.config.get_text_config()
     limits = [setting(config, "max_position_embeddings")]
     for name, module in model.named_modules():

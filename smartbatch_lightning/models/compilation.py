@@ -1,4 +1,4 @@
-"""What of a model is compiled."""
+"""Compiling models with `torch.compile`."""
 
 import lightning as L
 from torch import nn
@@ -14,9 +14,9 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
     """Compiles a model for batches of any width.
 
     Args:
-        model: To be compiled in place.
-        how: A mode of `torch.compile`, for the whole model; or True for each of its layers, which are alike, so that
-            the first is compiled for all of them: in a third of the time, and as fast where batches are large.
+        model: The model; compiled in place.
+        how: A mode of `torch.compile` for the whole model; or True to compile its layers, which are alike, so that one
+            compilation serves all: it takes a third of the time, and large batches are as fast.
     """
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if isinstance(how, str):
@@ -27,25 +27,25 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
 
 
 def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
-    """Refuses a mode that `torch.compile` does not have, or layers that are computed twice beside it.
+    """Refuses a mode that `torch.compile` does not have, and compilation together with gradient checkpointing.
 
     Raises:
-        ValueError: It is none.
+        ValueError: This is the case.
     """
     if how and gradient_checkpointing:
         raise UsageError(f"compile is {how!r}, but gradient_checkpointing needs uncompiled layers. Use one of them.")
     if isinstance(how, str):
-        from torch._inductor import list_mode_options  # a second of imports
+        from torch._inductor import list_mode_options  # takes a second to import
 
         if how not in list_mode_options():
             raise UsageError(f"compile is {how!r}; give true, false, or one of {join_quoted(list_mode_options())}.")
 
 
 def check_compilation(how: bool | str, trainer: L.Trainer) -> None:
-    """Refuses CUDA graphs where gradients have to outlive a batch.
+    """Refuses CUDA graphs if gradients are accumulated.
 
     Raises:
-        ValueError: They are accumulated.
+        ValueError: They are.
     """
     if how in _GRAPHS and trainer.accumulate_grad_batches > 1:
         raise UsageError(

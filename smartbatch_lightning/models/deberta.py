@@ -1,4 +1,4 @@
-"""DeBERTa for packed batches: its attention, which goes by the distance of tokens, is called for each sample."""
+"""DeBERTa for packed batches: its attention, which depends on the distances of tokens, is called for each sample."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from smartbatch_lightning.models.pooling import pad, padding_mask
 
 
 class _Samples(NamedTuple):
-    """In place of the distances of tokens, which `transformers` hands on to attention as they come.
+    """The samples of a packed batch, passed to attention instead of the distances of tokens.
 
     Attributes:
-        lengths: Of each sample, tokens.
-        cu_seq_lens: Where each starts, and the end. Shape (batch + 1,).
-        distances: As the model counts them, for the longest sample. Shape (1, longest, longest).
+        lengths: Tokens of each sample.
+        cu_seq_lens: Where each sample starts, and the end. Shape (batch + 1,).
+        distances: Token distances as computed by the model, for the longest sample. Shape (1, longest, longest).
     """
 
     lengths: list[int]
@@ -31,7 +31,7 @@ def is_deberta(model: PreTrainedModel) -> bool:
 
 
 def hook_deberta(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Lets a DeBERTa take packed batches."""
+    """Makes a DeBERTa accept packed batches."""
     base_model: Any = model.base_model
     for layer in base_model.encoder.layer:
         attention = layer.attention.self
@@ -45,7 +45,7 @@ def hook_deberta(model: PreTrainedModel) -> list[RemovableHandle]:
 
 
 def _before_model(model: Any, args: Any, inputs: dict[str, Any]) -> Any:
-    """Sends the bounds of samples where the mask of padding goes."""
+    """Passes the bounds of samples in place of the padding mask."""
     if "cu_seq_lens_q" in inputs:
         inputs = {**inputs, "attention_mask": inputs["cu_seq_lens_q"]}
     return args, inputs
@@ -80,15 +80,15 @@ def _after_encoder(encoder: Any, args: Any, inputs: dict[str, Any], output: Any)
 
 
 def _attention(forward: Any, hidden: Tensor, mask: Tensor, *args: Any, relative_pos: Any = None, **options: Any) -> Any:
-    """Attention of a sample at a time on a CPU, and of all samples, padded, on a GPU, which would wait for each.
+    """Attention for one sample at a time on a CPU, and for all samples, padded, on a GPU, which would wait for each.
 
     Args:
-        forward: Attention of padded batches.
-        hidden: (1, tokens, hidden) if it is packed, and then `relative_pos` holds its samples.
-        mask: Of padding.
-        args: What else `forward` takes.
-        relative_pos: Distances of tokens.
-        options: What else `forward` takes.
+        forward: Attention for padded batches.
+        hidden: Hidden states; for a packed batch (1, tokens, hidden).
+        mask: Padding mask.
+        args: Other arguments of `forward`.
+        relative_pos: Distances of tokens; for a packed batch its `_Samples`.
+        options: Other arguments of `forward`.
     """
     if not isinstance(relative_pos, _Samples):
         return forward(hidden, mask, *args, relative_pos=relative_pos, **options)

@@ -1,6 +1,6 @@
-"""Dropout on a CPU, where torch spends up to half of the time drawing the masks one number at a time.
+"""Dropout on a CPU, where torch spends up to half of the time drawing masks one number at a time.
 
-Here four elements share 64 random bits, from a generator that torch's seeds.
+Here, four elements share 64 random bits, from a generator seeded by torch's.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_BITS = 16  # of each number that is drawn: probabilities are kept to 1/65,536
+_BITS = 16  # per random number: probabilities have a resolution of 1/65,536
 
 
 def use_fast_dropout(model: nn.Module) -> None:
-    """Puts `FastDropout` in place of each `nn.Dropout` of a model."""
+    """Replaces each `nn.Dropout` of a model by `FastDropout`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -46,25 +46,25 @@ class _Drop(torch.autograd.Function):
 
 
 def bit_generator_from_torch() -> np.random.SFC64:
-    """A fast source of random bits, seeded from torch's generator, so that `torch.manual_seed` decides."""
+    """A fast source of random bits, seeded from torch's generator and thus by `torch.manual_seed`."""
     return np.random.SFC64(int(torch.randint(2**63 - 1, ()).item()))
 
 
 def draw_kept(shape: torch.Size, probability: float, bits: np.random.SFC64) -> NDArray[np.bool_]:
-    """Which elements are kept where each is dropped with a probability."""
+    """Which elements are kept if each is dropped with a given probability."""
     drawn = bits.random_raw(-(-shape.numel() * _BITS // 64)).view(np.uint16)[: shape.numel()]
     kept: NDArray[np.bool_] = drawn >= round(probability * 2**_BITS)
     return kept.reshape(shape)
 
 
 def drop(values: Tensor, kept: NDArray[np.bool_], probability: float) -> Tensor:
-    """Values with those that are not kept set to zero and the others scaled; without gradients."""
-    factors = np.multiply(kept, 1 / (1 - probability), dtype=np.float32)  # three times as fast as torch turns bools
+    """Values with dropped elements set to zero and the others scaled; without gradients."""
+    factors = np.multiply(kept, 1 / (1 - probability), dtype=np.float32)  # a third of the time of torch's conversion
     return torch.from_numpy(factors).to(values.dtype).mul_(values)
 
 
 class DropoutAttention(torch.autograd.Function):
-    """Attention of one sample with dropout of its weights, by the same formulas as torch's, in half the time.
+    """Attention of one sample with dropout of its weights, with the same formulas as torch's, in half the time.
 
     The gradient of the softmax takes the row sums from the output, as in *FlashAttention* (Dao et al., 2022), instead
     of a pass over the weights.
@@ -74,7 +74,7 @@ class DropoutAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, probability: float, scale: float, bits: np.random.SFC64
     ) -> Tensor:
-        """Output, (heads, tokens, head_size), as are query, key and value."""
+        """The output, (heads, tokens, head_size), the shape of query, key and value."""
         scores = torch.baddbmm(query.new_zeros(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
         weights = torch.softmax(scores, dim=-1)
         kept = draw_kept(weights.shape, probability, bits)

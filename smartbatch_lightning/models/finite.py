@@ -1,4 +1,4 @@
-"""Where numbers are no longer finite, training ends, and nothing is saved, exported or predicted."""
+"""Refusing numbers that are not finite: training ends, and nothing is saved, exported or predicted."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smartbatch_lightning.errors import UsageError
 
-# Where a trained model's numbers are not finite.
+# For trained models whose numbers are not finite.
 REMEDY = (
     "Use a checkpoint from before training diverged, or set --trainer.precision=32-true if half precision overflows."
 )
@@ -20,28 +20,28 @@ REMEDY = (
 def read_losses(
     trainer: L.Trainer, losses: list[tuple[int, Tensor]], numbers: Tensor, remedy: str
 ) -> tuple[Tensor, list[int]]:
-    """Reads the last loss and other numbers from the device, for which Python waits once; refuses losses not finite.
+    """Reads the last loss and other numbers from the device, with a single wait; refuses losses that are not finite.
 
-    All ranks have to call it. While `LearningRateFinder` tries out rates, of which the highest may be too high, any
-    loss will do.
+    All ranks must call it. While `LearningRateFinder` tries learning rates, some of which may be too high, any loss is
+    accepted.
 
     Args:
-        trainer: Of the ranks.
-        losses: Optimizer step, as loggers count them, and loss, a scalar, of each batch; at least one.
+        trainer: The Trainer.
+        losses: For each batch, the optimizer step, as counted by loggers, and the loss, a scalar; at least one.
         numbers: Shape (n,), int64.
-        remedy: What the message ends with.
+        remedy: End of the error message.
 
     Returns:
         The last loss, a float32 scalar on the CPU, and the numbers.
 
     Raises:
-        ValueError: A loss is not finite, on one of the ranks.
+        ValueError: A loss is not finite on one of the ranks.
     """
     values = torch.stack([loss for _, loss in losses])
     place = torch.arange(len(values), device=values.device)
     first = trainer.strategy.reduce(place.where(~values.isfinite(), len(values)).min(), reduce_op="min")
     assert isinstance(first, Tensor)
-    bits = values[-1].float().view(torch.int32)  # a float among whole numbers
+    bits = values[-1].float().view(torch.int32)  # to read a float together with whole numbers
     *read, found, last = torch.cat((numbers, torch.stack((first, bits)))).tolist()
     trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if found < len(losses) and not trying:
@@ -50,10 +50,10 @@ def read_losses(
 
 
 def check_evaluated(trainer: L.Trainer) -> None:
-    """Refuses what `validate` or `test` has found where a loss is not finite, on all ranks alike.
+    """Refuses the results of `validate` or `test` if a loss is not finite, on all ranks.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A loss is not finite.
     """
     if trainer.state.fn == TrainerFn.FITTING:
         return
@@ -66,9 +66,9 @@ def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:
     """Refuses weights that are not finite; waits for the device.
 
     Raises:
-        ValueError: One of them is not; the message begins with `what`.
+        ValueError: A weight is not finite; the message begins with `what`.
     """
-    whole = [weight for weight in weights if type(weight) in (Tensor, torch.nn.Parameter)]  # none of a sharded model
+    whole = [weight for weight in weights if type(weight) in (Tensor, torch.nn.Parameter)]  # none for a sharded model
     finite = [weight.detach().isfinite().all() for weight in whole if weight.is_floating_point()]
     if finite and not torch.stack(finite).all():
         raise UsageError(f"{what}: the model has weights that are nan or infinite. {remedy}")

@@ -1,4 +1,4 @@
-"""Floating point operations: those that training takes, and those that a device can do."""
+"""Floating point operations: how many training needs, and how many a device can do."""
 
 import copy
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from smartbatch_lightning.models.packing import supply_attention, takes_attention
 
-# Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table after them, give these with sparsity.
+# Dense peaks in half precision; NVIDIA's data sheets, and Lightning's table based on them, give peaks with sparsity.
 _PEAK_FLOPS = {
     "H200": 989.4e12,
     "H100 NVL": 835.5e12,
@@ -23,7 +23,7 @@ _LENGTH = 64
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Floating point operations a second of a device, at most, in one of Lightning's precisions; None if not known."""
+    """Peak floating point operations per second of a device in one of Lightning's precisions; None if unknown."""
     if device.type != "cuda":
         return None
     half = "16" in precision
@@ -40,9 +40,9 @@ class Flops(NamedTuple):
     """Floating point operations of training.
 
     Attributes:
-        per_sample: Whatever its length.
-        per_token: Of a sample.
-        per_square: By squared token of a sample, as attention takes them.
+        per_sample: Operations per sample, independent of its length.
+        per_token: Operations per token.
+        per_square: Operations per squared length of a sample, for attention.
     """
 
     per_sample: float
@@ -50,21 +50,21 @@ class Flops(NamedTuple):
     per_square: float
 
     def of(self, samples: float, tokens: float, sum_squared_lengths: float) -> float:
-        """Those of many samples, by their number, their tokens and the sum of the squares of their lengths."""
+        """Operations for a number of samples with these tokens and sum of squared lengths."""
         return self.per_sample * samples + self.per_token * tokens + self.per_square * sum_squared_lengths
 
 
 def training_flops(config: PretrainedConfig, *, one_token: bool = False) -> Flops:
-    """Floating point operations of training on a sample.
+    """Floating point operations for training on a sample.
 
-    A forward pass takes `a + b * length + c * length**2`, solved for three lengths; with the backward pass it is three
+    A forward pass takes `a + b * length + c * length**2`, solved for three lengths; with the backward pass, it is three
     times as much.
 
     Args:
-        config: Of a model for sequence classification.
-        one_token: The last layer computes only the tokens that the head reads, as `reads_one_token` says of a model.
+        config: Configuration of a sequence classification model.
+        one_token: The last layer computes only the tokens that the head reads, as reported by `reads_one_token`.
     """
-    config = copy.deepcopy(config)  # it takes up the kind of attention
+    config = copy.deepcopy(config)  # building a model sets its attention implementation
     with torch.device("meta"):
         shadow = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager"
@@ -75,7 +75,7 @@ def training_flops(config: PretrainedConfig, *, one_token: bool = False) -> Flop
         supply_attention(shadow, one_token=one_token)
     for length in (_LENGTH, 2 * _LENGTH, 3 * _LENGTH):
         inputs = {"input_ids": torch.zeros(1, length, dtype=torch.int64, device="meta")}
-        if by_mask:  # without one, positions would be looked at, which are not there
+        if by_mask:  # else the values of positions are read, and meta tensors have none
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with FlopCounterMode(display=False) as counter:
             shadow(**inputs)

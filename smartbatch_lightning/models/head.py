@@ -1,4 +1,4 @@
-"""The layer that gives a model's logits, and a change of the unit that they are in."""
+"""A model's output layer, and rescaling its logits."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from smartbatch_lightning.errors import UsageError
 
 
 def find_output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that gives the logits: the last one with as many outputs.
+    """The linear layer that produces the logits: the last one with as many outputs.
 
     Raises:
         ValueError: There is none, or it has no bias.
@@ -27,15 +27,15 @@ def find_output_layer(model: PreTrainedModel) -> nn.Linear:
 
 @torch.no_grad()
 def rescale_logits(model: PreTrainedModel, scale: Sequence[float], shift: Sequence[float]) -> None:
-    """Changes the weights of the last layer so that the logits are `logits * scale + shift`.
+    """Changes the weights of the output layer so that the logits become `logits * scale + shift`.
 
     Args:
-        model: Changed in place.
-        scale: For each logit.
-        shift: For each logit.
+        model: The model; changed in place.
+        scale: Factor for each logit.
+        shift: Offset for each logit.
 
     Raises:
-        ValueError: As `find_output_layer`.
+        ValueError: As for `find_output_layer`.
     """
     layer = find_output_layer(model)
     by, to = (torch.tensor(values, dtype=torch.float64) for values in (scale, shift))

@@ -1,11 +1,11 @@
-"""The last layer, for the tokens alone that the head reads.
+"""The last layer, computed only for the tokens that the head reads.
 
-A head that reads one token of each sample needs keys and values of all tokens in the last layer, but queries, and all
-that follows attention, of that one only: 7 % fewer operations for BERT-base at 254 tokens. As in MLPerf's BERT,
+If a head reads one token of each sample, the last layer needs the keys and values of all tokens, but queries and
+everything after attention only for that one: 7 % fewer operations for BERT-base at 254 tokens. As in MLPerf's BERT,
 *Boosting distributed training performance of the unpadded BERT model* (Zeng et al., 2022).
 
-This is done for any layer by calling it twice: with all tokens up to its attention, for their keys and values; and with
-the tokens that are read, whose queries see these.
+This works for any layer, by calling it twice: with all tokens up to its attention, for their keys and values; and with
+the tokens that are read, for the rest.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from smartbatch_lightning.models.attention import KeysAndValues
 from smartbatch_lightning.models.pooling import pick
 
-_QUERIES = ("query", "q_proj", "q_lin")  # names of layers that make queries alone
+_QUERIES = ("query", "q_proj", "q_lin")  # names of layers that compute only queries
 
 
 def read_one_token(layer: nn.Module) -> RemovableHandle:
-    """Lets the last layer of a model compute (batch, 1, hidden) where it is called with `tokens_read`, (batch,)."""
+    """Makes the last layer of a model compute (batch, 1, hidden) if it is called with `tokens_read`, (batch,)."""
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     return layer.register_forward_pre_hook(partial(_before, names), with_kwargs=True)
 
@@ -37,7 +37,7 @@ def _before(names: list[str], layer: Any, args: Any, inputs: dict[str, Any]) -> 
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     hidden = inputs.pop(names[0])
     forward = type(layer).forward
-    while hasattr(forward, "__wrapped__"):  # by gradient checkpointing, for one, which would call it again
+    while hasattr(forward, "__wrapped__"):  # for example by gradient checkpointing, which would call it again
         forward = forward.__wrapped__
     try:
         with _without_queries(layer):
@@ -57,12 +57,12 @@ def _before(names: list[str], layer: Any, args: Any, inputs: dict[str, Any]) -> 
 
 @contextmanager
 def _without_queries(layer: nn.Module) -> Iterator[None]:
-    """Spares the queries of all tokens, which nothing is computed from; a compiler sees that by itself."""
+    """Skips computing the queries of all tokens, which are not used; a compiler notices that by itself."""
     named = [] if torch.compiler.is_compiling() else list(layer.named_modules())
     spared: list[Any] = [
         module
         for name, module in named
-        if name.rpartition(".")[2] in _QUERIES and "forward" not in vars(module)  # else it is someone else's
+        if name.rpartition(".")[2] in _QUERIES and "forward" not in vars(module)  # not patched by other code
     ]
     for module in spared:
         module.forward = partial(_no_queries, module.out_features)

@@ -1,4 +1,4 @@
-"""The layers of a `transformers` model: which parameters are theirs, which are frozen, which are computed twice."""
+"""The layers of a `transformers` model: the depths of parameters, freezing, gradient checkpointing."""
 
 from collections.abc import Iterator
 
@@ -11,10 +11,10 @@ from smartbatch_lightning.errors import UsageError
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model: the longest list of modules in its base model that is not inside another one.
 
-    Those of ALBERT have their weights in common and count as one.
+    ALBERT's layers, which share weights, count as one.
 
     Raises:
-        ValueError: It has none, or two stacks of them, an encoder's and a decoder's.
+        ValueError: It has none, or two stacks, an encoder's and a decoder's.
     """
     found = find_layers(model)
     if found is None:
@@ -26,17 +26,17 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """As `encoder_layers`; None where there are none."""
+    """Like `encoder_layers`, but None if there are none."""
     found = [] if model.config.is_encoder_decoder else list(_outermost_lists(model.base_model))
     return max(found, key=len, default=None)
 
 
 def parameter_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
-    """How deep each parameter of the base model lies.
+    """Depth of each parameter of the base model.
 
     Returns:
-        0 for embeddings and what else comes before the layers, 1 for the first layer and so on, and one more than there
-        are layers for what follows them, such as a pooler.
+        0 for embeddings and everything else before the layers, 1 for the first layer and so on; for what follows the
+        layers, such as a pooler, their number plus one.
     """
     layers = encoder_layers(model)
     depths = {parameter: depth for depth, layer in enumerate(layers, 1) for parameter in layer.parameters()}
@@ -44,22 +44,22 @@ def parameter_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
     for module in model.base_model.modules():
         after_layers |= module is layers
         for parameter in module.parameters(recurse=False):
-            # tables that all layers share, such as those of relative positions, may be defined after them
+            # tables shared by all layers, such as relative positions, may be defined after them
             above = after_layers and not isinstance(module, nn.Embedding)
             outside[parameter] = len(layers) + 1 if above else 0
     return outside | depths
 
 
 def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
-    """Leaves the embeddings, or these and the first layers, as they are in training; dropout in them stays on.
+    """Freezes the embeddings, and optionally the first layers; dropout in them stays on.
 
     Args:
-        model: To be frozen in place.
+        model: The model; changed in place.
         embeddings: Freeze the embeddings.
-        layers: How many layers are frozen, the embeddings with them.
+        layers: Freeze this many of the first layers, and the embeddings.
 
     Raises:
-        ValueError: There are not so many.
+        ValueError: There are fewer layers.
     """
     if not embeddings and not layers:
         return
@@ -75,26 +75,26 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
 
 
 def open_reversible_layers(model: PreTrainedModel) -> None:
-    """Lets layers train behind frozen embeddings in Reformer, whose backward pass stops where its input is frozen."""
+    """Makes Reformer's layers train after frozen embeddings; its backward pass would stop at a frozen input."""
     if model.config.model_type == "reformer":
         model.enable_input_require_grads()  # type: ignore[no-untyped-call]
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Lets a model compute its layers again in the backward pass instead of keeping what they computed.
+    """Makes a model recompute its layers in the backward pass instead of storing activations.
 
     Raises:
-        ValueError: It is of a family that cannot.
+        ValueError: The model does not support it.
     """
     if not model.supports_gradient_checkpointing:
         raise UsageError(
             f"{type(model).__name__} does not support gradient checkpointing. Leave gradient_checkpointing out."
         )
-    # newer versions of transformers have another name for it, and warn of the old one
+    # newer versions of transformers use another name, and warn of the old one
     renamed = hasattr(model, "activation_checkpointing_enable")
     enable = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    # which would run the backward pass of frozen layers; only reentrant checkpointing needs them
+    # these would run the backward pass of frozen layers; only reentrant checkpointing needs them
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
 
 

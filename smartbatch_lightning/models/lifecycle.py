@@ -1,20 +1,20 @@
-"""What befalls a model in Lightning's hands: built too late, left in another process, averaged by halves.
+"""Workarounds for a model's life cycle in Lightning.
 
-Lightning calls `configure_model` after the `setup` of callbacks, where `StochasticWeightAveraging` copies the module,
-`ModelPruning` looks for weights and finetuning callbacks freeze them; but the data module's `setup`, which tells what
-to build, comes before. So a callback that goes first calls it, with Lightning's own function, and Lightning's call then
-finds nothing to do. Strategies that shard a model while it is built keep Lightning's order.
+Lightning calls `configure_model` after the callbacks' `setup`, in which `StochasticWeightAveraging` copies the module,
+`ModelPruning` looks for weights and finetuning callbacks freeze them. The data module's `setup`, which determines what
+to build, comes before. So a callback that runs first calls `configure_model`, with Lightning's own function, and
+Lightning's later call has nothing to do. Strategies that shard a model while it is built keep Lightning's order.
 
-`ddp_spawn`, `ddp_fork` and `ddp_notebook` build and train it in processes of their own, and Lightning loads the trained
-weights into a module without a model, passing over what does not fit. So those weights bring the architecture along.
+With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, the model is built and trained in other processes, and Lightning loads
+the trained weights into a module without a model, ignoring what does not fit. So the weights include the architecture.
 
-`WeightAveraging` averages buffers too, among them the position ids of most models: whole numbers, which are rounded
-down again and again, so that the averaged model reads texts at other positions.
+`WeightAveraging` also averages buffers, including the position ids of most models: whole numbers, which are rounded
+down again and again, so that the averaged model reads texts at wrong positions.
 
-It and `StochasticWeightAveraging` give the model its averaged weights in a hook that a restarted run does not reach
-when nothing is left to train.
+`WeightAveraging` and `StochasticWeightAveraging` give the model its averaged weights in a hook that a restarted run
+does not reach if nothing is left to train.
 
-After an exception or Ctrl-C in an evaluation Lightning leaves the model in evaluation mode, in which the next `fit`
+After an exception or Ctrl-C in an evaluation, Lightning leaves the model in evaluation mode, so that the next `fit`
 would train it without dropout.
 """
 
@@ -33,7 +33,7 @@ from smartbatch_lightning.progress import nothing_was_left
 
 
 class ModelLifecycle(Callback):
-    """The first callback of a run: builds the model, and does what has to come before other callbacks' hooks."""
+    """The first callback of a run: builds the model, and does what must come before other callbacks' hooks."""
 
     @staticmethod
     def runs_in(trainer: L.Trainer) -> bool:
@@ -41,9 +41,9 @@ class ModelLifecycle(Callback):
         return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Builds what has not been built, where no strategy shards what is made in `configure_model`.
+        """Builds the model if there is none, unless the strategy shards models in `configure_model`.
 
-        An override of that is thus called once, and one that wraps the model does not wrap it again in every run.
+        Overrides of `configure_model` are thus called once, and one that wraps the model does not do so in every run.
         """
         pl_module.__dict__.pop("configure_model", None)
         if type(trainer.strategy).model_sharded_context is not Strategy.model_sharded_context:
@@ -55,41 +55,41 @@ class ModelLifecycle(Callback):
             try:
                 _call_configure_model(trainer)
             except BaseException:
-                pl_module.model = before  # it may be half of what an override makes
+                pl_module.model = before  # an override may have failed halfway
                 raise
         pl_module.__dict__["configure_model"] = _is_built
         if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
-                    callback._use_buffers = False  # they are copied then
+                    callback._use_buffers = False  # buffers are then copied
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets a schedule that goes by validation step before checkpoints are written, which then hold that step."""
+        """Steps a schedule that depends on validation before checkpoints are written, so that they include the step."""
         check_evaluated(trainer)
         step_by_validation(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses what is not finite before anything is reported of it."""
+        """Refuses results that are not finite before they are reported."""
         check_evaluated(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the model its averaged weights also where a restarted run has nothing left to train."""
+        """Gives the model its averaged weights even if a restarted run has nothing left to train."""
         for callback in trainer.callbacks if nothing_was_left(trainer) else []:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 callback.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restores the modes that the model's parts had before the evaluation."""
+        """Restores the training modes that the modules had before the evaluation."""
         if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
             trainer._active_loop._module_mode.restore(pl_module)  # type: ignore[union-attr]
 
 
 def _is_built() -> None:
-    """In place of the `configure_model` of a module that is built."""
+    """Replaces the `configure_model` of a module that is already built."""
 
 
 def hands_weights_back(trainer: L.Trainer | None) -> bool:
-    """Whether this process was started for a `fit` that is over, and its weights go to the process that started it."""
+    """Whether this process was spawned for a `fit` that is over, and returns its weights to the one that spawned it."""
     return (
         trainer is not None
         and trainer.state.finished

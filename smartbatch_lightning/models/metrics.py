@@ -1,4 +1,4 @@
-"""Loss and metrics of each stage over its data sets, counted many batches at a time; and which of them to monitor."""
+"""Loss and metrics of each stage and data set, updated with many batches at a time; and which one to monitor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ _MAX_PENDING_LOGITS = 2**20
 
 @contextmanager
 def summed_in_float32() -> Iterator[None]:
-    """Within it metrics are built to sum in float32 at least, also under Lightning's `bf16-true` and `16-true`.
+    """A context in which metrics are created to sum in at least float32, even with `bf16-true` and `16-true`.
 
-    Lightning makes half precision torch's default there, which a metric takes over as it is built, for good.
+    With these, Lightning makes half precision torch's default, which a metric adopts permanently when it is created.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(default, torch.float32))
@@ -35,7 +35,7 @@ def summed_in_float32() -> Iterator[None]:
 
 
 class _MeanLoss(MeanMetric):
-    """A mean without checks for NaN, which wait for the GPU, and without which torchmetrics (1.9) ignores weights."""
+    """A mean without checks for NaN, which wait for the GPU; without them, torchmetrics' own (1.9) ignores weights."""
 
     def update(self, value: Tensor, weight: Tensor | int) -> None:  # type: ignore[override]
         self.mean_value += value * weight
@@ -43,11 +43,11 @@ class _MeanLoss(MeanMetric):
 
 
 class StageMetrics(nn.Module):
-    """Mean loss and metrics of one pass.
+    """Mean loss and metrics of one pass over a data set.
 
     Args:
-        metrics: Of what the task makes of logits and labels.
-        task: That does.
+        metrics: Metrics of the task's scores and labels.
+        task: The task, which converts logits and labels for the metrics.
 
     Raises:
         ValueError: A metric is named `loss`.
@@ -63,10 +63,10 @@ class StageMetrics(nn.Module):
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch.
+        """Adds a batch.
 
         Args:
-            loss: Mean over its samples by their weights, a scalar.
+            loss: Weighted mean loss over its samples, a scalar.
             logits: (batch, num_labels).
             labels: (batch, ...).
         """
@@ -78,7 +78,7 @@ class StageMetrics(nn.Module):
             self._flush()
 
     def computable(self) -> dict[str, Metric]:
-        """The loss and every metric that has seen a sample, by name."""
+        """The loss and every metric that has been updated, by name."""
         self._flush()
         counted: dict[str, Metric] = {"loss": self.loss, **dict(self.metrics.items())}
         return {name: metric for name, metric in counted.items() if metric.update_called}
@@ -89,16 +89,16 @@ class StageMetrics(nn.Module):
             logits, labels = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
             self._pending.clear()
             scores = self._task.scores(logits)
-            if scores.dtype == torch.float64:  # as which a regression gives large targets, for the digits of float64
+            if scores.dtype == torch.float64:  # used by regressions, since float32 has too few digits for large targets
                 self.metrics.set_dtype(scores.dtype)
             self.metrics.update(scores, self._task.metric_labels(labels))
 
 
 class EpochMetrics(nn.ModuleDict):
-    """Metrics of the passes of an epoch, by stage and number of the data set."""
+    """Metrics of an epoch, by stage and index of the data set."""
 
     def of(self, stage: Stage, dataloader_idx: int, make: Callable[[], StageMetrics]) -> StageMetrics:
-        """Those of a data set, which are made for its first batch."""
+        """The metrics of a data set, created for its first batch."""
         key = f"{stage}_{dataloader_idx}"
         if key not in self:
             self[key] = make()
@@ -107,16 +107,16 @@ class EpochMetrics(nn.ModuleDict):
         return found
 
     def start(self, stage: Stage) -> None:
-        """Forgets the metrics of the last pass, whether it ended or not."""
+        """Discards the metrics of the last pass, whether it finished or not."""
         for key in self._keys_of(stage):
             del self[key]
 
     def log(self, module: L.LightningModule, stage: Stage) -> None:
-        """Logs what has been counted; here and not in each step, where it would cost 1.4 ms.
+        """Logs the metrics of a stage; doing so in each step would cost 1.4 ms.
 
         Args:
-            module: That has these metrics.
-            stage: Whose; the metrics of several data sets are named after them.
+            module: The module to log with.
+            stage: The stage; if it has several data sets, metrics are named after them.
         """
         paths = {id(part): path for path, part in module.named_modules()}
         keys = self._keys_of(stage)
@@ -125,7 +125,7 @@ class EpochMetrics(nn.ModuleDict):
             metrics = self[key]
             assert isinstance(metrics, StageMetrics)
             for name, metric in metrics.computable().items():
-                # Lightning looks for metrics but once, and some have come since
+                # Lightning looks for metrics only once, and some have been created since
                 module.log(
                     f"{stage}_{name}{suffix}", metric, metric_attribute=paths[id(metric)], add_dataloader_idx=False
                 )
@@ -135,7 +135,7 @@ class EpochMetrics(nn.ModuleDict):
 
 
 def name_in_first_set(name: str, splits: Sequence[str]) -> str:
-    """Name under which a metric is logged, of several data sets that of the first one."""
+    """Name under which a metric is logged; with several data sets, that for the first one."""
     return f"{name}/{splits[0]}" if len(splits) > 1 else name
 
 
@@ -148,21 +148,21 @@ def find_monitored(
     *,
     others: bool,
 ) -> tuple[str, Mode]:
-    """The validation metric that tells which weights are best.
+    """The validation metric that decides which weights are best.
 
     Args:
-        metrics: That are logged, besides the loss.
+        metrics: The logged metrics, apart from the loss.
         splits: Names of the validation sets.
-        first: The metric where none is named; the loss where it is not among `metrics`.
-        name: As it is logged, such as `val_accuracy`.
-        mode: Where it is best; by default what the metric itself says.
-        others: Further metrics may be logged, by a subclass or a callback.
+        first: The metric to use if none is named; if it is not in `metrics`, the loss is used.
+        name: Logged name, such as `val_accuracy`.
+        mode: `min` or `max`; by default the metric's own.
+        others: A subclass or a callback may log further metrics.
 
     Returns:
-        Its name, of several validation sets for the first one, and whether it is best at its `min` or its `max`.
+        Its name (with several validation sets, for the first one) and `min` or `max`.
 
     Raises:
-        ValueError: There is no such metric, or it does not say where it is best.
+        ValueError: There is no such metric, or its mode is unknown.
     """
     suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
     logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in ("loss", *metrics)}

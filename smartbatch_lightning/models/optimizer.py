@@ -1,4 +1,4 @@
-"""Optimizers over parameter groups: what is not decayed, and the learning rate of each part of a model."""
+"""Optimizers over parameter groups: weight decay, and the learning rate of each part of a model."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.models.layers import encoder_layers, parameter_depths
 from smartbatch_lightning.models.schedule import Schedule
 
-# What LightningCLI makes of `class_path` and `init_args`; in Python a class, or a `functools.partial` of one.
+# As created by LightningCLI from `class_path` and `init_args`; in Python a class, or a `functools.partial` of one.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 
@@ -86,7 +86,7 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
     sizes = [[len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups)]
     fitting = sizes[0][: len(sizes[1])] == sizes[1] and (more_follow or len(sizes[0]) == len(sizes[1]))
     fresh = optimizer.param_groups[0]
-    # schedules add settings to groups, and newer versions of torch do to optimizers
+    # schedules and newer versions of torch add settings to groups
     other_kind = saved[0].keys() - fresh.keys() and optimizer.defaults.keys() - saved[0].keys()
     if not fitting or other_kind:
         differs = f"has parameter groups of {sizes[0]} parameters, where this run has {sizes[1]}"
@@ -153,9 +153,9 @@ def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
 
 
 def _parts_of(model: PreTrainedModel, by_layer: bool, head_apart: bool) -> tuple[list[str], dict[nn.Parameter, int]]:
-    """Names of the parts that have learning rates of their own, from below, and the number of each parameter's.
+    """Names of the parts with their own learning rates, from the bottom up, and the index of each parameter's part.
 
-    What has no number is of the last part.
+    Parameters without an index belong to the last part.
     """
     if by_layer:
         layers = [f"layer_{number}" for number in range(len(encoder_layers(model)))]

@@ -1,9 +1,9 @@
-"""Packed batches, and a last layer for the tokens alone that are read, for unchanged `transformers` classifiers.
+"""Packed batches, and a last layer computed only for the tokens that are read, for unmodified `transformers` models.
 
-`transformers` lets attention be supplied by name (`AttentionInterface`) and hands on to it what a model is called with.
-So any classifier takes the flat row of tokens that `PackCollator` makes whose attention comes in by that interface and
-whose positions are those of `position_ids`; whether it does is tried out on two samples. To its head each sample is
-then a text of one token, the one that it reads.
+`transformers` lets attention be supplied by name (`AttentionInterface`) and passes on to it the arguments of a model's
+call. So a classifier can process the row of tokens that `PackCollator` makes if it takes attention from this interface
+and positions from `position_ids`; this is tested on two samples. To the head, each sample then looks like a text of one
+token, the one that it reads.
 """
 
 import inspect
@@ -27,14 +27,14 @@ from smartbatch_lightning.models.last_layer import read_one_token
 from smartbatch_lightning.models.layers import find_layers
 from smartbatch_lightning.models.pooling import head_pooling, mean, pad, padding_mask, pick, tokens_read
 
-_HOOKS = "smartbatch_hooks"  # attribute of a model that has some
-_READS_ONE = "reads_one_token"  # attribute of a model whose last layer computes the tokens that are read
-_LENGTHS = (5, 9)  # of the samples on which a model is tried
-TRANSFORMERS_OWN = ("eager", "sdpa", "flex_attention")  # which know no packed batches of these keywords
+_HOOKS = "smartbatch_hooks"  # attribute of a model with our hooks
+_READS_ONE = "reads_one_token"  # attribute of a model whose last layer computes only the tokens that are read
+_LENGTHS = (5, 9)  # of the samples on which a model is tested
+TRANSFORMERS_OWN = ("eager", "sdpa", "flex_attention")  # do not support packed batches
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether batches of a model may be packed: it takes attention from outside, or is a DeBERTa."""
+    """Whether batches for a model may be packed: its attention can be replaced, or it is a DeBERTa."""
     return is_deberta(model) or takes_attention(model)
 
 
@@ -42,7 +42,7 @@ def check_packing(model: PreTrainedModel) -> None:
     """Refuses a model whose batches cannot be packed.
 
     Raises:
-        ValueError: Its attention cannot be supplied.
+        ValueError: Its attention cannot be replaced.
     """
     if not can_pack(model):
         raise _cannot_be_packed(model, "have no single stack of layers whose attention can be supplied")
@@ -83,15 +83,14 @@ def enable_packing(model: PreTrainedModel) -> None:
 
 
 def skip_unread_tokens(model: PreTrainedModel) -> None:
-    """Spares padded batches what no head reads, and a wait for the GPU, where attention is transformers' default, SDPA.
+    """With transformers' default attention, SDPA, makes padded batches skip unread tokens and a wait for the GPU.
 
-    In the last layer only the tokens are computed that the head reads, unless hidden states or attention weights are
-    asked for. A model that then gives something else of two short samples, or cannot be tried on them, is left as it
-    is.
+    The last layer then computes only the tokens that the head reads, unless hidden states or attention weights are
+    requested. A model that gives different results for two short samples, or cannot be tested on them, is not changed.
     """
     if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not _can_be_tried(model):
         return
-    with suppress(Exception):  # families are many
+    with suppress(Exception):  # there are many kinds of models
         batch = _padded(_samples(model), pad_token_of(model.config) or 0)
         expected = _logits(model, batch)
         supply_attention(model, one_token=True)
@@ -102,24 +101,24 @@ def skip_unread_tokens(model: PreTrainedModel) -> None:
 
 
 def reads_one_token(model: nn.Module) -> bool:
-    """Whether the last layer of a model, or of the one that it wraps, computes only the tokens that the head reads."""
+    """Whether the last layer of a model, or of a wrapped one, computes only the tokens that the head reads."""
     return any(_READS_ONE in vars(part) for part in model.modules())
 
 
 def takes_attention(model: PreTrainedModel) -> bool:
-    """Whether the layers of a model take attention from outside, by transformers' `AttentionInterface`."""
+    """Whether a model takes its attention from transformers' `AttentionInterface`."""
     layers = find_layers(model)
     modules = [] if layers is None else [sys.modules[type(module).__module__] for module in layers[-1].modules()]
     return any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 
 def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
-    """Lets a model take packed batches, without trying them; and compute one token of each sample in the last layer.
+    """Makes a model accept packed batches, without a test, and its last layer compute one token per sample.
 
     Args:
-        model: As `can_pack` says. An attention that was chosen for it stays.
-        one_token: Do the latter, where its head reads one token, and where hidden states or attention weights are not
-            asked for.
+        model: A model accepted by `can_pack`. An attention implementation chosen for it is kept.
+        one_token: Do the latter, if the head reads one token, whenever hidden states or attention weights are not
+            requested.
     """
     _remove(model)
     if is_deberta(model):
@@ -146,19 +145,19 @@ def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
-    """Dropout of attention weights in training that a model's configuration asks for."""
+    """Dropout of attention weights in a model's configuration."""
     config = model.config.to_dict()
     names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     return float(next((config[name] for name in names if name in config), 0.0))
 
 
 def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precision: str) -> str:
-    """What computes attention of packed batches on a GPU, and why: a line for the user.
+    """A line for the user on what computes attention for packed batches on a GPU, and why.
 
     Args:
-        model: Of a family that can be packed.
-        capability: Of CUDA.
-        precision: One of Lightning's.
+        model: A model whose batches can be packed.
+        capability: CUDA capability of the GPU.
+        precision: One of Lightning's precisions.
     """
     reason = ""
     if capability < FLASH_CAPABILITY:
@@ -168,20 +167,20 @@ def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precis
     if reason:
         return f"Attention of packed batches is computed sample by sample: {reason}"
     dropout = attention_dropout(model)
-    without = f", without the dropout of {dropout:g} that the model's has; other dropouts stay" if dropout else ""
+    without = f", without attention dropout, which is {dropout:g} in the model; other dropout stays" if dropout else ""
     return f"Attention of packed batches is FlashAttention{without}."
 
 
-# --- what is done to a model ---
+# --- changing a model ---
 
 
 def _has_other_attention(model: PreTrainedModel) -> bool:
-    """Whether a kernel was chosen that takes packed batches by their keywords, as FlashAttention's do."""
+    """Whether an attention kernel was chosen that supports packed batches itself, such as FlashAttention's."""
     return model.config._attn_implementation not in (*TRANSFORMERS_OWN, ATTENTION)
 
 
 def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
-    """The last layer, where it is called once and its head reads one token; the layers of ALBERT are one."""
+    """The last layer, if it is called once per forward pass and the head reads one token; not ALBERT's shared layer."""
     layers = find_layers(model)
     if layers is None or len(layers) != setting(model.config.get_text_config(), "num_hidden_layers"):
         return None
@@ -196,7 +195,7 @@ def _first_position(model: PreTrainedModel) -> int:
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Of the arguments that a model takes, in their order."""
+    """Names of the arguments that a model takes, in order."""
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
@@ -215,7 +214,7 @@ def _before_model(
     args: Any,
     inputs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """Says which tokens are read, and shows a head that looks for the last one of each sample nothing but that one."""
+    """Tells the layers which tokens are read, and gives a head that looks for the last token only that one."""
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
     wanted = ("output_hidden_states", "output_attentions")
@@ -239,7 +238,7 @@ def _before_model(
 
 
 def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dict[str, Any]) -> Any:
-    """Gives the layers the tokens of all samples again."""
+    """Passes the tokens of all samples to the layers again."""
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     if "all_input_ids" in inputs:
         inputs["input_ids"] = inputs.pop("all_input_ids")
@@ -249,7 +248,7 @@ def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dic
 
 
 def _after_layers(pooling: str, stack: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
-    """Turns hidden states of a packed batch, (1, tokens, hidden), into what the head reads, (batch, 1, hidden)."""
+    """Reduces hidden states of a packed batch, (1, tokens, hidden), to what the head reads, (batch, 1, hidden)."""
     cu_seq_lens = inputs.get("cu_seq_lens_q")
     if cu_seq_lens is None or "tokens_read" in inputs:
         return output
@@ -264,7 +263,7 @@ def _after_layers(pooling: str, stack: Any, args: Any, inputs: dict[str, Any], o
     return output
 
 
-# --- whether it gives what it gave before ---
+# --- testing a model ---
 
 
 def _cannot_be_packed(model: PreTrainedModel, reason: str) -> UsageError:
@@ -275,12 +274,12 @@ def _cannot_be_packed(model: PreTrainedModel, reason: str) -> UsageError:
 
 
 def _can_be_tried(model: PreTrainedModel) -> bool:
-    """Whether a model can be called here: its weights are there, and whole."""
+    """Whether a model can be called: its weights are loaded and not sharded."""
     return not any(weight.is_meta or isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def _samples(model: PreTrainedModel) -> list[Tensor]:
-    """Short samples of any tokens but padding."""
+    """Short samples of random tokens other than padding."""
     embeddings: Any = model.get_input_embeddings()
     size, unused = len(embeddings.weight), pad_token_of(model.config)
     drawn = torch.randint(size - 1, (sum(_LENGTHS),), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -311,7 +310,7 @@ def _packed(samples: list[Tensor]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """Logits in evaluation mode, uncompiled; modes are left as they are."""
+    """Logits in evaluation mode, uncompiled; the modules' modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     compiled = any(module._compiled_call_impl is not None for module, _ in modes)
     try:
@@ -325,7 +324,7 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def _difference(model: PreTrainedModel, batch: dict[str, Any], expected: Tensor) -> str:
-    """What is wrong with the logits that a model gives of a batch, as far as its precision goes; empty if nothing."""
+    """What is wrong with a model's logits for a batch, within its precision; empty if nothing."""
     try:
         given = _logits(model, batch)
     except Exception as error:
@@ -336,4 +335,4 @@ def _difference(model: PreTrainedModel, batch: dict[str, Any], expected: Tensor)
         return f"give {len(given)} rows of logits for {len(expected)} samples"
     off = float((given - expected).abs().max())
     within = off <= tolerance * max(1.0, float(expected.abs().max()))
-    return "" if within else f"give logits that are {off:.2g} off those of the samples one by one"
+    return "" if within else f"give logits that differ by {off:.2g} from those of single samples"

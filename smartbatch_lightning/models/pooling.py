@@ -1,4 +1,4 @@
-"""Which tokens the head of a classifier reads, and how one that was made for padded batches reads packed ones."""
+"""Which tokens the head of a classifier reads, and making heads for padded batches read packed ones."""
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ def head_pooling(model: PreTrainedModel) -> str:
 
 
 def tokens_read(pooling: str, input_ids: Tensor, pad_token_id: int | None, cu_seq_lens: Tensor | None) -> Tensor:
-    """Where the one token of each sample stands that a head reads, in the row of a packed batch or its own. (batch,).
+    """Position of the token of each sample that a head reads, in a packed batch's row or in its own. Shape (batch,).
 
     Args:
         pooling: `first` or `last`.
         input_ids: (batch, length), or (1, tokens) if packed.
-        pad_token_id: What heads that read the last token take for padding, also at the end of a text.
+        pad_token_id: Treated as padding by heads that read the last token, even at the end of a text.
         cu_seq_lens: Where each sample of a packed batch starts, and the end. Shape (batch + 1,); None if it is padded.
     """
     pad_token_id, device = -1 if pad_token_id is None else pad_token_id, input_ids.device
@@ -40,7 +40,7 @@ def tokens_read(pooling: str, input_ids: Tensor, pad_token_id: int | None, cu_se
         if pooling == "first":
             return place.new_zeros(len(input_ids))
         return place.expand_as(input_ids).mul(input_ids != pad_token_id).argmax(1)
-    starts = cu_seq_lens[:-1].long().clamp(max=len(place) - 1)  # an empty sample may be the last one
+    starts = cu_seq_lens[:-1].long().clamp(max=len(place) - 1)  # the last sample may be empty
     if pooling == "first":
         return starts
     sample = torch.repeat_interleave(cu_seq_lens.diff(), output_size=len(place))
@@ -55,9 +55,9 @@ def pick(tensor: Tensor, tokens: Tensor) -> Tensor:
 
 
 def mean(hidden: Tensor, cu_seq_lens: Tensor) -> Tensor:
-    """The mean over each sample's tokens: hidden states (tokens, hidden) -> (batch, hidden); 0 of an empty one.
+    """The mean over each sample's tokens: hidden states (tokens, hidden) -> (batch, hidden); 0 for an empty sample.
 
-    Summed in float32, since half precision forgets what is added to a sum of many.
+    Sums in float32, since in half precision small terms added to a large sum are lost.
     """
     lengths = cu_seq_lens.diff()
     sample = torch.repeat_interleave(lengths, output_size=len(hidden))
@@ -67,12 +67,12 @@ def mean(hidden: Tensor, cu_seq_lens: Tensor) -> Tensor:
 
 
 def pad(hidden: Tensor, cu_seq_lens: Tensor, width: int) -> Tensor:
-    """All tokens of each sample: hidden states (tokens, hidden) -> (batch, width, hidden), as `padding_mask` tells."""
+    """All tokens of each sample: hidden states (tokens, hidden) -> (batch, width, hidden), see `padding_mask`."""
     place = cu_seq_lens[:-1, None] + torch.arange(width, device=hidden.device)
     return hidden[place.clamp(max=len(hidden) - 1)]
 
 
 def padding_mask(cu_seq_lens: Tensor, width: int) -> Tensor:
-    """Which tokens of padded samples are theirs, (batch, width), int64; one of an empty sample."""
+    """Mask of the real tokens of padded samples, (batch, width), int64; an empty sample has one."""
     lengths = cu_seq_lens.diff().clamp(min=1)
     return (torch.arange(width, device=lengths.device) < lengths[:, None]).long()

@@ -1,4 +1,4 @@
-"""Learning rate schedules: made by name, class or function, and standing where training stands."""
+"""Learning rate schedules: created by name, class or function, and kept in step with training progress."""
 
 import inspect
 import math
@@ -18,14 +18,14 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
 from smartbatch_lightning.registry import look_up
 
-# All of transformers' but `greedy`, which is no torch schedule and wants the loss of every step.
+# All of transformers' except `greedy`, which is not a torch schedule and needs the loss of every step.
 _MADE_BY: Mapping[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
 SCHEDULES: dict[str, Callable[..., Any]] = {
     **{kind.value: make for kind, make in _MADE_BY.items() if kind.value != "greedy"},
-    "reduce_lr_on_plateau": ReduceLROnPlateau,  # whose signature tells its arguments, as transformers' does not
+    "reduce_lr_on_plateau": ReduceLROnPlateau,  # its signature has the arguments, unlike transformers'
 }
 
-# What schedules call the number of optimizer steps at which they end, and the arguments that say it in other words.
+# Schedules' names for the number of optimizer steps, and other arguments that determine it.
 _STEPS: dict[str, set[str]] = {
     "num_training_steps": {"num_stable_steps"},
     "total_steps": {"epochs", "steps_per_epoch"},
@@ -33,8 +33,8 @@ _STEPS: dict[str, set[str]] = {
     "total_iters": set(),
 }
 
-# A frequency, in epochs, with which Lightning leaves a `ReduceLROnPlateau` alone: it would let it step at the end of an
-# epoch, when the checkpoints of the validation before have been written, and a resume would miss that step.
+# A frequency, in epochs, with which Lightning never steps a `ReduceLROnPlateau`: it would do so at the end of an epoch,
+# after validation's checkpoints have been written, and a resume would miss that step.
 _NEVER = sys.maxsize
 
 
@@ -76,7 +76,7 @@ class Schedule:
                     f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without "
                     "lr_scheduler_kwargs."
                 )
-            # flags such as --model.lr_scheduler.init_args.step_size=3 come without init_args
+            # flags such as --model.lr_scheduler.init_args.step_size=3 arrive without init_args
             others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
             chosen, arguments = chosen["class_path"], {**(chosen.get("init_args") or {}), **others}
         self._name = chosen if isinstance(chosen, str) else repr(chosen)
@@ -108,16 +108,16 @@ class Schedule:
 
     @property
     def needs_end(self) -> bool:
-        """Whether it needs to know the number of optimizer steps."""
+        """Whether the schedule needs to know the number of optimizer steps."""
         return self._steps_parameter is not None or self._warmup_ratio > 0
 
     @property
     def sets_rates(self) -> bool:
-        """Whether its arguments replace the optimizer's learning rates, as those of `OneCycleLR` may."""
+        """Whether the schedule's arguments replace the optimizer's learning rates, as those of `OneCycleLR` may."""
         return "max_lr" in self._arguments
 
     def __call__(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler:
-        """Makes it for so many optimizer steps; None where training has no end."""
+        """Creates the schedule for a number of optimizer steps; None if training has no end."""
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
             scheduler = self._make(optimizer, **self._all_arguments(rates, num_steps))
@@ -134,7 +134,7 @@ class Schedule:
 
     @property
     def _steps_parameter(self) -> str | None:
-        """The parameter for the number of optimizer steps, where no argument says that."""
+        """The parameter for the number of optimizer steps, if no argument determines it."""
         for name, others in _STEPS.items():
             if name in self._parameters and not ({name} | others) & self._arguments.keys():
                 return name
@@ -163,7 +163,7 @@ class Schedule:
 
 
 def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
-    """How Lightning steps a schedule: every optimizer step, but a `ReduceLROnPlateau` never.
+    """How Lightning steps a schedule: after every optimizer step, but never for a `ReduceLROnPlateau`.
 
     Args:
         scheduler: The schedule.
@@ -232,14 +232,14 @@ def place_schedule(
         configure_optimizer: Creates a fresh optimizer.
         configure_scheduler: Creates a schedule from an optimizer and the number of steps, None if there is no end.
     """
-    if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has taken them away, and will bring its own
+    if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has removed them, and will add its own
         return
     [config] = trainer.lr_scheduler_configs
     position = trained_steps(trainer)
     if not position:
         return
     optimizer = config.scheduler.optimizer
-    if adds_parameters(trainer):  # Lightning restores what was added, and leaves it frozen
+    if adds_parameters(trainer):  # Lightning restores added parameters, but leaves them frozen
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
@@ -258,18 +258,18 @@ def place_schedule(
 
 
 def _continue_plateau(scheduler: Any, restored: ReduceLROnPlateau, before: list[tuple[float, float]]) -> None:
-    """Lets a schedule that goes by validation stand where the one of a checkpoint stood, with the settings of now.
+    """Continues a checkpoint's `ReduceLROnPlateau`, with the current settings.
 
     Args:
-        scheduler: Has just been made, as has what `initial_lr` of its optimizer's groups was taken from.
-        restored: That of the checkpoint.
+        scheduler: The new schedule, with a new optimizer's rates as `initial_lr` of the groups.
+        restored: The checkpoint's schedule.
         before: Rate and initial rate of each group in the checkpoint.
     """
     counts = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
     scheduler.load_state_dict({name: getattr(restored, name) for name in counts})
     for group, (rate, initial) in zip(scheduler.optimizer.param_groups, before, strict=False):
         group["initial_lr"] = group["lr"]
-        if restored.last_epoch:  # else the checkpoint's schedule was another, or validation had not been
+        if restored.last_epoch:  # otherwise the checkpoint had another schedule, or there was no validation before it
             group["lr"] = rate if group["lr"] == initial else group["lr"] * rate / initial
 
 
@@ -280,7 +280,7 @@ def adds_parameters(trainer: L.Trainer | None) -> bool:
 
 
 def follow_rates(trainer: L.Trainer) -> None:
-    """Makes the schedule continue from rates set by callbacks, including those of parameters that they have added.
+    """Makes the schedule continue from rates set by callbacks, including those of parameters added by them.
 
     `BackboneFinetuning` sets rates and adds parameters at the start of an epoch, and adds them again on resume; a plain
     schedule would reset the rates and ignore the parameters.

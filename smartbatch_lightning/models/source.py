@@ -1,4 +1,4 @@
-"""Where a model comes from, and its building: from the Hub, a folder or a checkpoint's configuration."""
+"""Building models: from the Hub, a folder or a checkpoint's configuration."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from smartbatch_lightning.tasks import Task
 from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
 
-# What of `from_pretrained`'s options says where a model is found, and so its tokenizer.
+# Options of `from_pretrained` that say where a model, and thus its tokenizer, is found.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 _NOT_IN_CONFIG = ("attn_implementation", "dtype", "quantization_config")
 
@@ -37,9 +37,9 @@ class ModelSource:
     Args:
         pretrained: As the argument of `SequenceClassifier`.
         model_kwargs: As the argument of `SequenceClassifier`.
-        architecture: A configuration as a dictionary, of a model whose weights a checkpoint holds; it goes before
+        architecture: Configuration of a model whose weights are in a checkpoint, as a dictionary; takes precedence over
             `pretrained`.
-        adapted: A checkpoint holds the weights of adapters alone, and `pretrained` all others.
+        adapted: The checkpoint has only the weights of adapters and the head, and `pretrained` all others.
     """
 
     pretrained: str
@@ -55,13 +55,16 @@ class ModelSource:
         *,
         untrained_needs_labels: bool,
     ) -> tuple[PreTrainedModel, set[str]]:
-        """The model, with its weights where it is pretrained, in `eval` mode; and the names of those that are fresh.
+        """Builds the model, in `eval` mode, with pretrained weights if there are any.
 
         Args:
-            num_labels: Number of classes where no task says it.
-            task: What the data is to be learnt for.
-            tokenizer: Whose padding the batches have.
-            untrained_needs_labels: Refuse a model without a trained head where nobody says how many classes there are.
+            num_labels: Number of classes, if there is no task.
+            task: The data's task.
+            tokenizer: The tokenizer with which batches are padded.
+            untrained_needs_labels: Refuse a model without a trained head if the number of classes is unknown.
+
+        Returns:
+            The model, and the names of freshly initialised weights.
 
         Raises:
             ValueError: The model is not found, does not fit the task, or `model_kwargs` has options that it lacks.
@@ -83,7 +86,7 @@ class ModelSource:
             return model, {name for name, _ in model.named_parameters()}
         config = self._pretrained_config()
         check_has_head(config)
-        adopt_padding(config, tokenizer)  # before the model is built, where embeddings know the padding too
+        adopt_padding(config, tokenizer)  # before the model is built, since embeddings also use the padding token
         drop_caches(config)
         if task is not None:
             if num_labels not in (None, len(task.label_names)):
@@ -115,7 +118,7 @@ class ModelSource:
         return self._pretrained_config()
 
     def text_model(self, own: PretrainedConfig | None) -> TextModel:
-        """What a data module needs to know; `own` is the configuration of a model that is built or of a checkpoint."""
+        """What a data module needs to know; `own` is the configuration of a built model or of a checkpoint."""
         config = self.config() if own is None else own
         return TextModel(
             tokenizer_name=self.pretrained,
@@ -130,10 +133,10 @@ class ModelSource:
         return str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
 
     def _architecture_config(self) -> PretrainedConfig:
-        """Configuration of a checkpoint's model, with what `model_kwargs` changes of it, such as a dropout."""
+        """Configuration of a checkpoint's model, with changes from `model_kwargs`, such as dropout rates."""
         config = AutoConfig.for_model(**self.architecture or {})
         if "quantization_config" in self.model_kwargs:
-            del config.quantization_config  # which would say that the pretrained weights are stored like that
+            del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
         changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
@@ -169,7 +172,7 @@ class ModelSource:
         try:
             with hub_or_cache(self._path):
                 model, found = AutoModelForSequenceClassification.from_pretrained(
-                    # in float32 whatever the weights are stored in: half precision is the Trainer's business
+                    # in float32 whatever the stored dtype: half precision is up to the Trainer
                     self._path,
                     config=config,
                     output_loading_info=True,
@@ -180,7 +183,7 @@ class ModelSource:
                 f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub and a network."
             ) from error
-        except Exception as error:  # of whatever reads the files, or takes the options
+        except Exception as error:  # reading the files and passing the options may raise anything
             check_trusted(self.pretrained, error)
             raise UsageError(
                 f"{self._path!r} cannot be loaded with model_kwargs {self.model_kwargs}: {root_cause_message(error)} "
@@ -193,12 +196,12 @@ class ModelSource:
                 "names. Give a folder written by save_pretrained."
             )
         if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):
-            model.config.architectures = None  # by which `is_fine_tuned` would take the head for a trained one
+            model.config.architectures = None  # otherwise `is_fine_tuned` would consider the head trained
         return model, missing
 
 
 def _standardized(model: PreTrainedModel, by: Standardization) -> PreTrainedModel:
-    """A model that was trained on targets as they are, to go on with standardised ones."""
+    """Adapts a model trained on unstandardised targets, to continue with standardised ones."""
     pairs = list(zip(by.mean, by.std, strict=True))
     rescale_logits(model, [1 / std for _, std in pairs], [-mean / std for mean, std in pairs])
     return model

@@ -1,1 +1,1 @@
-"""What padding costs: numbers, tables, figures."""
+"""The cost of padding: numbers, tables, figures."""

@@ -1,4 +1,4 @@
-"""The figures of a report: classes, lengths, tokens by strategy, widths of batches."""
+"""Figures of a report: classes, lengths, tokens by strategy, widths of batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
-    """Samples of each class, by split; of very many classes the largest."""
+    """Samples of each class, by split; if there are very many classes, only the largest."""
     bars = [(f"{split}: {name}", count) for split, of_split in counts.items() for name, count in of_split.items()]
     title = "Samples of each class"
     if len(bars) > _MOST_BARS:
@@ -33,7 +33,7 @@ def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
 
 
 def lengths(tokens: NDArray[np.integer], max_length: int) -> Figure:
-    """Lengths of the samples, in order of arrival and sorted; of very many samples every so many-th."""
+    """Lengths of the samples, in data order and sorted; if there are very many, a regular subset."""
     figure, panels = _figure(2)
     every = -(-len(tokens) // _MOST_POINTS)
     for axes, title, shown in zip(panels, ("in order of arrival", "sorted"), (tokens, np.sort(tokens)), strict=True):
@@ -44,7 +44,7 @@ def lengths(tokens: NDArray[np.integer], max_length: int) -> Figure:
 
 
 def tokens(computed: Mapping[str, int], real: int) -> Figure:
-    """Tokens of an epoch by strategy: real ones and padding."""
+    """Tokens per epoch by strategy: real ones and padding."""
     figure, [axes] = _figure(1, height=1.3 + 0.4 * len(computed))
     names = list(computed)
     axes.barh(names, [real] * len(names), color=_MAIN, label="real tokens")
@@ -59,7 +59,7 @@ def tokens(computed: Mapping[str, int], real: int) -> Figure:
 
 
 def widths(of_batches: Mapping[str, NDArray[np.int64]], max_length: int) -> Figure:
-    """Widths of an epoch's batches in the order they come, by strategy."""
+    """Widths of an epoch's batches in order, by strategy."""
     figure, panels = _figure(len(of_batches))
     for axes, (name, shown) in zip(panels, of_batches.items(), strict=True):
         axes.plot(shown, ".", markersize=3, color=_MAIN)

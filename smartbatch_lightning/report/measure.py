@@ -1,4 +1,4 @@
-"""Numbers of a report: samples and classes of each split, and what each way to batch the training data costs."""
+"""Numbers of a report: samples and classes of each split, and the cost of each batching strategy."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ class Split:
 
     Attributes:
         name: Its name.
-        samples: Samples in it.
-        classes: Samples of each class; none where there are no labels.
-        tokens: Their tokens, after truncation.
-        mean_length: Tokens of a sample.
+        samples: Number of samples.
+        classes: Number of samples of each class; empty without labels.
+        tokens: Number of tokens, after truncation.
+        mean_length: Mean number of tokens in a sample.
         truncated: Share of the samples that were cut.
         lost_tokens: Share of the tokens that were cut.
     """
@@ -40,24 +40,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to batch the training data, over an epoch.
+    """The cost of a combination of batching and padding, for an epoch.
 
     Attributes:
-        batching: How batches are chosen.
-        padding: How they become tensors.
-        batches: Batches.
-        tokens: Tokens that are computed, with padding.
+        batching: Batching strategy.
+        padding: How batches become tensors.
+        batches: Number of batches.
+        tokens: Number of tokens computed, padding included.
         padding_ratio: Padding over real tokens.
-        savings_vs_fixed: Share of the tokens that fixed padding takes and this does not.
-        batch_overlap: Share of a sample's batch-mates that it meets again in the next epoch.
-        expected_speedup: Operations of fixed padding over those of this, linear layers and attention counted; an
-            estimate, since not every operation takes equally long.
-        balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None where
-            a token budget does not let so many ranks take equally many steps.
-        largest_batch: Samples and width of the batch with the most tokens; for packed batches samples and tokens.
+        savings_vs_fixed: Share of fixed padding's tokens that are saved.
+        batch_overlap: Share of a sample's batch-mates that share a batch with it again in the next epoch.
+        expected_speedup: Operations with fixed padding over operations with this, in linear layers and attention; an
+            estimate, since not all operations take equally long.
+        balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None if a token
+            budget does not allow equally many steps on all ranks.
+        largest_batch: Samples and width of the batch with the most tokens; for packed batches, samples and tokens.
             Windows count as samples.
-        packed: Samples are packed instead of padded.
-        is_configured: This is what the data module is set to.
+        packed: Whether samples are packed instead of padded.
+        is_configured: Whether the data module is set to this combination.
     """
 
     batching: str
@@ -75,7 +75,7 @@ class Strategy:
 
     @property
     def name(self) -> str:
-        """Batching and padding, as tables name it."""
+        """Name in tables: batching and padding."""
         return f"{self.batching}, {self.padding}"
 
 
@@ -86,17 +86,17 @@ def measure_strategy(
     operations: tuple[float, float],
     planned: NDArray[np.integer],
 ) -> tuple[Strategy, BatchPlan]:
-    """Plans two epochs, and one for several ranks, and counts what they cost.
+    """Plans two epochs, and one for several ranks, and computes their cost.
 
     Args:
-        data: Set up to fit.
-        spec: How batches are chosen and become tensors.
-        ranks: Ranks for which to tell the balance.
-        operations: Of training, by token and by pair of tokens.
-        planned: Lengths by which is planned: those of the data, or estimates. Shape (num_samples,).
+        data: A data module set up for `fit`.
+        spec: Batching and padding.
+        ranks: Number of ranks for which to compute the balance.
+        operations: Operations of training per token and per pair of tokens.
+        planned: Lengths to plan by: those of the data, or estimates. Shape (num_samples,).
 
     Returns:
-        What it costs, and the first epoch's plan.
+        The cost, and the first epoch's plan.
     """
     lengths = data.train_data.lengths
     per_token, per_pair = operations
@@ -135,15 +135,15 @@ def measure_strategy(
 
 
 def training_operations(data: SmartBatchDataModule) -> tuple[float, float]:
-    """Operations by token and by squared token, of the model that the tokenizer is of, else of BERT-base."""
+    """Operations per token and per squared token, for the tokenizer's model, else for BERT-base."""
     try:
         return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))[1:]
-    except Exception:  # it is only an estimate, and there are many kinds of models
+    except Exception:  # it is only used for an estimate, and there are many kinds of models
         return training_flops(BertConfig())[1:]
 
 
 def measure_splits(data: SmartBatchDataModule) -> list[Split]:
-    """Counts the splits that runs would use."""
+    """Counts samples, classes and tokens of the splits that runs would use."""
     splits = []
     for name in data.used_splits:
         dataset = data.splits[name]
@@ -152,7 +152,7 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
         tokens, lost_tokens = int(table.lengths.sum()), int(table.lost_tokens.sum())
         counts: dict[str, int] = {}
         if data.task is not None and data.label_source.is_in(dataset):
-            with suppress(UsageError):  # many a test split has labels that are none
+            with suppress(UsageError):  # many test splits have placeholder labels
                 counts = data.task.label_counts(data.task.encode(data.label_source.read(dataset, name)))
         splits.append(
             Split(
@@ -169,7 +169,7 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
 
 
 def combinations(spec: BatchSpec) -> list[BatchSpec]:
-    """Every batching and padding; fixed padding, for which batching makes no difference, first and once."""
+    """All combinations of batching and padding; fixed padding, with which batching does not matter, first and once."""
     fixed = replace(spec, batching="random", padding="max_length")
     batchings = dict.fromkeys([*STRATEGIES, spec.batching])
     paddings = [padding for padding in PADDING_WIDTHS if padding != fixed.padding]

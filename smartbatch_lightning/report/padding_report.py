@@ -1,4 +1,4 @@
-"""What padding costs, before a run: the data looked at, and every way to batch them weighed against fixed padding."""
+"""PaddingReport: the cost of padding before a run, for every batching strategy compared with fixed padding."""
 
 import json
 from contextlib import suppress
@@ -44,7 +44,7 @@ class PaddingReport:
         widths: Tokens of the longest sample of each batch of an epoch, in order, by strategy.
         max_length: The data module's.
         ranks: Number of ranks for which the balance is computed.
-        jitter: The jitter of `smart` batches of this data.
+        jitter: The jitter of `smart` batches for this data.
         frontier: Padding and batch overlap of `smart` batches by jitter.
         tokenized_ahead: With lazy tokenization, the padding ratio that the configured batching would have without it;
             else None.
@@ -85,7 +85,7 @@ class PaddingReport:
         operations = training_operations(data)
         strategies, widths = [], {}
         for spec in combinations(data.spec):
-            with suppress(UsageError):  # a token budget may have no room for the samples of one way or another
+            with suppress(UsageError):  # a token budget may be too small for some strategies
                 strategy, plan = measure_strategy(data, spec, ranks, operations, planned)
                 strategies.append(strategy)
                 if strategy.name in ("random, longest", "smart, longest"):

@@ -1,4 +1,4 @@
-"""Tables of a report, as the terminal shows them."""
+"""Tables of a report for the terminal."""
 
 import textwrap
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def splits(of: Sequence[Split], max_length: int) -> Table:
 
 
 def strategies(of: Sequence[Strategy], ranks: int) -> Table:
-    """What each way to batch costs; `STRATEGIES_LEGEND` explains the columns."""
+    """Cost of each strategy; `STRATEGIES_LEGEND` explains the columns."""
     return table_of(
         [
             {
@@ -66,7 +66,7 @@ def strategies(of: Sequence[Strategy], ranks: int) -> Table:
 
 
 def frontier(of: Sequence[JitterPoint], chosen: float) -> Table:
-    """Padding and batch overlap of `smart` by jitter; the one that the data have is marked."""
+    """Padding and batch overlap of `smart` by jitter; the chosen one is marked."""
     return table_of(
         [
             {
@@ -80,7 +80,7 @@ def frontier(of: Sequence[JitterPoint], chosen: float) -> Table:
 
 
 def _shortened(classes: dict[str, int]) -> str:
-    """The classes that fit into a cell."""
+    """As many classes as fit into a cell."""
     shown: list[str] = []
     for name, count in classes.items():
         one = f"{name if len(name) <= 30 else name[:27] + '...'} {count:,}"

@@ -1,4 +1,4 @@
-"""What is learnt: one file for each form of the task."""
+"""Tasks: one file for each kind."""
 
 from smartbatch_lightning.tasks.multi_label import MultiLabelClassification
 from smartbatch_lightning.tasks.regression import Regression

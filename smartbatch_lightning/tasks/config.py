@@ -1,4 +1,4 @@
-"""What a model's configuration says of its task."""
+"""The task in a model's configuration."""
 
 import re
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.labels import LabelEncoder
 
-_LABEL_TYPE = "label_type"  # how labels stand in the data, beside `id2label`
+_LABEL_TYPE = "label_type"  # how labels are written in the data; next to `id2label`
 
 
 def label_names_from_config(config: PretrainedConfig) -> list[str]:
-    """Names of a model's outputs, in their order."""
+    """Names of a model's outputs, in order."""
     return [name for _, name in sorted((int(number), str(name)) for number, name in (config.id2label or {}).items())]
 
 
 def problem_type_of(config: PretrainedConfig) -> str:
-    """What a model with a trained head was trained for; as in transformers, one output alone is a regression."""
+    """The `problem_type` that a model's head was trained for; as in transformers, a single output means regression."""
     several = len(label_names_from_config(config)) > 1
     return config.problem_type or ("single_label_classification" if several else "regression")
 
@@ -27,7 +27,7 @@ def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
     """Refuses a model that was trained for another task.
 
     Raises:
-        ValueError: It was.
+        ValueError: The task differs.
     """
     if (trained := problem_type_of(config)) != problem_type:
         hint = "" if config.problem_type else f" {if_config_does_not_say(problem_type)}"
@@ -38,7 +38,7 @@ def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
 
 
 def if_config_does_not_say(problem_type: str) -> str:
-    """What to do about a model that was trained for a task, but whose configuration lacks it, as many on the Hub."""
+    """The remedy for a model whose configuration does not name its task, as is the case for many on the Hub."""
     return (
         f"If the model was trained for {problem_type} and its configuration does not say so, set "
         f'--model.model_kwargs=\'{{"problem_type": "{problem_type}"}}\'.'
@@ -46,7 +46,7 @@ def if_config_does_not_say(problem_type: str) -> str:
 
 
 def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEncoder | None:
-    """The labels that a model was trained for; None where it is not this package's and names them `LABEL_0` and so on.
+    """The labels that a model was trained for; None if it is not this package's and its labels are `LABEL_0` and so on.
 
     Raises:
         ValueError: It was trained for another task.
@@ -64,12 +64,12 @@ def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEnco
 
 
 def labels_in_config(labels: LabelEncoder, problem_type: str) -> dict[str, Any]:
-    """What `labels_from_config` reads."""
+    """Configuration fields read by `labels_from_config`."""
     return {**names_in_config(labels.names), "problem_type": problem_type, _LABEL_TYPE: labels.label_type}
 
 
 def names_in_config(names: Sequence[str]) -> dict[str, Any]:
-    """Names of outputs both ways, as a configuration holds them."""
+    """Names of outputs in both directions, as in a configuration."""
     return {
         "id2label": dict(enumerate(names)),
         "label2id": {name: number for number, name in enumerate(names)},

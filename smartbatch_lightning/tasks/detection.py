@@ -1,4 +1,4 @@
-"""Which task a data set has, by its labels."""
+"""Inferring the task from the labels."""
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,8 @@ from smartbatch_lightning.tasks.source import LabelColumns, as_numbers, flattene
 def detect_problem_type(columns: LabelColumns) -> str:
     """The `problem_type` of a split's labels.
 
-    Several columns of numbers are a regression, unless they hold 0 and 1 alone; several of other kinds, lists, or texts
-    with a delimiter are several labels a sample; numbers with a fraction, also in lists, are a regression; everything
-    else is one label a sample.
+    Several numeric columns mean regression, unless they contain only 0 and 1. Several other columns, lists, or texts
+    with a delimiter mean multi-label. Floats, also in lists, mean regression. Everything else means single-label.
     """
     if columns.delimiter is not None:
         return "multi_label_classification"

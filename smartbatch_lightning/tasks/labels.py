@@ -1,4 +1,4 @@
-"""Labels by name: numbered, and written again as they stood in the data."""
+"""Labels by name: encoding them as numbers, and decoding them as written in the data."""
 
 import re
 import unicodedata
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.source import LabelColumns, first_true, is_text
 
-DELIMITERS = (",", ";", "|")  # that are looked for between labels
+DELIMITERS = (",", ";", "|")  # searched for between labels
 
 AS_LISTS = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
 
@@ -24,13 +24,13 @@ LabelType = Literal["text", "integer", "boolean"]
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of a split, one after another, each by its name.
+    """Labels of a split, one after another, by name.
 
     Attributes:
-        names: Name of each label, text.
-        label_type: How labels stand in the data.
-        rows: Row of each label in the split, counted from 0; None where each row has one.
-        columns: Where they stand.
+        names: Name of each label, as text.
+        label_type: How labels are written in the data.
+        rows: Row of each label in the split, counted from 0; None if each row has exactly one.
+        columns: The columns they are from.
     """
 
     names: pa.ChunkedArray
@@ -39,18 +39,18 @@ class Labels:
     columns: LabelColumns
 
     def row(self, number: int) -> str:
-        """Row of a label, as messages name it."""
+        """Name of a label's row in messages."""
         return self.columns.row(number if self.rows is None else int(self.rows[number]))
 
 
 @dataclass(frozen=True)
 class LabelEncoder:
-    """Numbers of classes for their names, and back.
+    """Encodes class names as numbers, and decodes them.
 
     Attributes:
-        names: Name of each class, in the order of their numbers.
-        label_type: How labels stand in the data.
-        counted: Names that whole numbers in the data count, since names were given that are no numbers.
+        names: Class names in the order of their numbers.
+        label_type: How labels are written in the data.
+        counted: Names that integers in the data index, because the given names are not numbers.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class LabelEncoder:
 
     @classmethod
     def from_labels(cls, labels: Labels) -> "LabelEncoder":
-        """The names of a `ClassLabel`, in its order; else the distinct labels, numbers by value and text by letter.
+        """Uses the names of a `ClassLabel`, in its order; else the distinct labels, numbers and text each sorted.
 
         Raises:
             ValueError: All labels are the same, or there are none.
@@ -81,10 +81,10 @@ class LabelEncoder:
 
     @classmethod
     def from_names(cls, names: Sequence[str]) -> "LabelEncoder":
-        """Names that a user gives; where none of them is a number, whole numbers in the data number them.
+        """Uses names given by the user; if none of them is a number, integers in the data are indices of these names.
 
         Raises:
-            ValueError: There are fewer than two names, or one stands twice.
+            ValueError: There are fewer than two names, or one appears twice.
         """
         texts = [str(name) for name in names]
         if len(texts) < 2 or len(set(texts)) < len(texts):
@@ -96,10 +96,10 @@ class LabelEncoder:
         return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", counted)
 
     def encode(self, labels: Labels) -> NDArray[np.int64]:
-        """Number of each label's class. Shape (number of labels,).
+        """Class number of each label. Shape (number of labels,).
 
         Raises:
-            ValueError: A label is of none of the classes; the message names the row.
+            ValueError: A label is not a class; the message names the row.
         """
         counted = self.counted if labels.label_type == "integer" and labels.columns.class_names is None else None
         known = list(self.names) if counted is None else [str(number) for number in range(len(counted))]
@@ -125,7 +125,7 @@ class LabelEncoder:
         return encoded
 
     def decode(self, numbers: NDArray[np.integer]) -> pa.Array:
-        """Labels of numbers, as they stood in the data. Shape (num_samples,)."""
+        """Labels for class numbers, as written in the data. Shape (num_samples,)."""
         values = pa.array(self.names, pa.string())
         if self.label_type == "integer":
             values = values.cast(pa.int64())
@@ -134,10 +134,10 @@ class LabelEncoder:
         return values.take(pa.array(numbers))
 
     def aligned_with(self, names: Sequence[str]) -> "LabelEncoder":
-        """The same with the names in another order.
+        """The encoder with the names in another order.
 
         Raises:
-            ValueError: They are other names.
+            ValueError: The names differ.
         """
         if sorted(names) != sorted(self.names):
             raise UsageError(
@@ -149,15 +149,15 @@ class LabelEncoder:
 
 
 def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.int64] | None = None) -> Labels:
-    """Values of the only column as labels: the name of a `ClassLabel`'s id, else what is there.
+    """Values of the only column as labels: names for the ids of a `ClassLabel`, else the values.
 
     Args:
         columns: The column.
-        values: Of it, or of the lists in it.
-        rows: Row of each value, where a row has not just one.
+        values: Its values, or those of its lists.
+        rows: Row of each value, unless each row has exactly one.
 
     Raises:
-        ValueError: They are no labels, or one is missing.
+        ValueError: The values are not labels, or one is missing.
     """
     kind, [name], class_names = values.type, columns.names, columns.class_names
     if class_names is not None:
@@ -184,7 +184,7 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
     if pa.types.is_boolean(kind):
         return labels(pc.if_else(values, "True", "False"), "boolean")
     if pa.types.is_integer(kind):
-        fits = len(values) == 0 or pc.max(values).as_py() < 2**63  # as which they are written again
+        fits = len(values) == 0 or pc.max(values).as_py() < 2**63  # they are decoded as int64
         return labels(values, "integer" if fits else "text")
     if is_text(kind):
         return labels(values, "text")
@@ -195,27 +195,27 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
 
 
 def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether floats are whole numbers that floats of that size still tell apart."""
+    """Whether floats are whole numbers small enough to be exact."""
     return pc.and_(pc.equal(labels, pc.floor(labels)), pc.less(pc.abs(labels), 2.0**53))
 
 
 def _type_of_names(names: Sequence[str]) -> LabelType:
-    """A `ClassLabel` stands for its names."""
+    """How labels with these names are written: as integers or as text."""
     return "integer" if all(map(_is_whole_number, names)) else "text"
 
 
 def _is_whole_number(name: str) -> bool:
-    """Whether a name is a number as `str` writes it: "07" and "+7" are words."""
+    """Whether a name is an integer as written by `str`: "07" and "+7" are words."""
     return name.removeprefix("-").isdecimal() and name == str(int(name))
 
 
 def whole_numbers(names: Sequence[str]) -> bool:
-    """Whether there are names, and all are whole numbers of 64 bits, as `str` writes them."""
+    """Whether there are names and all are 64-bit integers as written by `str`."""
     return bool(names) and all(_is_whole_number(name) and -(2**63) <= int(name) < 2**63 for name in names)
 
 
 def are_written_lists(texts: Sequence[str]) -> bool:
-    """Whether all texts are what Python or JSON write for lists, as pandas does in CSV files."""
+    """Whether all texts are lists as written by Python or JSON, for example by pandas in CSV files."""
     return bool(texts) and all(re.fullmatch(r"\[\s*(['\"0-9-].*)?\]", text, re.DOTALL) for text in texts)
 
 

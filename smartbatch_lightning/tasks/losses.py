@@ -1,4 +1,4 @@
-"""Losses: what a user says of one, and those of the tasks of classification."""
+"""Losses: the user's options, and the losses of classification tasks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ class LossOptions:
             numbers: dict[Any, Any] = {"all labels": weights}
             if isinstance(weights, Mapping):
                 numbers = dict(weights)
-            if len(set(map(str, numbers))) < len(numbers):  # as YAML tells the name 1 from "1"
+            if len(set(map(str, numbers))) < len(numbers):  # since YAML distinguishes the names 1 and "1"
                 raise UsageError(f"{argument} has a name twice: {join_quoted(numbers)}. Give each once.")
             for name, number in numbers.items() if weights not in (None, "balanced") else ():
                 if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
@@ -60,15 +60,15 @@ class LossOptions:
 
     @property
     def to_balance(self) -> list[str]:
-        """Names of the weights that are to be counted in the training labels."""
+        """Names of the options to compute from the training labels."""
         return [name for name in ("class_weights", "pos_weight") if getattr(self, name) == "balanced"]
 
     def balanced(self, counts: Mapping[str, int], num_samples: int) -> "LossOptions":
-        """The same with numbers in place of `balanced`; what no training sample has counts for 1.
+        """The options with numbers instead of `balanced`; a label without training samples gets weight 1.
 
         Args:
-            counts: Training samples of each label.
-            num_samples: Training samples.
+            counts: Number of training samples with each label.
+            num_samples: Number of training samples.
         """
         found = {name: count for name, count in counts.items() if count}
         options = self
@@ -81,7 +81,7 @@ class LossOptions:
         return options
 
     def only(self, problem_type: str, *taken: str) -> None:
-        """Refuses options that a task does not take.
+        """Refuses options that a task does not support.
 
         Raises:
             ValueError: One is given.
@@ -96,10 +96,10 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy of classes, as the mean over samples of which each has the weight of its class.
+    """Cross-entropy, averaged over samples weighted by class.
 
     Attributes:
-        weights: Of the classes, in the order of the logits; None where all count alike.
+        weights: Class weights in the order of the logits; None if all are equal.
         label_smoothing: As in `LossOptions`.
         focal_gamma: As in `LossOptions`.
     """
@@ -110,17 +110,17 @@ class CrossEntropy:
 
     @classmethod
     def from_options(cls, options: LossOptions, names: Sequence[str]) -> "CrossEntropy":
-        """What a user says, for classes of these names.
+        """Creates the loss for classes with these names.
 
         Raises:
-            ValueError: A weight is for none of them.
+            ValueError: A weight is for an unknown name.
         """
         return cls(
             _in_order(options.class_weights, names, "class_weights"), options.label_smoothing, options.focal_gamma
         )
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits (batch, num_labels) and labels (batch,), a scalar."""
+        """The loss for logits (batch, num_labels) and labels (batch,), a scalar."""
         weights = None if self.weights is None else _tensor(self.weights, logits.dtype, logits.device)
         if not self.focal_gamma:
             return F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
@@ -130,16 +130,16 @@ class CrossEntropy:
         return (hardness**self.focal_gamma * losses).sum() / total
 
     def sample_weights(self, labels: Tensor) -> Tensor | None:
-        """Weight of each sample in the mean, (batch,); None where all count alike."""
+        """Weight of each sample in the mean, (batch,); None if all are equal."""
         return None if self.weights is None else _tensor(self.weights, torch.float64, labels.device)[labels]
 
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
-    """Binary cross-entropy of several labels, the mean over samples and labels.
+    """Binary cross-entropy for several labels, averaged over samples and labels.
 
     Attributes:
-        pos_weight: Of having each label, in the order of the logits; None where it counts as much as not having it.
+        pos_weight: Weight of having each label, in the order of the logits; None if it equals that of not having it.
         label_smoothing: As in `LossOptions`.
         focal_gamma: As in `LossOptions`.
     """
@@ -150,10 +150,10 @@ class BinaryCrossEntropy:
 
     @classmethod
     def from_options(cls, options: LossOptions, names: Sequence[str]) -> "BinaryCrossEntropy":
-        """What a user says, for labels of these names.
+        """Creates the loss for labels with these names.
 
         Raises:
-            ValueError: A weight is for none of them.
+            ValueError: A weight is for an unknown name.
         """
         given = options.pos_weight
         if isinstance(given, int | float):
@@ -161,7 +161,7 @@ class BinaryCrossEntropy:
         return cls(_in_order(given, names, "pos_weight"), options.label_smoothing, options.focal_gamma)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of logits and labels, 0 and 1, both (batch, num_labels), a scalar."""
+        """The loss for logits and 0/1 labels, both (batch, num_labels), a scalar."""
         labels = labels.to(logits.dtype)
         weights = None if self.pos_weight is None else _tensor(self.pos_weight, logits.dtype, logits.device)
         smooth = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -172,7 +172,7 @@ class BinaryCrossEntropy:
 
 
 def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[float, ...] | None:
-    """Weights by name in the order of the names."""
+    """Weights in the order of the names."""
     if weights is None:
         return None
     if isinstance(weights, str):
@@ -191,6 +191,6 @@ def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[fl
 
 @lru_cache(maxsize=8)
 def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once, since a step would wait for its copy to a GPU; also for training where an evaluation asks first."""
+    """A tensor of these values, cached to avoid waiting for a copy to the GPU; usable in training too."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

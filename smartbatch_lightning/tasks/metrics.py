@@ -1,4 +1,4 @@
-"""Metrics by name, out of torchmetrics."""
+"""torchmetrics metrics by name."""
 
 import inspect
 import warnings
@@ -20,7 +20,7 @@ MetricSpecs = str | Sequence[str | Mapping[str, Any]] | Mapping[str, str | Mappi
 
 _PREFIXES = {"single_label_classification": "Multiclass", "multi_label_classification": "Multilabel"}
 _MACRO, _MICRO, _WEIGHTED = {"average": "macro"}, {"average": "micro"}, {"average": "weighted"}
-# By the names that scikit-learn and `evaluate` have for them: a class of torchmetrics, and its options.
+# torchmetrics classes and their options, by the names used in scikit-learn and `evaluate`.
 _NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "accuracy": ("Accuracy", _MICRO),
     "balanced_accuracy": ("Accuracy", _MACRO),
@@ -45,13 +45,14 @@ _NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Class and options of each metric by the name under which it is logged.
+    """Class and options of each metric, by logged name.
 
     Args:
-        metrics: Names or classes, or `class_path` with `init_args`; or these by name. One name may stand alone.
+        metrics: Names, classes, or `class_path` with `init_args`; or a mapping from logged names to these. A single
+            name needs no list.
 
     Raises:
-        ValueError: One is neither, or two have one name.
+        ValueError: One is none of these, or two have the same name.
     """
     if isinstance(metrics, str):
         if "," in metrics:
@@ -77,23 +78,23 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def build_metrics(metrics: MetricSpecs, task: Task) -> MetricCollection:
-    """Metrics of the scores and labels of a task.
+    """Creates metrics of a task's scores and labels.
 
-    A class is found by its name with or without the `Multiclass` or `Multilabel` before it. Of two classes a
-    `Binary...` takes the probability of the second.
+    Classes are found by name with or without the prefix `Multiclass` or `Multilabel`. With two classes, a `Binary...`
+    metric gets the probability of the second.
 
     Args:
-        metrics: As `named_specs` takes them.
-        task: Whose they are.
+        metrics: As for `named_specs`.
+        task: The task.
 
     Raises:
-        ValueError: One does not fit the task, or gives more than a number.
+        ValueError: A metric does not fit the task, or is not a single number.
     """
     return MetricCollection({name: _build(name, *spec, task) for name, spec in named_specs(metrics).items()})
 
 
 def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabel", "")) -> list[type[Metric]]:
-    """Classes that a name may mean, the likeliest first."""
+    """Classes that a name may refer to, the likeliest first."""
     if "." in metric:
         return [look_up(metric, {}, "metrics")]
     name = _NAMES[metric][0] if metric in _NAMES else metric
@@ -119,7 +120,7 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
             options.setdefault(option, num_labels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as that it will save all predictions
+            warnings.simplefilter("ignore")  # for example that all predictions will be saved
             binary = kind.__name__.startswith("Binary") and problem_type == "single_label_classification"
             if binary and num_labels == 2:
                 _announce_second(kind.__name__, task.label_names[1])
@@ -140,7 +141,7 @@ def _announce_second(metric: str, name: str) -> None:
 
 
 def _of_second_class(kind: type[Metric]) -> type[Metric]:
-    """A metric of two classes that takes the probabilities of both. torchmetrics' wrappers do not count updates."""
+    """A binary metric that takes the probabilities of both classes. torchmetrics' wrappers do not count updates."""
 
     def update(self: Metric, preds: Tensor, target: Tensor) -> None:
         kind.update(self, preds[:, 1], target)
@@ -149,7 +150,7 @@ def _of_second_class(kind: type[Metric]) -> type[Metric]:
 
 
 def _try(metric: Metric, task: Task, problem_type: str) -> None:
-    """Finds out what a metric makes of a task's scores and labels, of which it forgets those that are tried.
+    """Tests a metric on a task's scores and labels, then resets it.
 
     Raises:
         ValueError: It is not a single number.

@@ -39,24 +39,23 @@ from smartbatch_lightning.tasks.source import (
 from smartbatch_lightning.tasks.task import Task
 
 _PROBLEM_TYPE = "multi_label_classification"
-_DELIMITER = "label_delimiter"  # of a model's configuration, beside `id2label`
+_DELIMITER = "label_delimiter"  # field of a model's configuration, next to `id2label`
 _INDICATORS = "labels_are_indicators"
-_THRESHOLD = 0.5  # of probabilities, above which a label is predicted
+_THRESHOLD = 0.5  # labels with a higher probability are predicted
 
 
 @dataclass(frozen=True)
 class MultiLabelClassification:
-    """Any number of labels a sample, matched by name across splits, files and checkpoints.
+    """Any number of labels per sample, matched by name across splits, files and checkpoints.
 
-    They stand in the data as a list, as a text with a delimiter, as a column of 0 and 1 for each label, or as a list of
-    0 and 1 for each sample.
+    In the data, they are lists, strings with a delimiter, one 0/1 column per label, or one list of 0 and 1 per sample.
 
     Attributes:
-        labels: Names and numbers of the labels.
-        delimiter: What stands between them where labels are written again; None for lists.
-        positions: Their names in the order in which the data has a 0 or 1 for each; by default that of the logits.
-        indicators: Lists in the training split had a 0 or 1 for each; None where that is unknown.
-        loss: What is minimised.
+        labels: The encoder of label names.
+        delimiter: Separator with which labels are written again; None for lists.
+        positions: Label names in the order in which the data has a 0 or 1 for each; by default that of the logits.
+        indicators: Whether lists in the training split had a 0 or 1 for each label; None if unknown.
+        loss: The loss.
     """
 
     labels: LabelEncoder
@@ -67,21 +66,21 @@ class MultiLabelClassification:
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the labels, in the order of the logits."""
+        """Label names in the order of the logits."""
         return list(self.labels.names)
 
     @property
     def description(self) -> str:
-        """Names of the labels, in words."""
+        """The label names, in words."""
         names = join_quoted(self.label_names)
         return f"{len(self.label_names):,} labels, of which each sample has any number: {names}"
 
     @classmethod
     def from_columns(cls, columns: LabelColumns) -> "MultiLabelClassification":
-        """The labels of a training split."""
+        """Creates the task from a training split."""
         if len(columns.names) > 1:
             return cls(_named(columns.names))
-        # of lists that may be both, those of numbers could not be learnt
+        # lists of numbers that may be ids or indicators cannot be learnt
         if are_indicators(columns) is not False:
             names = [str(number) for number in range(pc.list_value_length(columns.values)[0].as_py())]
             return cls(_named(names), positions=tuple(names), indicators=True)
@@ -90,13 +89,13 @@ class MultiLabelClassification:
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "MultiLabelClassification":
-        """The labels of given names; where the data has a 0 or 1 for each, in the order of the names."""
+        """Creates the task from label names; if the data has a 0 or 1 for each, they are in the order of the names."""
         encoder = LabelEncoder.from_names(names)
         return cls(encoder, source.delimiter, encoder.names)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "MultiLabelClassification | None":
-        """The labels that a model was trained for; None where its names are `LABEL_0`, `LABEL_1` and so on.
+        """Creates the task that a model was trained for; None if its labels are `LABEL_0`, `LABEL_1` and so on.
 
         Raises:
             ValueError: It was trained for another task.
@@ -105,11 +104,11 @@ class MultiLabelClassification:
         return None if encoder is None else cls(encoder, fields.get(_DELIMITER), indicators=fields.get(_INDICATORS))
 
     def aligned_with(self, trained: Task) -> "MultiLabelClassification":
-        """The labels in the order of a model that was trained for the same."""
+        """The task with labels in the order of a model trained for them."""
         return replace(self, labels=self.labels.aligned_with(trained.label_names))
 
     def config_fields(self) -> dict[str, Any]:
-        """Names both ways, `problem_type`, and how labels stand in the data."""
+        """Label names in both directions, `problem_type`, and how labels are written in the data."""
         return {
             **labels_in_config(self.labels, _PROBLEM_TYPE),
             _DELIMITER: self.delimiter,
@@ -131,7 +130,7 @@ class MultiLabelClassification:
         return encoded
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
-        """Names of the labels that each sample has: lists, or texts with the delimiter."""
+        """Names of each sample's labels: lists, or strings with the delimiter."""
         rows, numbers = np.nonzero(labels)
         offsets = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(labels)))))
         lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), self.labels.decode(numbers))
@@ -140,12 +139,12 @@ class MultiLabelClassification:
         return pc.binary_join(lists.cast(pa.list_(pa.string())), self.delimiter)
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Samples with the same labels; where a set of labels occurs once, those with the same rarest label.
+        """Strata of samples with the same labels; if a set of labels occurs only once, with the same rarest label.
 
-        A sample with a label that two samples have at most is of its own stratum, which is not split, and so is one for
-        each label that might otherwise be left without any sample in the first part.
+        A sample with a label that at most two samples have is a stratum of its own, which is not split. So is one
+        sample for each label that might otherwise have no sample in the first part.
         """
-        bits = np.packbits(labels, axis=1)  # as bytes of a row, which numpy compares fifty times as fast as columns
+        bits = np.packbits(labels, axis=1)  # rows as bytes, which numpy compares fifty times as fast as columns
         sets, stratum, counts = np.unique(
             bits.view(np.dtype((np.void, bits.shape[1]))).reshape(-1), return_inverse=True, return_counts=True
         )
@@ -153,7 +152,7 @@ class MultiLabelClassification:
         rarest = np.where(labels.any(axis=1), frequency.argmin(axis=1), labels.shape[1])
         by_set = counts[stratum] > 1
         alone = frequency.min(axis=1) <= 2
-        # of a stratum one sample at least is in the first part, and with it what all samples of the stratum have
+        # at least one sample of each stratum is in the first part, and so are the labels that all of its samples have
         kept = labels[by_set | alone].any(axis=0)
         kept[rarest[~by_set & ~alone & labels.any(axis=1)]] = True
         for label in np.flatnonzero(labels.any(axis=0) & ~kept):
@@ -165,20 +164,20 @@ class MultiLabelClassification:
         return np.where(alone, len(sets) + labels.shape[1] + 1 + np.arange(len(labels)), strata)
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
-        """Samples that have each label."""
+        """Number of samples with each label."""
         return dict(zip(self.label_names, np.asarray(labels).sum(axis=0).tolist(), strict=True))
 
     def with_loss(self, options: LossOptions) -> "MultiLabelClassification":
-        """The same with weights of labels that are there, smoothed labels or focal loss."""
+        """The task with positive weights, label smoothing or focal loss."""
         options.only(_PROBLEM_TYPE, "pos_weight", "label_smoothing", "focal_gamma")
         return replace(self, loss=BinaryCrossEntropy.from_options(options, self.label_names))
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy, the mean over samples and labels."""
+        """Binary cross-entropy, averaged over samples and labels."""
         return self.loss(logits, labels)
 
     def sample_weights(self, labels: Tensor) -> None:
-        """All samples count alike."""
+        """None: all samples have the same weight."""
         return
 
     @property
@@ -191,7 +190,7 @@ class MultiLabelClassification:
         return logits.sigmoid()
 
     def configure_metrics(self) -> MetricCollection:
-        """Macro and micro F1, and the share of samples whose labels are all right, at a threshold of 0.5."""
+        """Macro and micro F1, and the share of samples with all labels right, at a threshold of 0.5."""
         num_labels = len(self.label_names)
         return MetricCollection(
             {
@@ -202,12 +201,12 @@ class MultiLabelClassification:
         )
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """As torchmetrics takes them, (batch, num_labels), whole numbers."""
+        """Labels as integers, (batch, num_labels), as torchmetrics expects."""
         return labels.long()
 
     @property
     def names_with_threshold(self) -> list[str]:
-        """All."""
+        """All labels."""
         return self.label_names
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[np.bool_]:
@@ -219,7 +218,7 @@ class MultiLabelClassification:
         return {"probabilities": self.scores(logits).float()}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """The labels that are likelier than not as they stand in the data, and each one's probability."""
+        """The predicted labels as written in the data, and the probability of each label."""
         probabilities = predicted["probabilities"]
         return {
             "prediction": self.decode(self.predict_labels(probabilities)),
@@ -242,7 +241,7 @@ class MultiLabelClassification:
         return indicators
 
     def _in_order(self, values: NDArray[np.bool_], split: str) -> NDArray[np.bool_]:
-        """Truth values (num_samples, num_labels) of lists in the order of the logits."""
+        """Booleans (num_samples, num_labels), reordered to match the logits."""
         names = self.positions or self.label_names
         if values.shape[1] != len(names):
             raise UsageError(
@@ -253,13 +252,13 @@ class MultiLabelClassification:
 
 
 def are_indicators(columns: LabelColumns) -> bool | None:
-    """Whether lists say by 0 and 1 whether a sample has each label, and do not number labels.
+    """Whether lists of 0 and 1 say for each label whether a sample has it, rather than being label ids.
 
-    They are of one length, and one has a number twice. None where each holds a 0 and a 1, which may be both. Lists of a
-    `ClassLabel`'s numbers are never indicators.
+    Such lists have the same length, and one contains a number twice. None if each list is a 0 and a 1, which may mean
+    either. Lists of a `ClassLabel`'s ids are never indicators.
 
     Raises:
-        ValueError: Most lists are so, but not all.
+        ValueError: Most lists are indicators, but not all.
     """
     if not columns.are_lists or not len(columns.values) or columns.values.null_count or columns.class_names:
         return False
@@ -273,13 +272,13 @@ def are_indicators(columns: LabelColumns) -> bool | None:
     twice = pa.types.is_boolean(flat.type) or bool(whole.any() and (width > 2 or (first == second).any()))
     if whole.all():
         return True if twice else None
-    if 2 * whole.sum() > len(whole) and (twice or (first > second).any()):  # numbers of labels ascend as a rule
+    if 2 * whole.sum() > len(whole) and (twice or (first > second).any()):  # label ids are usually ascending
         raise _odd_row(columns, int(np.argmin(whole)), width, "most rows have")
     return False
 
 
 def _are_truth_values(columns: LabelColumns, width: int) -> NDArray[np.bool_]:
-    """Whether each list holds so many zeros and ones, and nothing else. Shape (num_samples,)."""
+    """Whether each list has `width` elements, all 0 or 1. Shape (num_samples,)."""
     lengths = np.asarray(pc.list_value_length(columns.values), np.int64)
     other = np.asarray(as_truth_values(flattened(columns.values)).is_null())
     rows = np.repeat(np.arange(len(lengths)), lengths)
@@ -311,7 +310,7 @@ def _truth_values(columns: LabelColumns, name: str, values: pa.ChunkedArray, per
 
 
 def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
-    """The labels of all samples one after another, and how many each has."""
+    """The labels of all samples, concatenated, and the number of labels of each sample."""
     [name], lists = columns.names, columns.values
     if lists.null_count:
         raise UsageError(
@@ -337,7 +336,7 @@ def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
 
 
 def _split(column: pa.ChunkedArray, delimiter: str, text: bool) -> pa.ChunkedArray:
-    """Texts at the delimiter, without spaces around the labels; an empty text has none."""
+    """Splits texts at the delimiter, and strips spaces around labels; an empty text has no labels."""
     names = [
         [part.strip() for part in value.split(delimiter) if part.strip()]
         for value in (column if text else column.cast(pa.string())).to_pylist()

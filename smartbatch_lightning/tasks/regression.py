@@ -1,4 +1,4 @@
-"""Regression: every sample has a number, or several."""
+"""Regression: every sample has one or more numbers."""
 
 import itertools
 import warnings
@@ -44,14 +44,14 @@ _STRATA = 10
 
 @dataclass(frozen=True)
 class Regression:
-    """One target a sample, or several, which stand in a column each or in a column of lists.
+    """One or more targets per sample, in one column each or in a column of lists.
 
-    Where targets are standardised, labels as they are encoded, logits and the loss are so; scores, metrics and
-    predictions are in the data's unit.
+    If targets are standardised, so are encoded labels, logits and the loss; scores, metrics and predictions are in the
+    data's unit.
 
     Attributes:
-        names: Names of the targets, in the order of the logits.
-        standardization: By what targets are standardised; None where they are learnt as they are.
+        names: Target names in the order of the logits.
+        standardization: Mean and deviation of the targets; None if they are not standardised.
     """
 
     names: tuple[str, ...]
@@ -59,18 +59,18 @@ class Regression:
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the targets, in the order of the logits."""
+        """Target names in the order of the logits."""
         return list(self.names)
 
     @property
     def description(self) -> str:
-        """Names of the targets, in words."""
+        """The target names, in words."""
         how = "" if self.standardization is None else ", standardised in training, predicted in the data's unit"
         return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}{how}"
 
     @classmethod
     def from_columns(cls, columns: LabelColumns) -> "Regression":
-        """The targets of a training split, by the names of their columns."""
+        """Creates the task from a training split, with column names as target names."""
         targets = _read_targets(columns)
         if len(targets) and (targets == targets[0]).all():
             raise UsageError(
@@ -84,7 +84,7 @@ class Regression:
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "Regression":
-        """Targets of given names."""
+        """Creates the task from target names."""
         texts = tuple(str(name) for name in names)
         if not texts or len(set(texts)) < len(texts):
             raise UsageError(f"label_names is {join_quoted(texts) or 'empty'}; give the name of each target once.")
@@ -92,7 +92,7 @@ class Regression:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "Regression":
-        """The targets that a model was trained for.
+        """Creates the task that a model was trained for.
 
         Raises:
             ValueError: It was trained for another task.
@@ -101,21 +101,21 @@ class Regression:
         return cls(tuple(label_names_from_config(config)), Standardization.from_fields(config.to_dict()))
 
     def standardized(self, columns: LabelColumns, rows: NDArray[np.int64] | None = None) -> "Regression":
-        """The same, standardised by the mean and the deviation of a split.
+        """The task with targets standardised by their mean and deviation in a split.
 
         Args:
-            columns: Of the split.
-            rows: Its rows that are trained on; by default all.
+            columns: The split's targets.
+            rows: Rows of the split to use; by default all.
 
         Raises:
-            ValueError: All values of a target are alike.
+            ValueError: All values of a target are equal.
         """
         targets = self._ordered_targets(columns)
         trained = targets if rows is None else targets[rows]
         return replace(self, standardization=Standardization.from_targets(trained, self.names))
 
     def aligned_with(self, trained: Task) -> "Regression":
-        """The targets by the names that a model has for as many, standardised as they were for it."""
+        """The task with a model's target names and standardisation, if the number of targets is the same."""
         names = trained.label_names
         if len(names) != len(self.names):
             raise UsageError(
@@ -131,12 +131,12 @@ class Regression:
         return replace(self, names=tuple(names), standardization=trained.standardization)
 
     def config_fields(self) -> dict[str, Any]:
-        """Names both ways, `problem_type`, and by what targets are standardised."""
+        """Target names in both directions, `problem_type`, and the standardisation."""
         fields = dict.fromkeys(STANDARDIZATION_FIELDS) if self.standardization is None else self.standardization.fields
         return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE, **fields}
 
     def encode(self, columns: LabelColumns) -> NDArray[np.float32]:
-        """Targets of each sample, standardised or as they are.
+        """Targets of each sample, standardised if the task is.
 
         Shape (num_samples,), or (num_samples, num_targets) for several.
         """
@@ -162,11 +162,11 @@ class Regression:
         return targets[:, order_of(self.names, columns.names)] if len(columns.names) > 1 else targets
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
-        """The numbers, or lists of them."""
+        """The targets as numbers, or as lists for several targets."""
         return _as_column(self._in_unit(labels))
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Tenths of the samples by the rank of their targets, or of the targets' mean where there are several."""
+        """Tenths of the samples by the rank of their target, or of the targets' mean if there are several."""
         values = np.asarray(labels, np.float64)
         if values.ndim == 2:
             values = ((values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)).mean(axis=1)
@@ -175,7 +175,7 @@ class Regression:
         return ranks * min(_STRATA, max(1, len(values) // 2)) // max(1, len(values))
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
-        """Samples in each fifth of the range of the target; of several none."""
+        """Number of samples in each fifth of the target's range; empty for several targets."""
         values = self._in_unit(labels).astype(np.float64)
         if values.ndim == 2 or not len(values):
             return {}
@@ -187,16 +187,16 @@ class Regression:
         return dict(zip(ranges, counts.tolist(), strict=True))
 
     def with_loss(self, options: LossOptions) -> "Regression":
-        """The same: there are no options."""
+        """The same task: regression has no loss options."""
         options.only(_PROBLEM_TYPE)
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error, over samples and targets; of standardised targets in squared standard deviations."""
+        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised."""
         return F.mse_loss(self._outputs(logits), labels.to(logits.dtype))
 
     def sample_weights(self, labels: Tensor) -> None:
-        """All samples count alike."""
+        """None: all samples have the same weight."""
         return
 
     def scores(self, logits: Tensor) -> Tensor:
@@ -205,26 +205,26 @@ class Regression:
         return outputs if self.standardization is None else self.standardization.restore_tensor(outputs)
 
     def configure_metrics(self) -> MetricCollection:
-        """Mean squared and mean absolute error; of a single target also the correlations of Pearson and Spearman."""
+        """Mean squared and mean absolute error; for a single target also Pearson and Spearman correlation."""
         metrics: dict[str, Metric | MetricCollection] = {"mse": MeanSquaredError(), "mae": MeanAbsoluteError()}
         if len(self.names) > 1:
             return MetricCollection(metrics)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes a sample
+            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all")  # 8 bytes per sample
             return MetricCollection({**metrics, "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
 
     @property
     def monitored(self) -> str:
-        """Spearman's correlation; of several targets the mean squared error."""
+        """Spearman correlation; for several targets the mean squared error."""
         return "spearman" if len(self.names) == 1 else "mse"
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """In the data's unit, as torchmetrics takes them: floats."""
+        """Labels as floats in the data's unit."""
         return labels.float() if self.standardization is None else self.standardization.restore_tensor(labels)
 
     @property
     def names_with_threshold(self) -> list[str]:
-        """None."""
+        """Empty: regression has no thresholds."""
         return []
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
@@ -236,7 +236,7 @@ class Regression:
         return {"predictions": self.scores(logits)}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """Predicted targets, of several a list in their order."""
+        """Predicted targets; for several, a list in their order."""
         return {"prediction": _as_column(predicted["predictions"])}
 
     def _outputs(self, logits: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ def _numbers(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row:
         )
     numbers = np.asarray(found, np.float64)
     with np.errstate(over="ignore"):
-        finite = np.isfinite(numbers.astype(np.float32))  # as which they are learnt
+        finite = np.isfinite(numbers.astype(np.float32))  # the dtype of labels
     if not finite.all():
         first = int(np.argmin(finite))
         met = "no target" if values[first].as_py() is None else f"the target {numbers[first]}"

@@ -1,4 +1,4 @@
-"""Single-label classification: every sample is of one class."""
+"""Single-label classification: every sample has one class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +26,11 @@ _MANY_CLASSES = 50
 
 @dataclass(frozen=True)
 class SingleLabelClassification:
-    """One class a sample, matched by name across splits, files and checkpoints.
+    """One class per sample, matched by name across splits, files and checkpoints.
 
     Attributes:
-        labels: Names and numbers of the classes.
-        loss: What is minimised.
+        labels: The encoder of class names.
+        loss: The loss.
     """
 
     labels: LabelEncoder
@@ -38,17 +38,17 @@ class SingleLabelClassification:
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
+        """Class names in the order of the logits."""
         return list(self.labels.names)
 
     @property
     def description(self) -> str:
-        """Names of the classes, in words."""
+        """The class names, in words."""
         return f"{len(self.label_names):,} classes, of which each sample has one: {join_quoted(self.label_names)}"
 
     @classmethod
     def from_columns(cls, columns: LabelColumns) -> "SingleLabelClassification":
-        """The classes of a training split."""
+        """Creates the task from a training split."""
         encoder = LabelEncoder.from_labels(_read_labels(columns))
         if columns.class_names is None:
             _warn_of_classes(encoder.names, len(columns.values))
@@ -56,12 +56,12 @@ class SingleLabelClassification:
 
     @classmethod
     def from_names(cls, names: Sequence[str], source: LabelSource = ONE_COLUMN) -> "SingleLabelClassification":
-        """The classes of given names."""
+        """Creates the task from class names."""
         return cls(LabelEncoder.from_names(names))
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "SingleLabelClassification | None":
-        """The classes that a model was trained for; None where its names are `LABEL_0`, `LABEL_1` and so on.
+        """Creates the task that a model was trained for; None if its classes are `LABEL_0`, `LABEL_1` and so on.
 
         Raises:
             ValueError: It was trained for another task.
@@ -70,19 +70,19 @@ class SingleLabelClassification:
         return None if encoder is None else cls(encoder)
 
     def aligned_with(self, trained: Task) -> "SingleLabelClassification":
-        """The classes in the order of a model that was trained for the same."""
+        """The task with classes in the order of a model trained for them."""
         return replace(self, labels=self.labels.aligned_with(trained.label_names))
 
     def config_fields(self) -> dict[str, Any]:
-        """Names both ways, `problem_type`, and how labels stand in the data."""
+        """Class names in both directions, `problem_type`, and how labels are written in the data."""
         return labels_in_config(self.labels, _PROBLEM_TYPE)
 
     def encode(self, columns: LabelColumns) -> NDArray[np.int64]:
-        """Number of each sample's class. Shape (num_samples,)."""
+        """Class number of each sample. Shape (num_samples,)."""
         return self.labels.encode(_read_labels(columns))
 
     def decode(self, labels: NDArray[Any]) -> pa.Array:
-        """Classes of numbers, as they stood in the data."""
+        """Classes as written in the data."""
         return self.labels.decode(labels)
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
@@ -90,12 +90,12 @@ class SingleLabelClassification:
         return np.asarray(labels, np.int64)
 
     def label_counts(self, labels: NDArray[Any]) -> dict[str, int]:
-        """Samples of each class."""
+        """Number of samples of each class."""
         counts = np.bincount(labels, minlength=len(self.label_names))
         return dict(zip(self.label_names, counts.tolist(), strict=True))
 
     def with_loss(self, options: LossOptions) -> "SingleLabelClassification":
-        """The same with weights of classes, smoothed labels or focal loss."""
+        """The task with class weights, label smoothing or focal loss."""
         options.only(_PROBLEM_TYPE, "class_weights", "label_smoothing", "focal_gamma")
         return replace(self, loss=CrossEntropy.from_options(options, self.label_names))
 
@@ -104,7 +104,7 @@ class SingleLabelClassification:
         return self.loss(logits, labels)
 
     def sample_weights(self, labels: Tensor) -> Tensor | None:
-        """Those of the samples' classes."""
+        """Class weight of each sample, (batch,); None if all are equal."""
         return self.loss.sample_weights(labels)
 
     def configure_metrics(self) -> MetricCollection:
@@ -123,16 +123,16 @@ class SingleLabelClassification:
         return logits.softmax(-1)
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """Numbers of the classes, (batch,)."""
+        """Class numbers, (batch,)."""
         return labels
 
     @property
     def names_with_threshold(self) -> list[str]:
-        """Of two classes the second; of more none."""
+        """The second of two classes; empty if there are more."""
         return self.label_names[1:] if len(self.label_names) == 2 else []
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[np.int64]:
-        """Number of the likeliest class, or by a threshold of the second, (num_samples,)."""
+        """Number of the likeliest class, (num_samples,); with a threshold, whether the second class exceeds it."""
         if thresholds:
             return np.asarray(scores[:, 1] > thresholds[self.label_names[1]], np.int64)
         return np.asarray(scores.argmax(axis=1))
@@ -142,7 +142,7 @@ class SingleLabelClassification:
         return {"probabilities": self.scores(logits).float()}
 
     def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """The likeliest class as it stands in the data, and each one's probability."""
+        """The likeliest class as written in the data, and the probability of each class."""
         probabilities = predicted["probabilities"]
         return {
             "prediction": self.decode(self.predict_labels(probabilities)),
@@ -164,7 +164,7 @@ def _read_labels(columns: LabelColumns) -> Labels:
 
 
 def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
-    """Tells of classes that look like several labels in one text, or that hardly ever recur."""
+    """Warns of classes that look like several labels in one text, or that hardly ever recur."""
     recur = len(names) <= _MANY_CLASSES or 2 * len(names) <= num_samples
     if are_written_lists(names):
         rank_zero_warn(

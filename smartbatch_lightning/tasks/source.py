@@ -1,4 +1,4 @@
-"""Where labels stand in the data, and reading them as they stand."""
+"""Where labels are in the data, and reading them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """The label columns of a split, as they stand in the data.
+    """The label columns of a split, as in the data.
 
     Attributes:
-        by_name: Values of each column, in the order in which a source names them; decimals are whole numbers or
-            floats, and what has no type, since there is no value, is text.
-        class_names: Names of the `ClassLabel` that the values of the only column, or of the lists in it, are of.
-        delimiter: What stands between the labels of a text.
+        by_name: Values of each column, in the order of the source's columns; decimals become integers or floats, and
+            columns without any value become text.
+        class_names: Names of the `ClassLabel` of the only column or of the lists in it, if there is one.
+        delimiter: Separator for several labels in one text.
         split: Name of the split.
     """
 
@@ -37,33 +37,33 @@ class LabelColumns:
 
     @property
     def values(self) -> pa.ChunkedArray:
-        """Of the only column."""
+        """Values of the only column."""
         [values] = self.by_name.values()
         return values
 
     @property
     def are_lists(self) -> bool:
-        """There is one column, each row of which holds a list."""
+        """Whether there is one column, with a list in each row."""
         return len(self.by_name) == 1 and is_list(self.values.type)
 
     def named(self, ids: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Names of a `ClassLabel` for its ids; null for numbers that are none."""
+        """Names of a `ClassLabel` for its ids; null for numbers that are not ids."""
         names = pa.array(self.class_names, pa.string())
         known = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, len(names)))
         return pa.chunked_array([names]).take(pc.if_else(known, ids, None))
 
     def row(self, number: int) -> str:
-        """A row, as messages name it."""
+        """Name of a row in messages."""
         return f"row {number} (counted from 0) of the split {self.split!r}"
 
 
 @dataclass(frozen=True)
 class LabelSource:
-    """Where the labels of a split stand.
+    """Where the labels of a split are.
 
     Attributes:
-        columns: One column; or several, each of which is a label or a target.
-        delimiter: What stands between the labels of a text.
+        columns: One column; or several, one for each label or target.
+        delimiter: Separator for several labels in one text.
     """
 
     columns: tuple[str, ...] = ("label",)
@@ -71,10 +71,10 @@ class LabelSource:
 
     @classmethod
     def of(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
-        """The source that arguments name.
+        """Creates a source from a user's arguments.
 
         Raises:
-            ValueError: There is no column, or one stands twice; or the delimiter is empty, or beside several columns.
+            ValueError: There is no column, or one is repeated; or the delimiter is empty, or there are several columns.
         """
         columns = (column,) if isinstance(column, str) else tuple(column)
         if not columns or len(set(columns)) < len(columns):
@@ -91,10 +91,10 @@ class LabelSource:
         return set(self.columns) <= set(dataset.column_names)
 
     def read(self, dataset: "Dataset", split: str) -> LabelColumns:
-        """The columns of a split, without what stands in others.
+        """Reads the label columns of a split.
 
         Raises:
-            ValueError: One is not there.
+            ValueError: A column is missing.
         """
         for column in self.columns:
             if column not in dataset.column_names:
@@ -115,15 +115,15 @@ _FALSE, _TRUE = ("0", "0.0", "false"), ("1", "1.0", "true")
 
 
 def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[str] | None = None) -> list[int]:
-    """Where in the data each of the model's outputs stands: by name, or by position where no column has such a name.
+    """Index in the data of each model output: by name, or by position if no column has such a name.
 
     Args:
-        names: Of the outputs, in their order.
-        columns: Names in the data, in its order.
-        positions: Names that were given for the columns, in their order; by default `names`.
+        names: Names of the outputs, in order.
+        columns: Names in the data, in order.
+        positions: Names given for the columns, in order; by default `names`.
 
     Raises:
-        ValueError: There are not as many, or some of the names are the same and others are not.
+        ValueError: The numbers differ, or only some of the names match.
     """
     if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
         raise UsageError(
@@ -135,27 +135,27 @@ def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[s
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column is of text."""
+    """Whether a column contains text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a column is of numbers or booleans."""
+    """Whether a column contains numbers or booleans."""
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether each row of a column holds a list."""
+    """Whether a column contains lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Values of a column of lists, one after another."""
+    """Values of a column of lists, concatenated."""
     return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
 
 def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """The float that is nearest to each value, also of texts with spaces around; None where one is no number."""
+    """Values as floats, also from text, ignoring spaces around; None if one is not a number."""
     if is_text(values.type):
         try:
             return pc.utf8_trim_whitespace(values).cast(pa.float64())
@@ -165,7 +165,7 @@ def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def as_truth_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Booleans for 0 and 1, true and false, also in texts of any case with spaces around; null for all else."""
+    """Booleans for 0 and 1, true and false, also as text in any case with spaces around; null for anything else."""
     if is_text(values.type):
         values = pc.utf8_lower(pc.utf8_trim_whitespace(values))
         no, yes = (pc.is_in(values, value_set=pa.array(words, values.type)) for words in (_FALSE, _TRUE))
@@ -177,12 +177,12 @@ def as_truth_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def first_true(flags: pa.ChunkedArray) -> int:
-    """Number of the first that is true."""
+    """Index of the first true value."""
     return int(pc.index(flags, True).as_py())
 
 
 def _with_plain_type(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Values, or lists of values, of a type that pyarrow computes with."""
+    """Values, or lists of values, as a type with which pyarrow can compute."""
     if not is_list(values.type):
         return values.cast(_plain_type(values))
     plain = _plain_type(flattened(values))
@@ -205,8 +205,8 @@ def _plain_type(values: pa.ChunkedArray) -> pa.DataType:
 
 
 def _class_names(feature: Any) -> tuple[str, ...] | None:
-    """Names of a `ClassLabel`, or of that in a list."""
-    from datasets import ClassLabel  # by now loaded; a model without a data set does without the library
+    """Names of a `ClassLabel`, or of one inside a list; None without."""
+    from datasets import ClassLabel  # already loaded; a model without a data set does not need the library
 
     feature = getattr(feature, "feature", feature)
     return tuple(feature.names) if isinstance(feature, ClassLabel) else None

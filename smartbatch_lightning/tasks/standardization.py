@@ -1,4 +1,4 @@
-"""Targets of a regression, standardised by their mean and standard deviation, and back."""
+"""Standardising regression targets by mean and standard deviation, and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from smartbatch_lightning.errors import UsageError
 
-# Of a model's configuration, beside `id2label`.
+# Fields of a model's configuration, next to `id2label`.
 STANDARDIZATION_FIELDS = ("target_mean", "target_std")
 
 
 @dataclass(frozen=True)
 class Standardization:
-    """By what targets are standardised: `(target - mean) / std`.
+    """Standardisation of targets: `(target - mean) / std`.
 
     Attributes:
-        mean: Of each target, in the data's unit.
-        std: Standard deviation of each target, over the number of samples.
+        mean: Mean of each target, in the data's unit.
+        std: Standard deviation of each target, with the number of samples as divisor.
     """
 
     mean: tuple[float, ...]
@@ -30,14 +30,14 @@ class Standardization:
 
     @classmethod
     def from_targets(cls, targets: NDArray[np.float64], names: Sequence[str]) -> "Standardization":
-        """The mean and the standard deviation of targets, (num_samples, num_targets), of these names.
+        """Computes mean and standard deviation of targets, (num_samples, num_targets), with these names.
 
         Raises:
-            ValueError: All values of a target are alike.
+            ValueError: All values of a target are equal.
         """
         means, deviations = [], []
         for name, values in zip(names, targets.T, strict=True):
-            # summed exactly: labels are part of what a checkpoint knows its data by, on every machine
+            # summed exactly, so that the data's fingerprint, which includes labels, is the same on every machine
             mean = math.fsum(values) / len(values)
             std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
             if std == 0 or values.min() == values.max():
@@ -51,13 +51,13 @@ class Standardization:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Standardization | None":
-        """What a model's configuration says; None where its outputs are in the data's unit."""
+        """Reads the standardisation from a model's configuration; None if its outputs are in the data's unit."""
         mean, std = (fields.get(name) for name in STANDARDIZATION_FIELDS)
         return None if mean is None or std is None else cls(tuple(mean), tuple(std))
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What `from_fields` reads."""
+        """Configuration fields read by `from_fields`."""
         return dict(zip(STANDARDIZATION_FIELDS, (list(self.mean), list(self.std)), strict=True))
 
     def standardize(self, targets: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,11 +69,11 @@ class Standardization:
         return np.asarray(np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean))
 
     def restore_tensor(self, values: Tensor) -> Tensor:
-        """As `restore`; float32 would hold 1,000,000.3 as 1,000,000.3125."""
+        """Like `restore`, in float64 if possible: float32 would round 1,000,000.3 to 1,000,000.3125."""
         mean, std = (torch.tensor(each, dtype=_widest_float(), device=values.device) for each in (self.mean, self.std))
         return values.to(mean.dtype) * std + mean
 
 
 def _widest_float() -> torch.dtype:
-    """Floats of most digits that all devices of this machine have."""
+    """The float type with the most digits that all devices of this machine support."""
     return torch.float32 if torch.backends.mps.is_available() else torch.float64

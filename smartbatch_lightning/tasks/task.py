@@ -1,4 +1,4 @@
-"""What a data module and a model know of a task; everything else about it stays behind this."""
+"""The interface through which data modules and models use a task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ class Task(Protocol):
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the model's outputs, in their order."""
+        """Names of the model's outputs, in order."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The file of thresholds of probabilities by label."""
+"""Files of decision thresholds by label."""
 
 import json
 import math
@@ -13,14 +13,14 @@ THRESHOLDS_FILE = "thresholds.json"
 
 
 def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
-    """Thresholds by label.
+    """Reads thresholds by label.
 
     Args:
-        path: The file, or the folder that holds it as `thresholds.json`.
-        task: For whose labels they are.
+        path: The file, or a folder with a `thresholds.json`.
+        task: The task whose labels they are for.
 
     Raises:
-        ValueError: It cannot be read, names a label for which there is no threshold, or one is not in [0, 1].
+        ValueError: The file cannot be read, has a label without a threshold in this task, or a value not in [0, 1].
     """
     path = Path(path) / THRESHOLDS_FILE if Path(path).is_dir() else Path(path)
     try:
@@ -45,10 +45,10 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
 
 
 def write_thresholds(thresholds: Mapping[str, float], path: Path) -> None:
-    """Writes what `read_thresholds` reads.
+    """Writes a file for `read_thresholds`.
 
     Raises:
-        ValueError: There is no room.
+        ValueError: The file cannot be written.
     """
     text = json.dumps(dict(thresholds), indent=2, ensure_ascii=False) + "\n"
     with refused(path, "Make room, or give another folder."):
