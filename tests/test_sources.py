@@ -729,6 +729,6 @@ def test_files_of_a_folder_that_are_not_read_are_named(other: str, told: bool, t
     for name in ("train.csv", "test.csv", "validation.csv"):
         Path(tmp_path, name).write_text("text,label\na,b\n")
     Path(tmp_path, other).write_text("text,label\nc,d\n" if other.endswith(".csv") else '{"text": "c", "label": "d"}\n')
-    with pytest.warns(match=f"'{other}' are not read") if told else nullcontext():
+    with pytest.warns(match=f"files that are not read: '{other}'") if told else nullcontext():
         splits = read_dataset(str(tmp_path))
     assert {name: rows["text"] for name, rows in splits.items()} == {"train": ["a"], "test": ["a"], "validation": ["a"]}

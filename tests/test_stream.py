@@ -88,7 +88,7 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the split 'train' is Dataset. Use SmartBatchDataModule"):
         StreamDataModule(Dataset.from_list(ROWS))
     plain = Dataset.from_list(ROWS).to_iterable_dataset()  # labels are numbers, not a ClassLabel
-    with pytest.raises(ValueError, match="behind the first 16 of the stream may have other labels than '0', '1'"):
+    with pytest.raises(ValueError, match="after the first 16 of the stream may have other labels than '0', '1'"):
         trainer(tmp_path, max_steps=2, max_epochs=-1).fit(
             SequenceClassifier(), StreamDataModule(plain, str(demo.model_dir()), buffer_size=16)
         )

@@ -170,7 +170,7 @@ class SmartBatchDataModule(TextDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Refuses settings of the Trainer that it cannot train with, then does as `TextDataModule`.
+        """Refuses unsupported Trainer settings, then prepares the data like `TextDataModule`.
 
         Raises:
             ValueError: A flag is out of range, or a batch size finder stands beside a token budget; and see there.

@@ -35,7 +35,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# load_dataset would do, but it first tells a server of the call, and waits for seconds where none answers
+# load_dataset would also work, but first reports the call to a server, and waits for seconds if none answers
 _BUILDERS: dict[str, Any] = {"csv": Csv, "json": Json, "parquet": Parquet, "arrow": Arrow}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of formats that have any

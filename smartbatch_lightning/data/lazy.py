@@ -76,7 +76,7 @@ class LazyTokenTable(TokenTable):
         self._checks.append(check)
 
     def tokenized(self) -> TokenTable:
-        """All of them, made now and kept in memory."""
+        """All samples, tokenized now and kept in memory."""
         return self._table(self._encode(range(len(self))))
 
     @property

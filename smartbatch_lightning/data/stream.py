@@ -79,7 +79,7 @@ class StreamDataModule(SmartBatchDataModule):
         return table if self.tokenization == "lazy" else table.tokenized()
 
     def setup(self, stage: str) -> None:
-        """Makes the data sets of a stage, of the stream its first buffer.
+        """Creates the data sets of a stage; for the stream, from its first buffer.
 
         Raises:
             ValueError: Nothing tells the classes of rows beyond the first buffer, or see `SmartBatchDataModule`.
@@ -89,7 +89,7 @@ class StreamDataModule(SmartBatchDataModule):
         known = self._task_options.label_names or labels is None or labels.class_names or len(labels.names) > 1
         if stage == "fit" and not known and not isinstance(self.task, Regression):
             raise UsageError(
-                f"label_names is not set, and rows behind the first {self.buffer_size:,} of the stream may have other "
+                f"label_names is not set, and rows after the first {self.buffer_size:,} of the stream may have other "
                 f"labels than {join_quoted(self.label_names or ())}. Set label_names to all classes."
             )
 

@@ -28,7 +28,7 @@ def _make(folder: Path) -> None:
 
 @cache
 def _made(folder: Path) -> Path:
-    """The folder, whose checksums are compared once in a process."""
+    """The demo's folder; cached, so that its checksums are verified only once per process."""
     return write_if_missing(folder, _make)
 
 
@@ -42,7 +42,7 @@ def data_dir() -> Path:
 
 
 def files() -> dict[str, str]:
-    """The files in it, by split."""
+    """The demo's data files, by split."""
     return {split: str(data_dir() / f"{split}.parquet") for split in REVIEWS}
 
 

@@ -297,7 +297,7 @@ class SequenceClassifier(L.LightningModule):
     # --- Lightning's hooks ---
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns a callback that must run before all others; an override must call `super().configure_callbacks()`."""
+        """Adds a callback that must run before all others; an override must call `super().configure_callbacks()`."""
         if not ModelLifecycle.runs_in(self.trainer):
             self.trainer.callbacks.insert(0, ModelLifecycle())  # type: ignore[attr-defined]
         return []
@@ -313,7 +313,7 @@ class SequenceClassifier(L.LightningModule):
         if not ModelLifecycle.runs_in(self.trainer):
             raise UsageError(
                 f"{type(self).__name__}.configure_callbacks does not call super().configure_callbacks(), which adds "
-                "what builds the model. Call it first, and return your callbacks."
+                "the callback that builds the model. Call it there, and return your own callbacks."
             )
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -37,7 +37,7 @@ class ModelLifecycle(Callback):
 
     @staticmethod
     def runs_in(trainer: L.Trainer) -> bool:
-        """Whether a Trainer has one."""
+        """Whether a Trainer has this callback."""
         return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
