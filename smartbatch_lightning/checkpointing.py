@@ -136,6 +136,12 @@ def verified_checkpoint(path: _PATH) -> str:
             what = "holds Python objects besides weights and plain values, and loading them could run code"
         else:
             what = f"is damaged or no checkpoint: {root_cause_message(error)}"
+            if Path(path, ".metadata").is_file():  # of torch.distributed.checkpoint
+                what = (
+                    "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let "
+                    "the strategy write full checkpoints: FSDPStrategy(state_dict_type='full') or "
+                    "ModelParallelStrategy(save_distributed_checkpoint=False)"
+                )
         message = f"the checkpoint {path} {what.rstrip('.')}. Give another one with --ckpt_path"
         if not remote:
             folder = Path(path).parent

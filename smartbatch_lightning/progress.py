@@ -127,6 +127,7 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
         at: Where training resumes.
         batches_of_epoch: Batches per rank in an epoch.
     """
+    trainer.fit_loop._combined_loader = None  # strategies that restore late, such as FSDP, have made it for a new run
     loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
     before = at.epoch * batches_of_epoch
     epochs, batches, outer = loops["epoch_progress"], loops["epoch_loop.batch_progress"], loops["epoch_loop.state_dict"]

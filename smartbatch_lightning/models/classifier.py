@@ -335,6 +335,8 @@ class SequenceClassifier(L.LightningModule):
         if self.model is None:
             data = text_data_of(self._trainer)
             self.model = self._build(None if data is None else data.task)
+        if self.adapters is not None and self._strategy_loads:
+            self.strict_loading = False  # checkpoints lack the pretrained weights
         self.match_data()
         if not made_elsewhere:
             self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
@@ -587,7 +589,7 @@ class SequenceClassifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if fitting and "optimizer_states" not in checkpoint:
+        if fitting and "optimizer_states" not in checkpoint and not self._strategy_loads:
             raise UsageError(
                 "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
                 "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
@@ -600,6 +602,8 @@ class SequenceClassifier(L.LightningModule):
         self._task = None
         hyperparameters = checkpoint.get("hyper_parameters", {})
         check_same_adapters(hyperparameters.get("peft_config"), self.peft_config)
+        if self.adapters is not None and self._strategy_loads:
+            check_same_base(self.get_buffer(FINGERPRINT), self.adapters, self.pretrained)
         # used by an evaluation without training data
         self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
         saved = hyperparameters.get("architecture")
@@ -678,6 +682,11 @@ class SequenceClassifier(L.LightningModule):
             return StageMetrics(metrics, self.task).to(self.device)
 
     @property
+    def _strategy_loads(self) -> bool:
+        """Whether the strategy itself loads weights and optimizer states, as FSDP does; it has done so before hooks."""
+        return self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer
+
+    @property
     def _source(self) -> ModelSource:
         return ModelSource(self.pretrained, self.model_kwargs, self.architecture, bool(self.peft_config))
 
@@ -724,7 +733,7 @@ class SequenceClassifier(L.LightningModule):
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
         """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
-        cls, states = type(self), checkpoint["optimizer_states"]
+        cls, states = type(self), checkpoint.get("optimizer_states")
         if cls.configure_optimizers is not SequenceClassifier.configure_optimizers or not states:
             return
         check_same_groups(
