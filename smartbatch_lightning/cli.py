@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -281,7 +282,7 @@ class SmartBatchCLI(LightningCLI):
         called = sys.argv[1:2] if args is None else args[:1] if isinstance(args, list) else []
         if called and called[0] in (commands := self.subcommands()):
             # skips collecting the options of other commands, which takes a tenth of a second each
-            self.subcommands = lambda: {called[0]: commands[called[0]]}  # type: ignore[method-assign]
+            self.subcommands = {called[0]: commands[called[0]]}.copy  # type: ignore[method-assign]
         classes: dict[str, type] = {"model": model_class, "data": datamodule_class}
         options = {
             "seed_everything_default": 321,
@@ -424,6 +425,8 @@ class SmartBatchCLI(LightningCLI):
 # Checkpoints that Lightning resolves itself: keywords, URLs and its registry.
 _NO_FILE = re.compile(r"(last|best|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
+# PyYAML, which writes configs, knows strings but no enumerations of them, such as the default `interval` of a `Timer`.
+yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 # Warnings that a user cannot act on.
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -71,6 +71,8 @@ def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
 
 def total_steps(trainer: L.Trainer) -> float:
     """Optimizer steps of the whole training, from its first epoch on; infinite if it has no end."""
+    if trainer.limit_train_batches == 0:  # then Lightning does not look at the loader
+        return 0
     trainer.fit_loop.setup_data()  # which sets the number of batches
     return _bounded(trainer, _steps_of_epochs(trainer, 0), 0)
 
@@ -215,6 +217,12 @@ def stay_stopped(trainer: L.Trainer) -> None:
 def stands_in_epoch(trainer: L.Trainer) -> bool:
     """Whether Lightning resumes in the middle of an epoch."""
     return trainer.fit_loop.restarted_mid_epoch
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """Whether Lightning tries a learning rate or a batch size, in a run within the run that has no callbacks of it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return all(type(callback).__module__.startswith("lightning.pytorch.tuner") for callback in callbacks)
 
 
 def nothing_was_left(trainer: L.Trainer) -> bool:

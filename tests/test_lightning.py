@@ -539,6 +539,60 @@ def test_training_goes_on_with_the_batch_size_that_lightning_found(tmp_path: Pat
     assert model.seen[1:] == [6, 12, 12, 12]  # the loader of the first trial was made before Lightning set its size
 
 
+def test_the_rate_falls_to_zero_at_the_last_step_of_the_batch_size_that_lightning_found(tmp_path: Path) -> None:
+    watch, finder = Watch(), BatchSizeFinder(steps_per_trial=1, init_val=40, max_trials=1)
+    run = trainer(tmp_path, callbacks=[finder, watch], max_epochs=2, limit_val_batches=0)
+    run.fit(SequenceClassifier(learning_rate=1.0e-3), data(batch_size=20))
+    assert run.global_step == 2 * math.ceil(200 / finder.optimal_batch_size) < 2 * 200 / 20
+    expected = [1.0e-3 * (1 - step / run.global_step) for step in range(run.global_step)]
+    assert [rates[0] for rates in watch.rates] == pytest.approx(expected)
+
+
+class Again(LearningRateFinder):
+    """Looks for a rate at the start of every epoch, as the class in Lightning's documentation."""
+
+    def on_fit_start(self, *args) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.slow
+def test_rates_that_are_tried_at_the_start_of_later_epochs_leave_all_steps_to_training(tmp_path: Path) -> None:
+    watch, finder = Watch(), Again(min_lr=1e-6, max_lr=1e-3, num_training_steps=15, early_stop_threshold=None)
+    run = trainer(tmp_path, callbacks=[finder, watch], limit_val_batches=0, max_epochs=2)
+    run.fit(SequenceClassifier(), data(batch_size=8))
+    assert run.global_step == len(watch.rates) == 50
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, slow(BatchSizeFinder)])
+def test_a_finder_in_a_run_that_resumes_is_refused_since_it_would_start_it_over(finder, tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_val_batches=0, max_steps=1)
+    run.fit(SequenceClassifier(learning_rate=0.002), data())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    run = trainer(tmp_path, callbacks=[finder()], limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"would start over .* Leave it out .* learning_rate is 0\.002"):
+        run.fit(SequenceClassifier(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_batch_size_that_is_found_in_an_evaluation_leaves_the_model_in_training_mode(stage, tmp_path: Path) -> None:
+    model, module = SequenceClassifier(), data(batch_size=4)
+    trainer(tmp_path, fast_dev_run=1).fit(model, module)
+    run = trainer(tmp_path, callbacks=[BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)])
+    getattr(run, stage)(model, module)
+    assert module.batch_size == 16
+    assert all(part.training for part in model.model.modules())
+
+
+def test_without_training_batches_nothing_is_trained(tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_train_batches=0)
+    run.fit(SequenceClassifier(), data())
+    assert run.global_step == 0
+
+
 def test_a_batch_size_finder_beside_a_token_budget_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[BatchSizeFinder()], max_steps=2)
     with pytest.raises(ValueError, match="bounded by max_tokens_per_batch, 500. Use one of the two"):

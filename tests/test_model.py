@@ -563,6 +563,33 @@ def test_classes_of_one_name_are_refused() -> None:
         SingleLabelClassification.from_config(BertConfig(id2label={0: "x", 1: "x"}))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "labels"),
+    [
+        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, torch.zeros(2, 3, dtype=torch.long)),
+        slow(
+            {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.arange(6)[None] % 3}, torch.zeros(2)
+        ),
+    ],
+)
+def test_labels_that_are_not_one_for_each_sample_are_refused(inputs, labels) -> None:
+    model = SequenceClassifier(num_labels=2)
+    model.configure_model()
+    with pytest.raises(ValueError, match=r"labels have the shape \(2.* one label for each sample.*cu_seq_lens_q"):
+        model.training_step({**inputs, "labels": labels.long()}, 0)
+
+
+@pytest.mark.slow
+def test_a_classifier_is_exported_by_torch_with_the_logits_that_it_has(data, tmp_path: Path) -> None:
+    model = SequenceClassifier()
+    trainer(tmp_path, fast_dev_run=1).fit(model, data)
+    model.eval()
+    inputs = {"input_ids": torch.randint(5, 50, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    inputs["attention_mask"][0, 4:] = 0
+    program = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits)
+
+
 def test_a_model_that_is_not_built_says_how_to_build_it() -> None:
     with pytest.raises(RuntimeError, match="not built yet. Run it with a Trainer, or call configure_model"):
         SequenceClassifier()(input_ids=torch.ones(1, 3, dtype=torch.long))

@@ -86,6 +86,7 @@ class BestCheckpoint(ModelCheckpoint):
         """
         files = [self._path_of("best"), self._path_of("last")]
         goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
+        goes_on = goes_on or trainer.fast_dev_run  # type: ignore[attr-defined]
         if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
             raise UsageError(
                 f"{self.dirpath} has checkpoints of another run, which would be replaced. Resume that run with "

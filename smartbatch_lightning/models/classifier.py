@@ -73,7 +73,14 @@ from smartbatch_lightning.models.schedule import (
     place_schedule,
 )
 from smartbatch_lightning.models.source import ModelSource
-from smartbatch_lightning.progress import between_steps, restore_loaders, stay_stopped, total_steps
+from smartbatch_lightning.progress import (
+    between_steps,
+    is_trial,
+    restore_loaders,
+    stay_stopped,
+    total_steps,
+    trained_steps,
+)
 from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
@@ -221,6 +228,7 @@ class SequenceClassifier(L.LightningModule):
         self._losses: list[tuple[int, Tensor]] = []  # steps and losses not read yet
         self._last_loss: Tensor | None = None  # the last one read
         self._seed = run_seed()
+        self._scheduled_steps: float | None = None
         self._random_state: Tensor | None = None  # before `fit`, which sets its own state for every step
         self._trained_on: dict[str, Any] | None = None
 
@@ -261,6 +269,13 @@ class SequenceClassifier(L.LightningModule):
         With `class_weights`, the mean is weighted by `task.sample_weights(labels)`.
         """
         assert output.logits is not None
+        shape = output.logits.shape
+        if labels.shape not in (shape, shape[:1]):
+            raise UsageError(
+                f"the batch's labels have the shape {tuple(labels.shape)}, but its logits {tuple(shape)}. Give one "
+                "label for each sample, or one row of labels. A batch with several samples in a row also needs "
+                "cu_seq_lens_q and the like, as from DataCollatorWithFlattening(return_flash_attn_kwargs=True)."
+            )
         return self.task.compute_loss(output.logits, labels)
 
     def configure_metrics(self, num_labels: int) -> MetricCollection:
@@ -388,6 +403,7 @@ class SequenceClassifier(L.LightningModule):
                 "the learning rate's schedule ends at the last step, but training has no end. Set --trainer.max_epochs "
                 "or --trainer.max_steps; or --model.lr_scheduler=constant."
             )
+        self._scheduled_steps = num_steps
         optimizer = self.configure_optimizer()
         scheduler = self.configure_scheduler(optimizer, None if endless else int(num_steps))
         monitor = self._schedule.monitor or name_in_first_set("val_loss", self._validation_sets)
@@ -400,8 +416,8 @@ class SequenceClassifier(L.LightningModule):
         self._losses.clear()
         self.epoch_metrics.start("train")  # also if an epoch is resumed
         restore_loaders(self.trainer)
-        if type(self).configure_optimizers is SequenceClassifier.configure_optimizers:
-            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
+        if trained_steps(self.trainer):
+            self._place_schedule()
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         """Runs the model on its inputs, such as `input_ids` and `attention_mask` (batch, length).
@@ -496,6 +512,8 @@ class SequenceClassifier(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Resets metrics; by now, callbacks may have changed learning rates and unfrozen parameters."""
         self.epoch_metrics.start("train")
+        if total_steps(self.trainer) != self._scheduled_steps:  # a finder has changed the batch size
+            self._place_schedule()
         follow_rates(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
@@ -730,6 +748,12 @@ class SequenceClassifier(L.LightningModule):
     @property
     def _schedule(self) -> Schedule:
         return Schedule(self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps, self.warmup_ratio)
+
+    def _place_schedule(self) -> None:
+        own = type(self).configure_optimizers is SequenceClassifier.configure_optimizers
+        if own and not is_trial(self.trainer):
+            self._scheduled_steps = total_steps(self.trainer)
+            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
         """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""

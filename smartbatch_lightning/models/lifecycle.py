@@ -14,19 +14,30 @@ down again and again, so that the averaged model reads texts at wrong positions.
 `WeightAveraging` and `StochasticWeightAveraging` give the model its averaged weights in a hook that a restarted run
 does not reach if nothing is left to train.
 
-After an exception or Ctrl-C in an evaluation, Lightning leaves the model in evaluation mode, so that the next `fit`
-would train it without dropout.
+`LearningRateFinder` and `BatchSizeFinder` restore a checkpoint of their own when a `fit` begins, after which Lightning
+does not restore the one that was given: the run would start over, with its weights.
+
+After an exception or Ctrl-C in an evaluation, or one in which `BatchSizeFinder` ran, Lightning leaves the model in
+evaluation mode, so that the next `fit` would train it without dropout.
 """
 
 import multiprocessing
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.utilities.model_helpers import _ModuleMode
 
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.finite import check_evaluated
 from smartbatch_lightning.models.schedule import step_by_validation
 from smartbatch_lightning.progress import nothing_was_left
@@ -40,11 +51,22 @@ class ModelLifecycle(Callback):
         """Whether a Trainer has this callback."""
         return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
+    def __init__(self) -> None:
+        self._modes = _ModuleMode()  # of the model's parts before a run
+
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Builds the model if there is none, unless the strategy shards models in `configure_model`.
 
         Overrides of `configure_model` are thus called once, and one that wraps the model does not do so in every run.
         """
+        self._build(trainer, pl_module)
+        self._modes.capture(pl_module)
+        if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback._use_buffers = False  # they are copied then
+
+    def _build(self, trainer: L.Trainer, pl_module: Any) -> None:
         pl_module.__dict__.pop("configure_model", None)
         if type(trainer.strategy).model_sharded_context is not Strategy.model_sharded_context:
             return
@@ -58,10 +80,27 @@ class ModelLifecycle(Callback):
                 pl_module.model = before  # an override may have failed halfway
                 raise
         pl_module.__dict__["configure_model"] = _is_built
-        if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback._use_buffers = False  # buffers are then copied
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses callbacks that would start over a run that resumes.
+
+        Raises:
+            ValueError: There is one.
+        """
+        hooks = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
+        for callback in trainer.callbacks if trainer.ckpt_path else []:  # type: ignore[attr-defined]
+            if type(callback).on_fit_start in hooks:
+                found = trainer._checkpoint_connector._loaded_checkpoint.get("hyper_parameters", {})
+                raise UsageError(
+                    f"with the callback {type(callback).__name__} training would start over from the checkpoint's "
+                    "weights. Leave it out to resume; the checkpoint's learning_rate is "
+                    f"{found.get('learning_rate')}."
+                )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restores the modes that the model's parts had before an evaluation."""
+        if stage != "fit":
+            self._modes.restore(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Steps a schedule that depends on validation before checkpoints are written, so that they include the step."""

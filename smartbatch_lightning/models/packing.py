@@ -219,6 +219,7 @@ def _before_model(
     cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
     wanted = ("output_hidden_states", "output_attentions")
     one_token &= not any(inputs.get(name, setting(model.config, name, False)) for name in wanted)
+    one_token &= not torch.compiler.is_exporting()  # which follows no layer that is called within its own hook
     if cu_seq_lens is None:
         mask = inputs.get("attention_mask")
         one_token &= input_ids is not None and not inputs.get("use_cache") and (mask is None or mask.ndim == 2)

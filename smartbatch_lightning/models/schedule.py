@@ -235,9 +235,6 @@ def place_schedule(
     if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has removed them, and will add its own
         return
     [config] = trainer.lr_scheduler_configs
-    position = trained_steps(trainer)
-    if not position:
-        return
     optimizer = config.scheduler.optimizer
     if adds_parameters(trainer):  # Lightning restores added parameters, but leaves them frozen
         for group in optimizer.param_groups:
@@ -254,7 +251,7 @@ def place_schedule(
     if isinstance(restored, ReduceLROnPlateau):
         _continue_plateau(config.scheduler, restored, before)
     else:
-        advance_schedule(config.scheduler, position)
+        advance_schedule(config.scheduler, trained_steps(trainer))
 
 
 def _continue_plateau(scheduler: Any, restored: ReduceLROnPlateau, before: list[tuple[float, float]]) -> None:
