@@ -583,7 +583,7 @@ def test_a_batch_size_that_is_found_in_an_evaluation_leaves_the_model_in_trainin
     trainer(tmp_path, fast_dev_run=1).fit(model, module)
     run = trainer(tmp_path, callbacks=[BatchSizeFinder(steps_per_trial=1, init_val=4, max_trials=2)])
     getattr(run, stage)(model, module)
-    assert module.batch_size == 16
+    assert module.batch_size == 8
     assert all(part.training for part in model.model.modules())
 
 
