@@ -233,3 +233,11 @@ def test_a_metric_to_monitor_that_validation_does_not_log_is_refused_before_the_
         ValueError, match="'val_nope' is monitored for the best weights, but validation logs 'val_planned'"
     ):
         planned(tmp_path, BestCheckpoint("val_nope", "max"), num_sanity_val_steps=1)
+
+
+def test_a_trial_run_in_a_folder_of_another_run_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_text("of another run")
+    saver = BestCheckpoint(dirpath=str(tmp_path))
+    data = SmartBatchDataModule(validation_split=0.9, max_length=16)
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, fast_dev_run=1).fit(SequenceClassifier(), data)
+    assert (tmp_path / "last.ckpt").read_text() == "of another run"

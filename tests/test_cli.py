@@ -540,3 +540,11 @@ main()
 def test_data_are_prepared_and_planned_without_what_windows_lacks(command: str, told: str) -> None:
     run = [sys.executable, "-c", _AS_ON_WINDOWS, command, "--data.max_length=24", "--trainer.accelerator=cpu"]
     assert told in subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_a_timer_of_lightning_can_be_given_on_the_command_line(tmp_path: Path) -> None:
+    duration = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    run = cli("fit", *FAST, *duration, f"--trainer.default_root_dir={tmp_path}")
+    assert run.trainer.global_step == 2
+    assert run.config.fit.trainer.callbacks[0].init_args.interval == "step"
