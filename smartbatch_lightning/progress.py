@@ -45,15 +45,30 @@ class Position:
 
 
 def check_flags(trainer: L.Trainer) -> None:
-    """Refuses Trainer flags with which Lightning would divide by zero or train nothing.
+    """Rejects flags of the Trainer with which Lightning would divide by zero, or train nothing.
 
     Raises:
-        ValueError: A flag is out of range.
+        ValueError: One is out of range.
     """
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
     if validation_interval(trainer) == 0:
         raise UsageError("val_check_interval is 0; give more, or set limit_val_batches to 0 for no validation.")
+
+
+def check_shares(trainer: L.Trainer) -> None:
+    """Rejects strategies in which some ranks have to be given the same samples.
+
+    Raises:
+        ValueError: The strategy is one.
+    """
+    shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    if shares != trainer.world_size:
+        raise UsageError(
+            f"the strategy shares the samples among {shares} of {trainer.world_size} ranks, for tensor parallelism, "
+            f"but here every rank has its own. Use ModelParallelStrategy(data_parallel_size={trainer.world_size}, "
+            "tensor_parallel_size=1)."
+        )
 
 
 def validation_interval(trainer: L.Trainer) -> float | None:

@@ -40,15 +40,14 @@ def main(folder: Path, strategy: str, ckpt_path: Path | None = None, options: di
 
     Args:
         folder: Where it writes.
-        strategy: `ddp`; or `full` or `shards`, the checkpoints that FSDP2 writes.
+        strategy: `ddp`; `full` or `shards`, the checkpoints that FSDP2 writes; or `auto`, as Lightning chooses.
         ckpt_path: The checkpoint that it goes on from.
         options: Of the model.
     """
     diary = Diary()
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
-    sharding = ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=strategy == "shards"
-    )
+    sizes: Any = {} if strategy == "auto" else {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    sharding = ModelParallelStrategy(**sizes, save_distributed_checkpoint=strategy == "shards")
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy="ddp" if strategy == "ddp" else sharding, max_steps=6,
         callbacks=[diary, saver], default_root_dir=folder, logger=False, limit_val_batches=2, limit_test_batches=4,

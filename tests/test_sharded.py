@@ -55,3 +55,10 @@ def test_a_checkpoint_of_shards_is_refused_where_one_file_is_needed(tmp_path: Pa
     (tmp_path / "last.ckpt" / ".metadata").touch()
     with pytest.raises(ValueError, match="is a folder of shards, which only the strategy that wrote it can load"):
         SequenceClassifier.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_tensor_parallelism_is_refused_with_the_strategy_that_shards_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"Use ModelParallelStrategy\(data_parallel_size=2, tensor_parallel_size=1"
+    ):
+        train(tmp_path, "auto")

@@ -78,12 +78,13 @@ class BestCheckpoint(ModelCheckpoint):
         if state_dict["monitor"] == self.monitor:
             super().load_state_dict(state_dict)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to replace another run's checkpoints; by now it is known whether this run resumes from one.
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses to replace another run's checkpoints; by now all strategies know whether this run resumes from one.
 
         Raises:
             ValueError: The given folder has checkpoints, and this run does not start from one of them.
         """
+        super().on_train_start(trainer, pl_module)
         files = [self._path_of("best"), self._path_of("last")]
         goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
         goes_on = goes_on or trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -175,8 +175,10 @@ class SmartBatchDataModule(TextDataModule):
         Raises:
             ValueError: A flag is out of range, or a batch size finder stands beside a token budget; and see there.
         """
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            progress.check_flags(self.trainer)
+        if self.trainer is not None:
+            progress.check_shares(self.trainer)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                progress.check_flags(self.trainer)
             if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
                 raise UsageError(
                     f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "

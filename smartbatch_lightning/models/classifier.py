@@ -794,7 +794,7 @@ class SequenceClassifier(L.LightningModule):
         use_fast_dropout(model)
         if self.peft_config is not None:
             self.adapters = add_adapters(model, self.peft_config, fresh)
-            self.register_buffer(FINGERPRINT, self.adapters.fingerprint)
+            self.register_buffer(FINGERPRINT, self.adapters.fingerprint.clone())  # which shards are loaded into
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
