@@ -16,10 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DownloadConfig, DownloadManager, Features, Value, concatenate_datasets
 from datasets.data_files import DataFilesList
-from datasets.packaged_modules.arrow.arrow import Arrow
-from datasets.packaged_modules.csv.csv import Csv
-from datasets.packaged_modules.json.json import Json
-from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.load import import_main_class
 from xxhash import xxh3_64, xxh3_128
 
 from smartbatch_lightning.data import csv_files
@@ -35,8 +32,6 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# load_dataset would also work, but first reports the call to a server, and waits for seconds if none answers
-_BUILDERS: dict[str, Any] = {"csv": Csv, "json": Json, "parquet": Parquet, "arrow": Arrow}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 _READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of formats that have any
     "csv": csv_files.OPTIONS,
@@ -292,7 +287,9 @@ def _has_no_rows(file: _File) -> bool:
 
 def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequence[str]) -> Dataset:
     def load(**more: Any) -> Dataset:
-        builder = _BUILDERS[file_format](
+        # load_dataset would first tell a server of the call, and wait for seconds if none answers
+        reader: Any = import_main_class(f"datasets.packaged_modules.{file_format}.{file_format}")
+        builder = reader(
             # datasets caches by path and time; this adds the content and its own version
             config_name=f"{file.digest}-{datasets.__version__}",
             data_files={"train": glob.escape(file.path)},
