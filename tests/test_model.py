@@ -20,6 +20,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     CamembertConfig,
+    DataCollatorWithFlattening,
     DistilBertConfig,
     ElectraConfig,
     RobertaConfig,
@@ -28,7 +29,7 @@ from transformers import (
 from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.data.tokenizers import load_tokenizer
-from smartbatch_lightning.tasks import SingleLabelClassification
+from smartbatch_lightning.tasks import Regression, SingleLabelClassification
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 FAMILIES = {
@@ -563,20 +564,26 @@ def test_classes_of_one_name_are_refused() -> None:
         SingleLabelClassification.from_config(BertConfig(id2label={0: "x", 1: "x"}))
 
 
-@pytest.mark.parametrize(
-    ("inputs", "labels"),
-    [
-        ({"input_ids": torch.ones(2, 3, dtype=torch.long)}, torch.zeros(2, 3, dtype=torch.long)),
-        slow(
-            {"input_ids": torch.ones(1, 6, dtype=torch.long), "position_ids": torch.arange(6)[None] % 3}, torch.zeros(2)
-        ),
-    ],
-)
-def test_labels_that_are_not_one_for_each_sample_are_refused(inputs, labels) -> None:
+def test_labels_that_are_not_one_for_each_sample_are_refused() -> None:
     model = SequenceClassifier(num_labels=2)
     model.configure_model()
-    with pytest.raises(ValueError, match=r"labels have the shape \(2.* one label for each sample.*cu_seq_lens_q"):
-        model.training_step({**inputs, "labels": labels.long()}, 0)
+    with pytest.raises(ValueError, match=r"labels have the shape \(2, 3\), .* one label for each sample"):
+        model.training_step({"input_ids": torch.ones(2, 3).long(), "labels": torch.zeros(2, 3).long()}, 0)
+
+
+def test_a_column_of_targets_is_refused_instead_of_being_paired_with_every_prediction() -> None:
+    with pytest.raises(ValueError, match=r"labels have the shape \(4, 1\), but its predictions \(4,\)"):
+        Regression(("score",)).compute_loss(torch.zeros(4, 1), torch.zeros(4, 1))
+
+
+def test_samples_in_a_row_without_their_bounds_are_refused() -> None:
+    model = SequenceClassifier(num_labels=2)
+    model.configure_model()
+    tokens = [{"input_ids": [2, 5, 3]}, {"input_ids": [2, 6, 7, 3]}]
+    with pytest.raises(ValueError, match="several samples in a row, but does not say where each begins"):
+        model.predict_step(DataCollatorWithFlattening()(tokens), 0)
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(tokens)
+    assert len(model.predict_step(batch, 0)["probabilities"]) == 2
 
 
 @pytest.mark.slow

@@ -273,8 +273,7 @@ class SequenceClassifier(L.LightningModule):
         if labels.shape not in (shape, shape[:1]):
             raise UsageError(
                 f"the batch's labels have the shape {tuple(labels.shape)}, but its logits {tuple(shape)}. Give one "
-                "label for each sample, or one row of labels. A batch with several samples in a row also needs "
-                "cu_seq_lens_q and the like, as from DataCollatorWithFlattening(return_flash_attn_kwargs=True)."
+                "label for each sample, or one row of labels."
             )
         return self.task.compute_loss(output.logits, labels)
 
@@ -431,6 +430,11 @@ class SequenceClassifier(L.LightningModule):
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
             self._enable_packing()  # if no data module has announced packed batches
+        elif _is_flattened(inputs):
+            raise UsageError(
+                "the batch has several samples in a row, but does not say where each begins. Use "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or PackCollator."
+            )
         num_samples = inputs.pop("num_samples", None)
         window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
         kind: Any = type(self._transformer)
@@ -811,6 +815,14 @@ def _named_inputs(kind: Any) -> frozenset[str]:
     """Names of the model's arguments, and of those that its attention takes for packed batches."""
     packed = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     return frozenset([*inspect.signature(kind.forward).parameters, *packed])
+
+
+def _is_flattened(inputs: Batch) -> bool:
+    """Whether only position ids tell the samples of a row apart, which attention then does not."""
+    positions = inputs.get("position_ids")
+    if positions is None or len(positions) != 1 or "attention_mask" in inputs or torch.compiler.is_exporting():
+        return False
+    return int((positions == 0).sum()) > 1
 
 
 def forward_kwargs(batch: Batch) -> Batch:

@@ -192,8 +192,18 @@ class Regression:
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised."""
-        return F.mse_loss(self._outputs(logits), labels.to(logits.dtype))
+        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised.
+
+        Raises:
+            ValueError: The labels do not have the shape of the predictions; torch would pair each with all others.
+        """
+        outputs = self._outputs(logits)
+        if labels.shape != outputs.shape:
+            raise UsageError(
+                f"the batch's labels have the shape {tuple(labels.shape)}, but its predictions {tuple(outputs.shape)}. "
+                "Give labels of the same shape."
+            )
+        return F.mse_loss(outputs, labels.to(logits.dtype))
 
     def sample_weights(self, labels: Tensor) -> None:
         """None: all samples have the same weight."""
