@@ -341,9 +341,17 @@ class SmartBatchCLI(LightningCLI):
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Also keeps the arguments, for `_parse_ckpt_path`."""
+        """Also keeps the arguments, for `_parse_ckpt_path`.
+
+        Raises:
+            ValueError: A config has null for a callback of every run, which jsonargparse takes and cannot make.
+        """
         self._args = args
         super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        for name in self._parser(command).callback_keys if command else ():
+            if self.config[command].get(name, {}) is None:
+                raise UsageError(f"{name} is null in the config. Leave it out, or give its options.")
 
     def _parse_ckpt_path(self) -> None:
         """Takes the model arguments that are not given from a local checkpoint, and always its architecture.

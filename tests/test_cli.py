@@ -548,3 +548,10 @@ def test_a_timer_of_lightning_can_be_given_on_the_command_line(tmp_path: Path) -
     run = cli("fit", *FAST, *duration, f"--trainer.default_root_dir={tmp_path}")
     assert run.trainer.global_step == 2
     assert run.config.fit.trainer.callbacks[0].init_args.interval == "step"
+
+
+def test_a_config_with_null_for_a_callback_of_every_run_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "run.yaml").write_text("early_stopping: null\n")
+    monkeypatch.setattr("sys.argv", ["smartbatch", "fit", f"--config={tmp_path / 'run.yaml'}"])
+    with pytest.raises(SystemExit, match="^error: early_stopping is null in the config. Leave it out, or give its"):
+        SmartBatchCLI()
