@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -232,12 +232,6 @@ def stay_stopped(trainer: L.Trainer) -> None:
 def stands_in_epoch(trainer: L.Trainer) -> bool:
     """Whether Lightning resumes in the middle of an epoch."""
     return trainer.fit_loop.restarted_mid_epoch
-
-
-def is_trial(trainer: L.Trainer) -> bool:
-    """Whether Lightning tries a learning rate or a batch size, in a run within the run that has no callbacks of it."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return all(type(callback).__module__.startswith("lightning.pytorch.tuner") for callback in callbacks)
 
 
 def nothing_was_left(trainer: L.Trainer) -> bool:

@@ -75,7 +75,6 @@ from smartbatch_lightning.models.schedule import (
 from smartbatch_lightning.models.source import ModelSource
 from smartbatch_lightning.progress import (
     between_steps,
-    is_trial,
     restore_loaders,
     stay_stopped,
     total_steps,
@@ -755,7 +754,7 @@ class SequenceClassifier(L.LightningModule):
 
     def _place_schedule(self) -> None:
         own = type(self).configure_optimizers is SequenceClassifier.configure_optimizers
-        if own and not is_trial(self.trainer):
+        if own and ModelLifecycle.runs_in(self.trainer):  # not a finder's trial, which has no callbacks of the run
             self._scheduled_steps = total_steps(self.trainer)
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
