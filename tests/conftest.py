@@ -1,6 +1,7 @@
 """Data and models for the tests: all real, none from a network."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a network
 # small models, and pytest-xdist uses all cores: with two threads a process the suite takes five times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# jobs in a shell's background ignore this signal, and so would the runs that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
