@@ -413,12 +413,14 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str, write) 
         read(write("a.csv", as_csv(ROWS)), reader_kwargs=options)
 
 
-def test_options_of_other_formats_and_of_objects_are_refused(write) -> None:
+def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="reader_kwargs has 'sep', which json files do not have; give some of 'encoding'"
     ):
         read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
     assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})
+    Dataset.from_pandas(FRAME).save_to_disk(tmp_path / "saved")
+    assert "saved, which is not read from files" in refusal(str(tmp_path / "saved"), reader_kwargs={"sep": ";"})
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(write) -> None:

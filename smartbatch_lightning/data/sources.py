@@ -90,17 +90,18 @@ def read_dataset(
         ValueError: There is no such data set, or it cannot be read.
     """
     options = dict(reader_kwargs or {})
-    if config is not None and not (isinstance(dataset, str) and _may_have_configs(dataset)):
+    saved = isinstance(dataset, str) and _is_saved(dataset)
+    if config is not None and (saved or not isinstance(dataset, str) or is_file_name(dataset)):
         raise UsageError(
             f"dataset_config is {config!r}, but dataset is {describe_source(dataset)}, which has no configurations. "
             "Set --data.dataset_config=null."
         )
+    if options and (saved or not is_named(dataset)):
+        raise UsageError(
+            f"reader_kwargs has {join_quoted(options)}, but dataset is {describe_source(dataset)}, which is not "
+            "read from files. Leave reader_kwargs out."
+        )
     if not is_named(dataset):
-        if options:
-            raise UsageError(
-                f"reader_kwargs has {join_quoted(options)}, but dataset is {describe_source(dataset)}, which is not "
-                "read from files. Leave reader_kwargs out."
-            )
         return splits_of(dataset)
     if dataset == "demo":
         dataset = demo.files()
@@ -109,43 +110,42 @@ def read_dataset(
     path = Path(dataset).expanduser()
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
+    name = str(path) if path.is_dir() else dataset
     try:
-        if path.is_dir():
-            if _is_saved(path):
-                return splits_of(load_from_disk(str(path)))
-            dataset = str(path)
-        with hub_or_cache(dataset, "dataset"):
-            return _read_found(dataset, config, labels, text_columns, options)
+        if saved:
+            return splits_of(load_from_disk(name))
+        with hub_or_cache(name, "dataset"):
+            return _read_found(name, config, labels, text_columns, options)
     except UsageError:
         raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
-        if config is None and "Config name is missing" in str(error):
-            names = get_dataset_config_names(str(path) if path.is_dir() else dataset)
-            raise UsageError(
-                f"the data set {dataset} has several configurations: {join_quoted(names)}. Choose one with "
-                "--data.dataset_config."
-            ) from error
-        if path.is_dir():
-            remedy = "Check that its files are complete and not empty."
-            if config is not None:
-                remedy = f"{remedy[:-1]}, or leave out its configuration {config!r}, --data.dataset_config=null."
-            raise UsageError(
-                f"the folder {dataset} cannot be read as a data set: {root_cause_message(error)} {remedy}"
-            ) from error
-        raise UsageError(
-            f"the data set {dataset!r} was not found locally or on the Hub: {root_cause_message(error)} "
-            "Check the name and the network, or set --data.dataset to a local CSV, JSON lines or Parquet file, or to "
-            "a folder written by save_to_disk."
-        ) from error
+        raise _cannot_be_read(name, config, error) from error
 
 
-def _may_have_configs(name: str) -> bool:
-    """Whether a name is on the Hub or a folder read by `datasets`, not files or the output of `save_to_disk`."""
-    return not (is_file_name(name) or _is_saved(Path(name).expanduser()))
+def _cannot_be_read(name: str, config: str | None, error: Exception) -> UsageError:
+    """The error for a folder or a data set on the Hub with which `datasets` fails."""
+    if config is None and "Config name is missing" in str(error):
+        return UsageError(
+            f"the data set {name} has several configurations: {join_quoted(get_dataset_config_names(name))}. Choose "
+            "one with --data.dataset_config."
+        )
+    if Path(name).is_dir():
+        without = f", or leave out its configuration {config!r}, --data.dataset_config=null" if config else ""
+        return UsageError(
+            f"the folder {name} cannot be read as a data set: {root_cause_message(error)} Check that its files are "
+            f"complete and not empty{without}."
+        )
+    return UsageError(
+        f"the data set {name!r} was not found locally or on the Hub: {root_cause_message(error)} Check the name and "
+        "the network, or set --data.dataset to a local CSV, JSON lines or Parquet file, or to a folder written by "
+        "save_to_disk."
+    )
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+def _is_saved(name: str) -> bool:
+    """Whether a name is that of a folder written by `save_to_disk`."""
+    folder = Path(name).expanduser()
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def _read_found(
