@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -106,34 +107,32 @@ def prune(root: Path, max_size: int) -> int:
         Number of bytes removed.
     """
     sizes = {entry: _size(entry) for entry in _entries(root)}
-    total, left = sum(sizes.values()), sum(sizes.values())
+    total, removed = sum(sizes.values()), 0
     for entry, size in sizes.items():
-        if left > max_size and _remove(entry):
-            left -= size
-    return total - left
+        if total - removed > max_size:
+            with _unused(entry) as unused:  # until it is gone, as processes that wait for the lock then see
+                if unused:
+                    # at once, for processes that start now
+                    shutil.rmtree(entry.rename(entry.with_suffix(".removed")))
+                    removed += size
+    return removed
 
 
-def _remove(entry: Path) -> bool:
-    """Removes a folder unless it is in use."""
+@contextmanager
+def _unused(entry: Path) -> Iterator[bool]:
+    """Keeps others from using an entry, if none does so already; yields whether it is there and unused."""
     try:
         lock = _locked(entry, exclusive=True)
     except OSError:
-        return False
+        lock = None
+    yield lock is not None
     if lock is not None:
-        removed = entry.rename(entry.with_suffix(".removed"))  # at once, for processes that start now
-        shutil.rmtree(removed)
-        os.close(lock)  # then those that wait for it see that it is gone
-    return lock is not None
+        os.close(lock)
 
 
 def _is_in_use(entry: Path) -> bool:
-    try:
-        lock = _locked(entry, exclusive=True)
-    except OSError:
-        return True
-    if lock is not None:
-        os.close(lock)
-    return False
+    with _unused(entry) as unused:
+        return not unused
 
 
 def _locked(entry: Path, exclusive: bool) -> int | None:
