@@ -61,22 +61,16 @@ def check_at_least(least: int, **arguments: Any) -> None:
 def join_quoted(names: Iterable[Any]) -> str:
     """Quoted names, separated by commas: of many names only the first, of long names both ends."""
     listed = list(names)
-    shown = [repr(_shorten(name)) for name in listed[:_MOST_NAMES]]
+    shown = [repr(_shortened(name, _LONGEST_NAME) if isinstance(name, str) else name) for name in listed[:_MOST_NAMES]]
     if len(listed) > _MOST_NAMES:
         shown.append(f"and {len(listed) - _MOST_NAMES:,} more")
     return ", ".join(shown)
 
 
-def _shortened(message: str) -> str:
-    """A message; if it is very long, without its middle."""
-    half = _LONGEST_MESSAGE // 2
-    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:half]}...{message[-half:]}"
-
-
-def _shorten(name: Any) -> Any:
-    if isinstance(name, str) and len(name) > _LONGEST_NAME:
-        return f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
-    return name
+def _shortened(text: str, longest: int) -> str:
+    """A text; if it is very long, without its middle."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -90,4 +84,5 @@ def root_cause_message(error: BaseException) -> str:
     """The root cause of an exception, on one line of at most 500 characters."""
     *_, first = exception_chain(error)
     lines = str(first).strip().splitlines()
-    return _shortened(f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .")) + "."
+    message = f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .")
+    return f"{_shortened(message, _LONGEST_MESSAGE)}."

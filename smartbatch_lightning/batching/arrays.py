@@ -98,18 +98,15 @@ def _scattered_indices(number: int, bit_generator: np.random.PCG64) -> NDArray[n
     """All indices below a number, in steps of a random width: not a good shuffle, but good enough to break ties."""
     power = 1 << (number - 1).bit_length()
     indices = np.arange(power, dtype=np.uint32)
-    indices *= np.uint32(
-        bit_generator.random_raw() & 0xFFFFFFFF | 1
-    )  # odd: a permutation of all below the power of two
+    # odd, which makes it a permutation of all indices below the power of two
+    indices *= np.uint32(bit_generator.random_raw() & 0xFFFFFFFF | 1)
     indices &= np.uint32(power - 1)
     return indices[indices < number]
 
 
 def even_offsets(total: int, parts: int) -> Int64s:
     """Offsets of `parts` runs whose sizes differ by at most one, the larger ones first. Shape (parts + 1,)."""
-    size, larger = divmod(total, parts)
-    cuts = np.arange(parts + 1, dtype=np.int64)
-    return cuts * size + np.minimum(cuts, larger)
+    return split_runs(np.array([0, total]), parts)
 
 
 def split_runs(offsets: Int64s, parts: int) -> Int64s:

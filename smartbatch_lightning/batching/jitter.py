@@ -64,7 +64,10 @@ def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:
     if spec.batching != "smart" or len(lengths) < 2:
         return 0.0
     lengths = _sorted_windows(lengths)
-    allowed = max(MAX_PADDING, measure_jitter(lengths, spec, 0.0).padding_ratio)
+    unmixed = measure_jitter(lengths, spec, 0.0)
+    if unmixed.batch_overlap < MAX_OVERLAP:
+        return 0.0
+    allowed = max(MAX_PADDING, unmixed.padding_ratio)
     if spec.window_pooling:
         allowed += MAX_PADDING  # on top of the padding of last windows, which is nearly the same in any order
 
@@ -72,8 +75,6 @@ def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:
         point = measure_jitter(lengths, spec, tenths / 10)
         return point.batch_overlap < MAX_OVERLAP or point.padding_ratio > allowed
 
-    if measure_jitter(lengths, spec, 0.0).batch_overlap < MAX_OVERLAP:
-        return 0.0
     most = 10 * int(lengths[-1])
     low, high = 0, _TENTHS_AT_FIRST  # the answer is above `low`, and not above `high`
     while high < most and not enough(high):

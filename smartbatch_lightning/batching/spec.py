@@ -125,11 +125,9 @@ class BatchSpec:
     def samples_per_batch(self, longest: int, num_samples: int) -> int:
         """Samples that always fit into a batch, out of `num_samples` with at most `longest` tokens."""
         most = self.batch_size or max(1, num_samples)
-        return (
-            most
-            if self.max_tokens_per_batch is None
-            else min(most, self.max_tokens_per_batch // int(self.width(longest)))
-        )
+        if self.max_tokens_per_batch is None:
+            return most
+        return min(most, self.max_tokens_per_batch // int(self.width(longest)))
 
     def check_lengths(self, lengths: NDArray[np.integer], rows: Int64s | None = None) -> None:
         """Refuses samples that are longer than the token budget.

@@ -126,11 +126,9 @@ class SmartBatchLoader(DataLoader[Any]):
         """Starts iterating over the batches of an epoch."""
         self.num_yielded = self.plan_sampler.start_step
         batches: Iterator[Any] = super().__iter__()
-        return (
-            batches
-            if self.loss_weights is None
-            else _attach_loss_weights(batches, self.loss_weights(self.plan_sampler))
-        )
+        if self.loss_weights is None:
+            return batches
+        return _attach_loss_weights(batches, self.loss_weights(self.plan_sampler))
 
     def state_dict(self) -> dict[str, Any]:
         """The progress of iteration; empty if a data module stores it."""

@@ -101,15 +101,17 @@ def measure_strategy(
     lengths = data.train_data.lengths
     per_token, per_pair = operations
     spec = with_jitter(spec, planned)
+
+    def cost(plan: BatchPlan) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens and operations of each batch."""
+        tokens, pairs = (of(lengths[plan.order], plan.offsets) for of in (spec.tokens, spec.token_pairs))
+        return tokens, per_token * tokens + per_pair * pairs
+
     plan = plan_epoch(planned, spec)
-    tokens, pairs = (of(lengths[plan.order], plan.offsets) for of in (spec.tokens, spec.token_pairs))
+    tokens, computed_operations = cost(plan)
     balance = None
     with suppress(UsageError):
-        shared = plan_epoch(planned, spec, num_replicas=ranks)
-        tokens_of_ranks, pairs_of_ranks = (
-            of(lengths[shared.order], shared.offsets) for of in (spec.tokens, spec.token_pairs)
-        )
-        costs = (per_token * tokens_of_ranks + per_pair * pairs_of_ranks).reshape(-1, ranks)
+        costs = cost(plan_epoch(planned, spec, num_replicas=ranks))[1].reshape(-1, ranks)
         balance = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
     largest = int(tokens.argmax())
     rows = spec.windows(lengths[plan.order])
@@ -125,7 +127,7 @@ def measure_strategy(
         padding_ratio=computed / int(lengths.sum()) - 1,
         savings_vs_fixed=1 - computed / fixed,
         batch_overlap=batch_overlap(plan, plan_epoch(planned, spec, epoch=1)),
-        expected_speedup=fixed_operations / float(per_token * computed + per_pair * pairs.sum()),
+        expected_speedup=fixed_operations / float(computed_operations.sum()),
         balance=balance,
         largest_batch=(samples, int(tokens[largest]) // (1 if spec.packed else samples)),
         packed=spec.packed,

@@ -90,15 +90,6 @@ class PaddingReport:
                 strategies.append(strategy)
                 if strategy.name in ("random, longest", "smart, longest"):
                     widths[strategy.name] = plan.longest(lengths)
-        labelled = data.splits[data.train_split]
-        rows = data.train_data.rows[[0, len(lengths) // 2, -1]]
-        assert data.task is not None
-        assert data.train_data.labels is not None
-        labels = data.task.decode(data.train_data.labels[rows]).to_pylist()
-        examples = [
-            (str(label), " / ".join(labelled[int(row)][column] for column in data.text_columns))
-            for label, row in zip(labels, rows, strict=True)
-        ]
         ahead = measure_strategy(data, data.spec, ranks, operations, lengths)[0].padding_ratio if is_lazy else None
         spec = with_jitter(replace(data.spec, batching="smart"), planned)
         jitters = sorted({0.0, 1.0, 2.0, 4.0, 8.0, float(spec.jitter)})
@@ -106,7 +97,7 @@ class PaddingReport:
         return cls(
             measure_splits(data),
             strategies,
-            examples,
+            _examples(data),
             lengths,
             widths,
             data.max_length,
@@ -166,3 +157,14 @@ class PaddingReport:
             "tokens": figures.tokens(computed, int(self.lengths.sum())),
             "widths": figures.widths(self.widths, self.max_length),
         }
+
+
+def _examples(data: SmartBatchDataModule) -> list[tuple[str, str]]:
+    """Label and text of the first, the middle and the last training sample."""
+    split, samples = data.splits[data.train_split], data.train_data
+    assert data.task is not None
+    assert samples.labels is not None
+    rows = samples.rows[[0, len(samples) // 2, -1]]
+    labels = data.task.decode(samples.labels[rows]).to_pylist()
+    texts = [" / ".join(split[int(row)][column] for column in data.text_columns) for row in rows]
+    return list(zip(map(str, labels), texts, strict=True))

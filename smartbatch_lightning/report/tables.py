@@ -22,9 +22,8 @@ STRATEGIES_LEGEND = (
 
 def example(label: str, text: str) -> str:
     """The first lines of a sample."""
-    lines = textwrap.wrap(text, _WIDTH_OF_TEXT)
-    more = ["..."] if len(lines) > _LINES_OF_A_TEXT else []
-    return "\n".join([f"[{label}]", *(f"  {line}" for line in lines[:_LINES_OF_A_TEXT] + more), ""])
+    lines = textwrap.wrap(text, _WIDTH_OF_TEXT, max_lines=_LINES_OF_A_TEXT, placeholder=" ...")
+    return "\n".join([f"[{label}]", *(f"  {line}" for line in lines), ""])
 
 
 def splits(of: Sequence[Split], max_length: int) -> Table:
