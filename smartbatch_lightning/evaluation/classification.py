@@ -10,23 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchmetrics import functional as metrics
 from torchmetrics.functional.classification import (
     binary_auroc,
     binary_average_precision,
     binary_precision_recall_curve,
     binary_roc,
-    multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-    multiclass_precision,
-    multiclass_recall,
-    multilabel_confusion_matrix,
-    multilabel_exact_match,
     multilabel_f1_score,
-    multilabel_hamming_distance,
-    multilabel_precision,
-    multilabel_recall,
 )
 
 from smartbatch_lightning.evaluation.calibration import Calibration, Logits, fit_temperature
@@ -170,7 +160,7 @@ class _Measured:
         self.logits = Logits.from_probabilities(evaluation.scores, np.asarray(evaluation.labels))
 
     def results(self) -> ClassificationResults:
-        matrix = self._confusion_matrix()
+        matrix = self._metric(metrics.confusion_matrix).numpy()
         classes = self._classes(matrix)
         temperature, notes = self._temperature()
         wrong = self.predicted != self.labels
@@ -205,26 +195,27 @@ class _Measured:
             zero_division=1,
         )
 
-    def _confusion_matrix(self) -> NDArray[np.int64]:
-        metric = multilabel_confusion_matrix if self.several else multiclass_confusion_matrix
-        return metric(self.predicted, self.labels, len(self.names), validate_args=False).numpy()
+    def _metric(self, metric: Callable[..., Tensor], **options: Any) -> Tensor:
+        """A metric of torchmetrics for predicted labels."""
+        task, number = "multilabel" if self.several else "multiclass", len(self.names)
+        given = {"task": task, "num_labels": number, "num_classes": number, "validate_args": False}
+        return metric(self.predicted, self.labels, **given, **options)
 
     def _summary(self, classes: list[ClassResult], calibration: Calibration) -> dict[str, float | None]:
         aurocs = [one.auroc for one in classes if one.auroc is not None]
         precisions = [one.average_precision for one in classes if one.average_precision is not None]
-        given = (self.predicted, self.labels, len(self.names))
         if self.several:
             measured = {
-                "exact_match": multilabel_exact_match(*given, validate_args=False),
-                "f1": multilabel_f1_score(*given, average="macro", validate_args=False),
-                "f1_micro": multilabel_f1_score(*given, average="micro", validate_args=False),
-                "hamming_distance": multilabel_hamming_distance(*given, average="micro", validate_args=False),
+                "exact_match": self._metric(metrics.exact_match),
+                "f1": self._metric(metrics.f1_score, average="macro"),
+                "f1_micro": self._metric(metrics.f1_score, average="micro"),
+                "hamming_distance": self._metric(metrics.hamming_distance, average="micro"),
             }
         else:
             measured = {
-                "accuracy": multiclass_accuracy(*given, average="micro", validate_args=False),
-                "f1": multiclass_f1_score(*given, average="macro", validate_args=False),
-                "matthews": multiclass_matthews_corrcoef(*given, validate_args=False),
+                "accuracy": self._metric(metrics.accuracy, average="micro"),
+                "f1": self._metric(metrics.f1_score, average="macro"),
+                "matthews": self._metric(metrics.matthews_corrcoef),
             }
         return {
             **{name: float(value) for name, value in measured.items()},
@@ -235,16 +226,13 @@ class _Measured:
         }
 
     def _classes(self, matrix: NDArray[np.int64]) -> list[ClassResult]:
-        metrics: list[Callable[..., Tensor]]
         if self.several:
             support, predicted = matrix[:, 1].sum(1), matrix[:, :, 1].sum(1)
-            metrics = [multilabel_precision, multilabel_recall, multilabel_f1_score]
         else:
             support, predicted = matrix.sum(1), matrix.sum(0)
-            metrics = [multiclass_precision, multiclass_recall, multiclass_f1_score]
-        precision, recall, f1 = (
-            metric(self.predicted, self.labels, len(self.names), average="none", validate_args=False).tolist()
-            for metric in metrics
+        precisions, recalls, f1s = (
+            self._metric(metric, average="none").tolist()
+            for metric in (metrics.precision, metrics.recall, metrics.f1_score)
         )
         decided = self.evaluation.task.names_with_threshold
         results = []
@@ -257,9 +245,9 @@ class _Measured:
                     name=name,
                     support=int(support[number]),
                     predicted=int(predicted[number]),
-                    precision=precision[number] if predicted[number] else None,
-                    recall=recall[number] if support[number] else None,
-                    f1=f1[number] if predicted[number] or support[number] else None,
+                    precision=precisions[number] if predicted[number] else None,
+                    recall=recalls[number] if support[number] else None,
+                    f1=f1s[number] if predicted[number] or support[number] else None,
                     auroc=float(binary_auroc(scores, truth, validate_args=False)) if ranked else None,
                     average_precision=(
                         float(binary_average_precision(scores, truth, validate_args=False)) if ranked else None
