@@ -185,9 +185,10 @@ def test_no_validation_is_a_share_of_nothing(nothing, tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_are_almost_numbers_come_back_as_they_were(labels, names: list[str]) -> None:
-    task = SingleLabelClassification.from_columns(LabelSource().read(Dataset(pa.table({"label": labels})), "train"))
-    assert task.label_names == names
-    assert [str(label) for label in task.decode(np.arange(2)).to_pylist()] == names
+    columns = LabelSource().read(Dataset(pa.table({"label": labels})), "train")
+    for task in (SingleLabelClassification.from_columns(columns), SingleLabelClassification.from_names(names)):
+        assert task.label_names == names
+        assert [str(label) for label in task.decode(np.arange(2)).to_pylist()] == names
 
 
 @pytest.mark.parametrize("label", [float("inf"), 1e20, 0.5])

@@ -194,9 +194,7 @@ class Evaluation:
         echo("The worst mistakes:" if mistakes else "There is no mistake.")
         for one in mistakes[:_MOST_MISTAKES]:
             echo(f"row {one.row:,}: {one.label}, predicted as {one.prediction}, loss {one.loss:.4g}")
-            lines = textwrap.wrap(printable(one.text or ""), 78)
-            more = ["..."] if len(lines) > _LINES_OF_A_TEXT else []
-            for line in lines[:_LINES_OF_A_TEXT] + more:
+            for line in textwrap.wrap(printable(one.text or ""), 78, max_lines=_LINES_OF_A_TEXT, placeholder=" ..."):
                 echo(f"  {line}")
 
     def _check_shapes(self) -> None:

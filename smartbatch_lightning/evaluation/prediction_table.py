@@ -18,7 +18,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
-from smartbatch_lightning.tasks.labels import LabelEncoder, whole_numbers
+from smartbatch_lightning.tasks.labels import LabelEncoder, label_type_of, whole_numbers
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource, is_list, is_text
 from smartbatch_lightning.tasks.thresholds import read_thresholds
 
@@ -96,7 +96,10 @@ class _Table:
             wanted = {_INDEX, _PREDICTION, *source.columns, *text_columns}
             columns = [name for name in names if name in wanted or name.startswith(_PROBABILITY)]
             _check_columns(path, names, source, text_columns)
-            table = _read_csv(path, columns, source, label_names) if path.suffix == ".csv" else _read(path, columns)
+            if path.suffix == ".csv":
+                table = _read_csv(path, columns, source, label_names)
+            else:
+                table = pyarrow.parquet.read_table(path, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(
                 f"the predictions {path} cannot be read: {error}. Give a Parquet or CSV file written by predict."
@@ -117,9 +120,7 @@ class _Table:
         classes = self.class_names
         if not classes:
             return self._regression()
-        whole = whole_numbers(classes)
-        label_type: Literal["integer", "text"] = "integer" if whole else "text"
-        encoder = LabelEncoder(tuple(classes), label_type)
+        encoder = LabelEncoder(tuple(classes), label_type_of(classes))
         if self.label_names is not None:
             if sorted(self.label_names) != sorted(classes):
                 raise UsageError(
@@ -132,7 +133,8 @@ class _Table:
         several = source.delimiter is not None or len(source.columns) > 1
         if several or any(is_list(self.table.schema.field(name).type) for name in read):
             return MultiLabelClassification(encoder, source.delimiter)
-        self._check_ids(whole)
+        if encoder.label_type == "text":
+            self._check_ids()
         return SingleLabelClassification(encoder)
 
     def columns(self, source: LabelSource) -> LabelColumns:
@@ -194,10 +196,10 @@ class _Table:
         columns = self.label_source.columns
         return Regression(columns if width == len(columns) else tuple(f"{columns[0]}_{one}" for one in range(width)))
 
-    def _check_ids(self, whole: bool) -> None:
+    def _check_ids(self) -> None:
         """Refuses integers as labels if classes have names and nothing says which number is which class."""
         [name] = self.label_source.columns
-        if whole or self.label_names is not None or not pa.types.is_integer(self.table.schema.field(name).type):
+        if self.label_names is not None or not pa.types.is_integer(self.table.schema.field(name).type):
             return
         if self.columns(self.label_source).class_names is None:
             raise UsageError(
@@ -211,10 +213,6 @@ def _column_names(path: Path) -> list[str]:
         with pyarrow.csv.open_csv(path) as reader:
             return list(reader.schema.names)
     return list(pyarrow.parquet.ParquetDataset(path).schema.names)
-
-
-def _read(path: Path, columns: list[str]) -> pa.Table:
-    return pyarrow.parquet.read_table(path, columns=columns)
 
 
 def _read_csv(path: Path, columns: list[str], source: LabelSource, label_names: list[str] | None) -> pa.Table:

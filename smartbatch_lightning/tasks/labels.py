@@ -93,7 +93,7 @@ class LabelEncoder:
                 "the label is a number to predict, set --data.problem_type=regression."
             )
         counted = None if any(map(_is_whole_number, texts)) else tuple(texts)
-        return cls(tuple(texts), "integer" if all(map(_is_whole_number, texts)) else "text", counted)
+        return cls(tuple(texts), label_type_of(texts), counted)
 
     def encode(self, labels: Labels) -> NDArray[np.int64]:
         """Class number of each label. Shape (number of labels,).
@@ -178,7 +178,7 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
             "give them a label."
         )
     if class_names is not None:
-        return labels(values, _type_of_names(class_names))
+        return labels(values, label_type_of(class_names))
     if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
         values, kind = values.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):
@@ -199,9 +199,9 @@ def _is_exact_integer(labels: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.and_(pc.equal(labels, pc.floor(labels)), pc.less(pc.abs(labels), 2.0**53))
 
 
-def _type_of_names(names: Sequence[str]) -> LabelType:
+def label_type_of(names: Sequence[str]) -> LabelType:
     """How labels with these names are written: as integers or as text."""
-    return "integer" if all(map(_is_whole_number, names)) else "text"
+    return "integer" if whole_numbers(names) else "text"
 
 
 def _is_whole_number(name: str) -> bool:
