@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import lightning as L
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import Namespace, auto_cli, set_dumper
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -209,6 +210,14 @@ def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callb
     if savers and isinstance(savers[-1], BestCheckpoint) and (len(savers) > 1 or not saves):
         kept.remove(savers[-1])
     return kept
+
+
+class _ConfigDumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes configs; unlike PyYAML's, also enumerations of strings, such as the default `interval` of a `Timer`."""
+
+
+_ConfigDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
+set_dumper("yaml", partial(yaml.dump, Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True))
 
 
 class ConfigSaver(SaveConfigCallback):
@@ -433,8 +442,6 @@ class SmartBatchCLI(LightningCLI):
 # Checkpoints that Lightning resolves itself: keywords, URLs and its registry.
 _NO_FILE = re.compile(r"(last|best|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
-# PyYAML, which writes configs, knows strings but no enumerations of them, such as the default `interval` of a `Timer`.
-yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 # Warnings that a user cannot act on.
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
