@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.families import vocabulary_size
 from smartbatch_lightning.tasks.source import first_true, is_text
 
 _ROWS_PER_CHECK = 4096
@@ -42,7 +43,11 @@ class EncodedText(NamedTuple):
     lost_tokens: int = 0
 
 
-Encode = Callable[[Texts], list[EncodedText]]
+class _Backend(NamedTuple):
+    """A function that tokenizes texts, and everything that its results depend on."""
+
+    identity: str
+    encode: Callable[[Texts], list[EncodedText]]
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,20 @@ class TextEncoder:
         """Everything that the ids depend on besides the texts."""
         columns = [list(self.text_columns), self.text_separator]
         cut = [self.max_length, replace(self.truncation, window_pooling=None).to_dict()]
-        return json.dumps([self._encoder[0], *cut, *columns, self.with_types, self._filler])
+        return json.dumps([self._backend.identity, *cut, *columns, self.with_types, self._filler])
 
     @cached_property
     def with_types(self) -> bool:
         """Whether there are several token types and the model distinguishes them."""
         pairs = len(self.text_columns) == 2 and self.text_separator is None
         return "token_type_ids" in self.tokenizer.model_input_names and (
-            pairs or any(self._encoder[1](["a"])[0].type_ids)  # as of XLNet's last token
+            pairs or any(self._backend.encode(["a"])[0].type_ids)  # as of XLNet's last token
         )
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Number of rows that an embedding table needs for the tokenizer."""
+        return vocabulary_size(self.tokenizer)
 
     def texts(self, table: pa.Table) -> Texts:
         """The texts, or pairs of texts, of some rows."""
@@ -101,7 +111,7 @@ class TextEncoder:
             ValueError: A text has no tokens, or its special tokens alone exceed `max_length`.
         """
         nothing = EncodedText(self._filler, [0] * len(self._filler))
-        samples = [sample if sample.ids else nothing for sample in self._encoder[1](texts)]
+        samples = [sample if sample.ids else nothing for sample in self._backend.encode(texts)]
         for row, sample in zip(rows, samples, strict=True):
             if not sample.ids or (len(sample.ids) > self.max_length and not self.truncation.pooling):
                 what = "has no tokens. Drop it" if not sample.ids else "has more special tokens than that. Raise it"
@@ -110,12 +120,12 @@ class TextEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without what each process creates for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_encoder"}
+        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
 
     @cached_property
-    def _encoder(self) -> tuple[str, Encode]:
+    def _backend(self) -> _Backend:
         options = self.tokenizer, self.truncation, self.max_length
-        return _rust_encoder(*options) or _python_encoder(*options)
+        return _rust_backend(*options) or _python_backend(*options)
 
     @property
     def _filler(self) -> list[int]:
@@ -196,10 +206,8 @@ def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_l
     return EncodedText(ids, keep(whole.type_ids)[0], lost)
 
 
-def _rust_encoder(
-    tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int
-) -> tuple[str, Encode] | None:
-    """A fast tokenizer's identity, and a function that uses only its Rust part; None if part of it is in Python.
+def _rust_backend(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> _Backend | None:
+    """Tokenizes with the Rust part of a fast tokenizer alone; None if a part of the tokenizer is in Python.
 
     The function uses a copy, which never pads, whatever the original was set to. It truncates pairs, the longer text
     first.
@@ -237,11 +245,11 @@ def _rust_encoder(
                 samples[row] = EncodedText(shorter.ids, shorter.type_ids, lost_tokens)
         return samples
 
-    return json.dumps([backend.to_str(), tokenizer.split_special_tokens]), encode
+    return _Backend(json.dumps([backend.to_str(), tokenizer.split_special_tokens]), encode)
 
 
-def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> tuple[str, Encode]:
-    """A tokenizer's identity, made of all files it is saved as, and a function that calls it through transformers."""
+def _python_backend(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, max_length: int) -> _Backend:
+    """Tokenizes through transformers; the tokenizer is identified by all files it is saved as."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
@@ -279,7 +287,7 @@ def _python_encoder(tokenizer: PreTrainedTokenizerBase, truncation: Truncation, 
                 samples[row] = sample
         return samples
 
-    return json.dumps([type(tokenizer).__qualname__, files]), encode
+    return _Backend(json.dumps([type(tokenizer).__qualname__, files]), encode)
 
 
 def _find_text(ids: list[int], text: list[int]) -> tuple[int, int]:

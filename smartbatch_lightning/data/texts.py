@@ -16,16 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import TextModel, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder
-from smartbatch_lightning.data.labels import TaskOptions, in_data_unit
 from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
+from smartbatch_lightning.data.task_options import TaskOptions
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
-from smartbatch_lightning.families import reads_last_eos, vocabulary_size
+from smartbatch_lightning.families import reads_last_eos
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -40,11 +40,9 @@ class _Loaded:
 
     splits: DatasetDict
     model: TextModel | None
-    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
     train_labels: LabelColumns | None
     task: Task | None
-    trains: bool  # or the model is not trained yet
-    truncation: Truncation
 
 
 class TextDataModule(L.LightningDataModule):
@@ -209,18 +207,17 @@ class TextDataModule(L.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the given one, else the model's."""
-        return self._load().tokenizer
+        return self.text_encoder.tokenizer
 
     @property
     def text_encoder(self) -> TextEncoder:
         """The encoder that turns the texts of a split into token ids."""
-        options = self.text_columns, self.text_separator, self.max_length, self.truncation_in_use
-        return TextEncoder(self.tokenizer, *options)
+        return self._load().encoder
 
     @property
     def truncation_in_use(self) -> Truncation:
         """How longer text is truncated: as given, else as the model was trained, else on the tokenizer's side."""
-        return self._load().truncation
+        return self.text_encoder.truncation
 
     @property
     def seed(self) -> int:
@@ -292,15 +289,8 @@ class TextDataModule(L.LightningDataModule):
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
         model = self._load().model
-        table.check(
-            partial(
-                check_tokens,
-                max_length=self.max_length,
-                windows=self.truncation_in_use.pooling is not None,
-                vocabulary_size=vocabulary_size(self.tokenizer),
-                end_tokens_of=self.tokenizer if model is not None and reads_last_eos(model.config) else None,
-            )
-        )
+        same_end_tokens = model is not None and reads_last_eos(model.config)
+        table.check(partial(check_tokens, encoder=self.text_encoder, same_end_tokens=same_end_tokens))
         return table
 
     # --- Lightning's hooks ---
@@ -324,28 +314,24 @@ class TextDataModule(L.LightningDataModule):
             self._seed = run_seed(self.trainer)
             if not seed_is_given():
                 rank_zero_info(f"No seed was given, so data.seed is {self._seed}. Checkpoints store it.")
-        self._standardize_targets()
-        if stage == "fit":
+        if stage == "fit" or (stage == "validate" and self.validates_share):
             self.train_data, self.validation_data = self._train_and_validation()
-            assert self.task is not None
-            rank_zero_info(f"Learning {self.task.description}.")
-        elif stage == "validate" and not self.validates_share:
-            self.validation_data = [self._labelled(split) for split in self._names.validated(self.splits)]
         elif stage == "validate":
-            self.train_data, self.validation_data = self._train_and_validation()
+            self.validation_data = [self._labelled(split) for split in self._names.validated(self.splits)]
         elif stage == "test":
             self.test_data = [self._labelled(split) for split in self._names.tested]
         elif stage == "predict":
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
+        if stage == "fit" and self.task is not None:
+            rank_zero_info(f"Learning {self.task.description}.")
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
         """The data sets that `setup` created for a stage."""
-        return {
-            "fit": lambda: [self.train_data, *self.validation_data],
-            "validate": lambda: self.validation_data,
-            "test": lambda: self.test_data,
-            "predict": lambda: [self.predict_data],
-        }[stage]()
+        if stage == "fit":
+            return [self.train_data, *self.validation_data]
+        if stage == "validate":
+            return self.validation_data
+        return self.test_data if stage == "test" else [self.predict_data]
 
     # --- the rest ---
 
@@ -359,10 +345,11 @@ class TextDataModule(L.LightningDataModule):
             trained = None if model is None else model.trained_config
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
             task = self._task_options.find(train_labels, trained, training=training)
+            if isinstance(task, Regression) and train_labels is not None and (training or trained is None):
+                task = self._standardized(task, splits, train_labels)
             truncation = self.truncation or Truncation.of_model(trained, tokenizer)
-            self._loaded = _Loaded(
-                splits, model, tokenizer, train_labels, task, training or trained is None, truncation
-            )
+            encoder = TextEncoder(tokenizer, self.text_columns, self.text_separator, self.max_length, truncation)
+            self._loaded = _Loaded(splits, model, encoder, train_labels, task)
         return self._loaded
 
     @property
@@ -373,31 +360,27 @@ class TextDataModule(L.LightningDataModule):
     def _names(self) -> SplitNames:
         return SplitNames(self.train_split, self.validation_split, self.test_split, self.predict_split)
 
-    def _standardize_targets(self) -> None:
-        """Sets the mean and deviation of the training targets in the task, unless a trained model has them."""
-        loaded = self._load()
-        task, labels = loaded.task, loaded.train_labels
-        if not (self._task_options.standardize_targets and loaded.trains and labels and isinstance(task, Regression)):
-            return
-        if task.standardization is None:
-            self._split(self.train_split)  # refuses a split without samples
-            parts = self._train_and_validation_rows()
-            standardized = task.standardized(labels, None if parts is None else parts[0])
-            self._loaded = replace(loaded, task=standardized)
+    def _standardized(self, task: Regression, splits: DatasetDict, labels: LabelColumns) -> Regression:
+        """The task with the mean and deviation of the training targets, if asked for and not a trained model's."""
+        if not self._task_options.standardize_targets or task.standardization is not None:
+            return task
+        share = self._names.validation_share(splits)
+        return task.standardized(labels, self._set_aside(task, labels, share)[0] if share else None)
 
-    def _train_and_validation_rows(self) -> tuple[Int64s, Int64s] | None:
-        """Rows of the training split to train and to validate on; None if none are set aside."""
-        share = self._names.validation_share(self.splits)
-        labels = self._load().train_labels
-        if not share or labels is None or self.task is None:
-            return None
-        task = in_data_unit(self.task)  # so that standardisation makes no difference
+    def _set_aside(self, task: Task, labels: LabelColumns, share: float) -> tuple[Int64s, Int64s]:
+        """Rows of the training split to train and to validate on."""
+        if isinstance(task, Regression):
+            task = replace(task, standardization=None)  # so that it makes no difference
         return train_and_validation_rows(task, task.encode(labels), share, self.seed)
 
     def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
-        train, parts = self._labelled(self.train_split), self._train_and_validation_rows()
-        if parts is None:
+        train, share = self._labelled(self.train_split), self._names.validation_share(self.splits)
+        if not share:
             return train, [self._labelled(split) for split in self._names.validated(self.splits)]
+        loaded = self._load()
+        assert loaded.task is not None  # or `_labelled` would have refused
+        assert loaded.train_labels is not None
+        parts = self._set_aside(loaded.task, loaded.train_labels, share)
         train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
         return train, [validation]
 
@@ -417,9 +400,9 @@ class TextDataModule(L.LightningDataModule):
     def _labels(self, split: str) -> NDArray[Any]:
         """The encoded labels of a split."""
         dataset = self._split(split)
-        if self.task is None and self.train_split in self.splits:
-            self.label_source.read(self._split(self.train_split), self.train_split)
         if self.task is None:
+            if self.train_split in self.splits:  # says what is wrong with its labels
+                self.label_source.read(self._split(self.train_split), self.train_split)
             raise UsageError(
                 f"the label classes are unknown: {self.source} has no training split {self.train_split!r} with labels, "
                 "and the model is not from a checkpoint. Set --ckpt_path, or --data.label_names in the order of the "

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.contract import TextModel
+from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
 from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
@@ -137,36 +138,27 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     return fitted
 
 
-def check_tokens(
-    table: TokenTable,
-    rows: Sequence[int],
-    *,
-    max_length: int,
-    windows: bool,
-    vocabulary_size: int,
-    end_tokens_of: PreTrainedTokenizerBase | None,
-) -> None:
+def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, same_end_tokens: bool) -> None:
     """Refuses samples that the model does not take.
 
     Args:
         table: The samples.
         rows: Their row numbers, for messages.
-        max_length: Maximum number of tokens in a sample.
-        windows: Longer samples are allowed and split into windows.
-        vocabulary_size: Number of tokens that the tokenizer knows.
-        end_tokens_of: The tokenizer, if the model's head needs the same number of end tokens in all samples.
+        encoder: The encoder whose tokenizer, `max_length` and truncation they have to fit.
+        same_end_tokens: Whether the model's head needs the same number of end tokens in all samples.
 
     Raises:
         ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
     """
-    if not windows and (longest := int(table.lengths.max(initial=0))) > max_length:
+    longest = int(table.lengths.max(initial=0))
+    if longest > encoder.max_length and not encoder.truncation.pooling:
         raise UsageError(
             f"tokenize gave {longest} tokens for row {rows[int(table.lengths.argmax())]}, more than max_length, "
-            f"{max_length}. Cut them, or set --data.max_length."
+            f"{encoder.max_length}. Cut them, or set --data.max_length."
         )
-    table.check_ids(vocabulary_size)
-    if end_tokens_of is not None:
-        check_end_tokens(table, rows, end_tokens_of, -(-table.lengths // max_length))
+    table.check_ids(encoder.vocabulary_size)
+    if same_end_tokens:
+        check_end_tokens(table, rows, encoder.tokenizer, -(-table.lengths // encoder.max_length))
 
 
 def check_end_tokens(

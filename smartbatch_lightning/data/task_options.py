@@ -1,6 +1,6 @@
 """The task of a run: from the data, or from a trained model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
@@ -21,7 +21,9 @@ def find_task_class(problem_type: str) -> type[Task]:
         ValueError: There is none, or it lacks members of the protocol `Task`.
     """
     task_class = look_up(problem_type, TASKS, "problem_type")
-    lacking = [name for name in vars(Task) if not name.startswith("_") and not hasattr(task_class, name)]
+    abstract = getattr(task_class, "__abstractmethods__", ())
+    members = [name for name in vars(Task) if not name.startswith("_")]
+    lacking = [name for name in members if name in abstract or not hasattr(task_class, name)]
     if lacking or not isinstance(task_class, type):
         lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
         raise UsageError(
@@ -93,8 +95,3 @@ class TaskOptions:
         if training and sorted(task.label_names) != sorted(trained.label_names):
             return task  # the model decides whether it can learn these
         return task.aligned_with(trained)
-
-
-def in_data_unit(task: Task) -> Task:
-    """The task without standardised targets."""
-    return replace(task, standardization=None) if isinstance(task, Regression) else task
