@@ -11,6 +11,7 @@ from smartbatch_lightning import BatchSpec, SequenceClassifier, SmartBatchDataMo
 from smartbatch_lightning.batching import STRATEGIES, BatchPlan, PlanRequest, batch_overlap, register_strategy
 from smartbatch_lightning.batching.jitter import choose_jitter
 from smartbatch_lightning.report.padding_report import PaddingReport
+from smartbatch_lightning.tasks import Regression, Task
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 101)
 
@@ -18,6 +19,12 @@ LENGTHS = np.random.default_rng(0).integers(3, 60, 101)
 def shortest_first(request: PlanRequest) -> BatchPlan:
     """A curriculum: short samples first, in every epoch."""
     return request.cut(np.argsort(request.lengths, kind="stable"))
+
+
+class Unfinished(Task):
+    """A task that inherits the defaults, without the rest."""
+
+    description, config_fields = Regression.description, Regression.config_fields
 
 
 @pytest.fixture
@@ -92,6 +99,7 @@ def test_a_strategy_that_is_not_there_is_refused_when_it_is_given(name: str, mes
     [
         ("multi", "problem_type is 'multi'; choose one of 'single_label_classification'"),
         ("os.getcwd", "problem_type is 'os.getcwd', which lacks 'label_names', 'description'"),
+        ("test_strategies.Unfinished", "Unfinished', which lacks 'label_names', 'from_columns', .* and 5 more;"),
         ("os.nothing", "which cannot be imported"),
     ],
 )

@@ -45,7 +45,7 @@ _THRESHOLD = 0.5  # labels with a higher probability are predicted
 
 
 @dataclass(frozen=True)
-class MultiLabelClassification:
+class MultiLabelClassification(Task):
     """Any number of labels per sample, matched by name across splits, files and checkpoints.
 
     In the data, they are lists, strings with a delimiter, one 0/1 column per label, or one list of 0 and 1 per sample.
@@ -176,10 +176,6 @@ class MultiLabelClassification:
         """Binary cross-entropy, averaged over samples and labels."""
         return self.loss(logits, labels)
 
-    def sample_weights(self, labels: Tensor) -> None:
-        """None: all samples have the same weight."""
-        return
-
     @property
     def monitored(self) -> str:
         """Macro F1."""
@@ -212,18 +208,6 @@ class MultiLabelClassification:
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[np.bool_]:
         """Whether each label is predicted, (num_samples, num_labels); by default above 0.5."""
         return np.asarray(scores > [(thresholds or {}).get(name, _THRESHOLD) for name in self.label_names])
-
-    def predict(self, logits: Tensor) -> dict[str, Tensor]:
-        """Probabilities of the labels, (batch, num_labels)."""
-        return {"probabilities": self.scores(logits).float()}
-
-    def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """The predicted labels as written in the data, and the probability of each label."""
-        probabilities = predicted["probabilities"]
-        return {
-            "prediction": self.decode(self.predict_labels(probabilities)),
-            **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
-        }
 
     def _has_indicators(self, columns: LabelColumns) -> bool:
         if self.indicators and columns.are_lists and not columns.values.null_count:

@@ -43,7 +43,7 @@ _STRATA = 10
 
 
 @dataclass(frozen=True)
-class Regression:
+class Regression(Task):
     """One or more targets per sample, in one column each or in a column of lists.
 
     If targets are standardised, so are encoded labels, logits and the loss; scores, metrics and predictions are in the
@@ -205,10 +205,6 @@ class Regression:
             )
         return F.mse_loss(outputs, labels.to(logits.dtype))
 
-    def sample_weights(self, labels: Tensor) -> None:
-        """None: all samples have the same weight."""
-        return
-
     def scores(self, logits: Tensor) -> Tensor:
         """Predicted targets in the data's unit, (batch,), or (batch, num_targets) for several; at least float32."""
         outputs = self._outputs(logits)
@@ -231,11 +227,6 @@ class Regression:
     def metric_labels(self, labels: Tensor) -> Tensor:
         """Labels as floats in the data's unit."""
         return labels.float() if self.standardization is None else self.standardization.restore_tensor(labels)
-
-    @property
-    def names_with_threshold(self) -> list[str]:
-        """Empty: regression has no thresholds."""
-        return []
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
         """The scores."""

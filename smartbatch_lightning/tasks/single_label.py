@@ -25,7 +25,7 @@ _MANY_CLASSES = 50
 
 
 @dataclass(frozen=True)
-class SingleLabelClassification:
+class SingleLabelClassification(Task):
     """One class per sample, matched by name across splits, files and checkpoints.
 
     Attributes:
@@ -122,10 +122,6 @@ class SingleLabelClassification:
         """Probabilities of the classes, (batch, num_labels)."""
         return logits.softmax(-1)
 
-    def metric_labels(self, labels: Tensor) -> Tensor:
-        """Class numbers, (batch,)."""
-        return labels
-
     @property
     def names_with_threshold(self) -> list[str]:
         """The second of two classes; empty if there are more."""
@@ -136,18 +132,6 @@ class SingleLabelClassification:
         if thresholds:
             return np.asarray(scores[:, 1] > thresholds[self.label_names[1]], np.int64)
         return np.asarray(scores.argmax(axis=1))
-
-    def predict(self, logits: Tensor) -> dict[str, Tensor]:
-        """Probabilities of the classes, (batch, num_labels)."""
-        return {"probabilities": self.scores(logits).float()}
-
-    def prediction_columns(self, predicted: dict[str, NDArray[Any]]) -> dict[str, Any]:
-        """The likeliest class as written in the data, and the probability of each class."""
-        probabilities = predicted["probabilities"]
-        return {
-            "prediction": self.decode(self.predict_labels(probabilities)),
-            **{f"probability_{name}": probabilities[:, number] for number, name in enumerate(self.label_names)},
-        }
 
 
 def _read_labels(columns: LabelColumns) -> Labels:
