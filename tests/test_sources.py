@@ -418,6 +418,8 @@ def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write,
         ValueError, match="reader_kwargs has 'sep', which json files do not have; give some of 'encoding'"
     ):
         read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
+    unknown = refusal(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"encoding": "latin-01"})
+    assert "encoding is 'latin-01' in reader_kwargs, which is unknown. Give one such as latin-1" in unknown
     assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})
     Dataset.from_pandas(FRAME).save_to_disk(tmp_path / "saved")
     assert "saved, which is not read from files" in refusal(str(tmp_path / "saved"), reader_kwargs={"sep": ";"})

@@ -42,7 +42,7 @@ class _Format:
     sep: str
     names: tuple[str, ...] | None
     header: int | None
-    encoding: str | None
+    encoding: str
     encoding_errors: str
     quoting: int
     unquoted_by_ending: bool
@@ -80,12 +80,14 @@ class _Format:
             )
         skiprows, nrows = options.get("skiprows") or 0, options.get("nrows")
         check_at_least(0, skiprows=skiprows, **({} if nrows is None else {"nrows": nrows}))
-        encoding = options.get("encoding")
+        encoding = options.get("encoding") or "utf-8"
+        if codecs.lookup(encoding).name == "utf-8":
+            encoding = "utf-8-sig"  # since such a file may begin with a byte order mark
         return cls(
             sep=sep,
             names=None if names is None else tuple(map(str, names)),
             header=(0 if names is None else None) if header == "infer" else header,
-            encoding=None if encoding is None or _is_utf8(encoding) else encoding,
+            encoding=encoding,
             encoding_errors=options.get("encoding_errors") or "strict",
             quoting=int(options.get("quoting", csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)),
             unquoted_by_ending=tabs and "quoting" not in options,
@@ -144,36 +146,20 @@ def csv_reader_kwargs(
         ) from error
     columns, num_rows = _checked(path, name, digest, form)
     given = {option: options[option] for option in ("na_values", "keep_default_na") if option in options}
+    as_checked = {option: value for option, value in vars(form).items() if option != "unquoted_by_ending"}
     return {
         "keep_default_na": False,
         **given,
-        "sep": form.sep,
+        **as_checked,
         "names": list(columns),
-        "header": form.header,
         "features": Features({column: Value("string") for column in columns}),
-        "encoding": form.encoding or "utf-8-sig",
-        "encoding_errors": form.encoding_errors,
-        "quoting": form.quoting,
-        "quotechar": form.quotechar,
-        "doublequote": form.doublequote,
-        "escapechar": form.escapechar,
-        "skipinitialspace": form.skipinitialspace,
-        "skiprows": form.skiprows or None,
-        "nrows": form.nrows,
     }, num_rows
 
 
 @lru_cache(maxsize=1024)
 def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[str, ...], int]:
     """Names of the columns, and the number of rows."""
-    encoding = form.encoding or "utf-8-sig"
-    try:
-        lines = open(path, encoding=encoding, errors=form.encoding_errors, newline="")  # noqa: SIM115
-    except LookupError:
-        raise UsageError(
-            f"encoding is {encoding!r} in reader_kwargs, which is unknown. Give one such as latin-1."
-        ) from None
-    with lines, _long_fields():
+    with open(path, encoding=form.encoding, errors=form.encoding_errors, newline="") as lines, _long_fields():
         for _ in range(form.skiprows):
             next(lines, None)
         rows = _numbered(form.rows(_without_nul(lines)), form.skiprows, name)
@@ -190,15 +176,7 @@ def _checked(path: str, name: str, digest: str, form: _Format) -> tuple[tuple[st
                 rows = _without_quoted(rows, name)
             return columns, _count(rows, columns, name, form)
         except UnicodeError as error:
-            raise encoding_error(name, "csv", form.encoding or "utf-8", error) from error
-
-
-def _is_utf8(encoding: str) -> bool:
-    """Whether an encoding is UTF-8 under any name; such files may begin with a byte order mark."""
-    try:
-        return codecs.lookup(encoding).name == "utf-8"
-    except LookupError:  # reported when the file is opened
-        return False
+            raise encoding_error(name, "csv", form.encoding, error) from error
 
 
 def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeError) -> UsageError:
@@ -207,8 +185,8 @@ def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeErr
     if isinstance(error, UnicodeDecodeError):
         found = f"the byte 0x{error.object[error.start]:02x}"
     return UsageError(
-        f"{name} cannot be read as {file_format}: {found} is not {encoding}. Check that the file is complete, and name "
-        "its encoding, such as latin-1 or utf-16, by --data.reader_kwargs='{encoding: latin-1}'."
+        f"{name} cannot be read as {file_format}: {found} is not {encoding.removesuffix('-sig')}. Check that the file "
+        "is complete, and name its encoding, such as latin-1 or utf-16, by --data.reader_kwargs='{encoding: latin-1}'."
     )
 
 

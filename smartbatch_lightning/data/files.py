@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import datasets
@@ -64,6 +64,11 @@ class _File:
     ending: str
     digest: str
 
+    @property
+    def format(self) -> str:
+        """Its format, by the ending."""
+        return FORMATS[self.ending]
+
 
 def is_file_name(name: str) -> bool:
     """Whether a name is a URL, a pattern, or that of a file, by its extension or because the file exists."""
@@ -111,12 +116,12 @@ def read_files(
         local = [file for name in of_split for file in _local_files(name)]
         if given is not files:
             _check_is_one_split(local)
-        parts = [(file, _read(file, reader_kwargs, wanted)) for file in local]
-        loaded[split] = _concatenated(parts, wanted)
-        loaded[split]._fingerprint = _content_fingerprint([file for file, _ in parts], reader_kwargs, loaded[split])
-        if labels.delimiter is None and all(FORMATS[file.ending] == "csv" for file, _ in parts):
+        dataset = _concatenated([(file, _read(file, reader_kwargs, wanted)) for file in local], wanted)
+        dataset._fingerprint = _content_fingerprint(local, reader_kwargs, dataset)
+        if labels.delimiter is None and all(file.format == "csv" for file in local):
             for column in labels.columns:
-                loaded[split] = csv_files.with_typed_labels(loaded[split], column)
+                dataset = csv_files.with_typed_labels(dataset, column)
+        loaded[split] = dataset
     return DatasetDict(loaded)
 
 
@@ -163,7 +168,7 @@ def _suffixes(name: str) -> list[str]:
 
 
 def _is_compressed(name: str) -> bool:
-    return _suffixes(name)[-1:] != [] and _suffixes(name)[-1] in _COMPRESSED
+    return any(suffix in _COMPRESSED for suffix in _suffixes(name)[-1:])
 
 
 def ending_of(name: str) -> str:
@@ -181,6 +186,13 @@ def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> 
     if unknown := [option for option in reader_kwargs if option not in known]:
         takes = f"give some of {join_quoted(known)}" if known else "leave reader_kwargs out"
         raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which {file_format} files do not have; {takes}.")
+    if isinstance(encoding := reader_kwargs.get("encoding"), str):
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise UsageError(
+                f"encoding is {encoding!r} in reader_kwargs, which is unknown. Give one such as latin-1."
+            ) from None
 
 
 def _local_files(name: str) -> Iterator[_File]:
@@ -248,27 +260,27 @@ def _digest(path: str, name: str) -> str:
 
 
 def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
-    file_format = FORMATS[file.ending]
-    _check_reader_kwargs(reader_kwargs, file_format)
-    options, num_rows = dict(reader_kwargs), None
-    if file_format == "csv":
-        options, num_rows = csv_files.csv_reader_kwargs(
-            file.path, file.name, file.digest, options, tabs=file.ending == ".tsv"
-        )
-    elif file_format == "json" and "encoding" not in options:
-        _check_is_utf8(file)
-    if file_format == "json" and "field" not in options:
-        _check_holds_rows(file, options.get("encoding", "utf-8"))
-    if num_rows == 0:  # datasets refuses it
-        return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
-    if file_format == "parquet" and _has_no_rows(file):
-        return Dataset(pq.read_table(file.path))
-    dataset = _loaded(file, file_format, options, wanted)
-    if num_rows is not None and len(dataset) != num_rows:
+    _check_reader_kwargs(reader_kwargs, file.format)
+    options = dict(reader_kwargs)
+    try:
+        if file.format == "csv":
+            dataset = _read_csv(file, options)
+        elif file.format == "json":
+            dataset = _read_json(file, options, wanted)
+        elif file.format == "parquet" and not pq.read_metadata(file.path).num_rows:  # datasets refuses it
+            dataset = Dataset(pq.read_table(file.path))
+        else:
+            dataset = _built(file, options)
+    except UsageError:
+        raise
+    except UnicodeDecodeError as error:
+        raise csv_files.encoding_error(file.name, file.format, options.get("encoding", "utf-8"), error) from error
+    except Exception as error:  # datasets raises dozens of kinds, all of them about this file
+        cause = (_bad_line(file) if file.format == "json" else None) or root_cause_message(error)
         raise UsageError(
-            f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove blank lines with spaces, "
-            "and non-printing characters."
-        )
+            f"{file.name} cannot be read as {file.format}: {cause} Check that the file is complete, not empty, and of "
+            "the format that its extension says."
+        ) from error
     mixed = [name for name in wanted if name in dataset.features and "Json(" in repr(dataset.features[name])]
     if mixed:
         raise UsageError(
@@ -278,72 +290,74 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
     return dataset
 
 
-def _has_no_rows(file: _File) -> bool:
-    try:
-        return bool(pq.read_metadata(file.path).num_rows == 0)
-    except pa.ArrowInvalid:  # the reader has a better message
-        return False
+def _built(file: _File, options: Mapping[str, Any]) -> Dataset:
+    """Reads a file with the reader that `datasets` has for its format, into the cache of `datasets`."""
+    # load_dataset would first tell a server of the call, and wait for seconds if none answers
+    reader: Any = import_main_class(f"datasets.packaged_modules.{file.format}.{file.format}")
+    builder = reader(
+        # datasets caches by path and time; this adds the content and its own version
+        config_name=f"{file.digest}-{datasets.__version__}",
+        data_files={"train": glob.escape(file.path)},
+        **options,
+    )
+    builder.download_and_prepare()
+    return builder.as_dataset("train")
 
 
-def _loaded(file: _File, file_format: str, options: dict[str, Any], wanted: Sequence[str]) -> Dataset:
-    def load(**more: Any) -> Dataset:
-        # load_dataset would first tell a server of the call, and wait for seconds if none answers
-        reader: Any = import_main_class(f"datasets.packaged_modules.{file_format}.{file_format}")
-        builder = reader(
-            # datasets caches by path and time; this adds the content and its own version
-            config_name=f"{file.digest}-{datasets.__version__}",
-            data_files={"train": glob.escape(file.path)},
-            **options,
-            **more,
-        )
-        builder.download_and_prepare()
-        return builder.as_dataset("train")
-
-    try:
-        if file_format == "json" and _is_one_value(file, options):
-            return _json_rows(file, options)
-        try:
-            dataset = load()
-        except Exception:
-            size = Path(file.path).stat().st_size
-            if file_format != "json" or size <= _JSON_BYTES_READ:
-                raise
-            dataset = load(chunksize=size)  # in one block, since later rows may have other columns or types
-        kinds = repr([dataset.features.get(name) for name in wanted])
-        rounded = "Json(" in repr(dataset.features) and "float" in kinds
-        if file_format == "json" and (rounded or "timestamp" in kinds):
-            return _json_rows(file, options)
-        return dataset
-    except UsageError:
-        raise
-    except Exception as error:  # datasets raises dozens of kinds, all of them about this file
-        cause = (_bad_line(file) if file_format == "json" else None) or root_cause_message(error)
+def _read_csv(file: _File, reader_kwargs: Mapping[str, Any]) -> Dataset:
+    options, num_rows = csv_files.csv_reader_kwargs(
+        file.path, file.name, file.digest, reader_kwargs, tabs=file.ending == ".tsv"
+    )
+    if num_rows == 0:  # datasets refuses it
+        return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
+    dataset = _built(file, options)
+    if len(dataset) != num_rows:
         raise UsageError(
-            f"{file.name} cannot be read as {file_format}: {cause} Check that the file is complete, not empty, and of "
-            "the format that its extension says."
-        ) from error
+            f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove blank lines with spaces, "
+            "and non-printing characters."
+        )
+    return dataset
 
 
-def _check_is_utf8(file: _File) -> None:
-    """Refuses a file that is not UTF-8; in JSON, pyarrow would read its bytes unchanged."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(file.path, "rb") as content:
-        try:
-            for block in iter(partial(content.read, _BYTES_READ), b""):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            raise csv_files.encoding_error(file.name, FORMATS[file.ending], "utf-8", error) from error
+def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
+    """Reads a list of rows, also under a key, or a row per line.
+
+    The reader of `datasets` takes texts for times, and rounds numbers to ten decimals unless the file has a row per
+    line and one type per column. In these cases, Python's reader is used, which reads the file into memory.
+    """
+    encoding = options.get("encoding", "utf-8-sig")
+    with open(file.path, encoding=encoding) as content:
+        if "field" in options:
+            return _dataset_of(json.load(content)[options["field"]], file)
+        is_list = content.read(_BYTES_READ).lstrip("\ufeff \t\r\n").startswith("[")
+        content.seek(0)
+        if is_list:
+            return _dataset_of(json.load(content), file)
+        _check_holds_rows(content, file)
+        while content.read(_BYTES_READ):  # to its end, since pyarrow reads bytes of other encodings unchanged
+            pass
+    try:
+        dataset = _built(file, options)
+    except Exception:
+        size = Path(file.path).stat().st_size
+        if size <= _JSON_BYTES_READ:
+            raise
+        # in one block, since later rows may have other columns or types
+        dataset = _built(file, {**options, "chunksize": size})
+    kinds = repr([dataset.features.get(name) for name in wanted])
+    if "timestamp" in kinds or ("float" in kinds and "Json(" in repr(dataset.features)):
+        with open(file.path, encoding=encoding) as lines:
+            return _dataset_of([json.loads(line) for line in lines if line.strip()], file)
+    return dataset
 
 
-def _check_holds_rows(file: _File, encoding: str) -> None:
+def _check_holds_rows(content: TextIO, file: _File) -> None:
     """Refuses a single JSON object of columns or tables, which `datasets` would read as one row."""
-    with open(file.path, encoding=encoding, errors="replace") as lines:
-        first = lines.readline()
-        if first.strip() == "{":
-            first += lines.read()
-        if not first.lstrip("\ufeff").startswith("{") or lines.read(_BYTES_READ).strip():
-            return
+    first = content.readline()
+    if first.strip() == "{":
+        first += content.read()
+    if not first.lstrip("\ufeff").startswith("{") or content.read(_BYTES_READ).strip():
+        return
     try:
         values = list(json.loads(first).values())
     except json.JSONDecodeError:
@@ -356,27 +370,8 @@ def _check_holds_rows(file: _File, encoding: str) -> None:
         )
 
 
-def _is_one_value(file: _File, options: Mapping[str, Any]) -> bool:
-    """Whether a JSON file is a list of rows, or has one under a key, instead of having a row per line."""
-    if "field" in options:
-        return True
-    with open(file.path, encoding=options.get("encoding", "utf-8"), errors="replace") as content:
-        return content.read(_BYTES_READ).lstrip("\ufeff \t\r\n").startswith("[")
-
-
-def _json_rows(file: _File, options: Mapping[str, Any]) -> Dataset:
-    """The rows of a JSON file, read into memory by Python's reader.
-
-    That of `datasets` takes texts for times, and rounds numbers to ten decimals unless the file has a row per line and
-    one type per column.
-    """
-    encoding = options.get("encoding", "utf-8-sig")
-    with open(file.path, encoding=encoding) as content:
-        if _is_one_value(file, options):
-            rows = json.load(content)
-            rows = rows[options["field"]] if "field" in options else rows
-        else:
-            rows = [json.loads(line) for line in content if line.strip()]
+def _dataset_of(rows: Any, file: _File) -> Dataset:
+    """JSON objects as a data set, in memory."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{file.name} does not hold a list of JSON objects. Write each row as an object.")
     names = dict.fromkeys(name for row in rows for name in row)

@@ -67,7 +67,7 @@ def _flat(dataset: Any) -> list[Any]:
     """The names and objects of all splits, in one list."""
     by_split = isinstance(dataset, dict) and not isinstance(dataset, DatasetDict)
     values = list(dataset.values()) if by_split else [dataset]
-    return [one for value in values for one in (value if _are_names(value) else [value])]
+    return [one for value in values for one in (value if _is_list_of_names(value) else [value])]
 
 
 def read_dataset(
@@ -243,7 +243,7 @@ def _is_frame(data: Any, library: str) -> bool:
     return any(kind.__name__ == "DataFrame" and kind.__module__.split(".")[0] == library for kind in type(data).__mro__)
 
 
-def _are_names(value: Any) -> bool:
+def _is_list_of_names(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], str)
 
 
