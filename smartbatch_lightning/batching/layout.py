@@ -62,9 +62,9 @@ class PlanRequest:
         Args:
             order: Every sample once. Shape (num_samples,).
         """
-        by_cost = self._offsets_by_cost(order)
+        by_cost = self._cut_by_cost(order)
         if by_cost is not None:
-            return BatchPlan(order, by_cost, self.num_replicas)
+            return by_cost
         return self._deal_by_length(order, even_offsets(len(order), self.num_steps))
 
     def cut_sorted(self, order: Int64s, headroom: int = 0) -> BatchPlan:
@@ -74,9 +74,9 @@ class PlanRequest:
             order: Every sample once, the shortest first. Shape (num_samples,).
             headroom: Tokens by which a sample may be longer than a later one.
         """
-        by_cost = self._offsets_by_cost(order)
+        by_cost = self._cut_by_cost(order)
         if by_cost is not None:
-            return BatchPlan(order, by_cost, self.num_replicas)
+            return by_cost
         steps = self._steps_by_width(headroom)
         if steps is not None:
             return BatchPlan(order, split_runs(steps, self.num_replicas), self.num_replicas)
@@ -95,8 +95,8 @@ class PlanRequest:
         batches = (steps[:, None] * self.num_replicas + np.arange(self.num_replicas)).ravel()
         return BatchPlan(*gather_runs(plan.order, plan.offsets, batches), self.num_replicas)
 
-    def _offsets_by_cost(self, order: Int64s) -> Int64s | None:
-        """Offsets of packed batches under a budget; None if batches of equally many samples are no more numerous."""
+    def _cut_by_cost(self, order: Int64s) -> BatchPlan | None:
+        """Cuts packed batches under a budget; None if batches of equally many samples are no more numerous."""
         budget = self.spec.max_tokens_per_batch
         if budget is None or not self.spec.packed:
             return None
@@ -108,7 +108,7 @@ class PlanRequest:
         samples = self.samples_per_batch * self.num_replicas
         if num_steps >= min(-(-len(order) // samples), len(order) // self.num_replicas):
             return None
-        return offsets_by_cost(costs[order], num_steps * self.num_replicas)
+        return BatchPlan(order, offsets_by_cost(costs[order], num_steps * self.num_replicas), self.num_replicas)
 
     def _steps_by_width(self, headroom: int) -> Int64s | None:
         """Offsets of steps under a budget; None if batches of short samples cannot have more samples than others."""

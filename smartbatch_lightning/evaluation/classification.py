@@ -1,8 +1,7 @@
 """Evaluating classification: by class, confusions, thresholds, calibration, lengths and the worst mistakes."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +142,9 @@ class ClassificationResults:
 
 def classify(evaluation: "Evaluation") -> ClassificationResults:
     """Computes the results of a single-label or multi-label evaluation."""
-    with _without_warnings():
+    with warnings.catch_warnings():
+        # of torchmetrics, about classes without samples, which the results show
+        warnings.filterwarnings("ignore", message="No (positive|negative) samples")
         return _Measured(evaluation).results()
 
 
@@ -352,11 +353,3 @@ def _written(label: Any) -> str:
     if isinstance(label, list):
         return ", ".join(map(str, label)) or "none"
     return str(label)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Suppresses torchmetrics' warnings of classes without samples, which the results show."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No (positive|negative) samples")
-        yield

@@ -92,13 +92,7 @@ class RegressionResults:
 
     def to_dict(self) -> dict[str, Any]:
         """All results except the values, ready for JSON."""
-        return {
-            "summary": self.summary,
-            "targets": [asdict(target) for target in self.targets],
-            "lengths": [asdict(group) for group in self.lengths],
-            "mistakes": [asdict(mistake) for mistake in self.mistakes],
-            "notes": self.notes,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "values"}
 
 
 def regress(evaluation: "Evaluation") -> RegressionResults:
