@@ -410,25 +410,22 @@ class SmartBatchCLI(LightningCLI):
                 for one in outer:
                     one.rmdir()  # unless another run is in it
 
-    def before_predict(self) -> None:
-        """Refuses to overwrite predictions, before the data is tokenized."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
-                callback.check_path()
-        self._say_if_demo()
-
     def before_fit(self) -> None:
         """Tells the user if the data is the demo."""
-        self._say_if_demo()
-
-    before_validate = before_test = before_fit
-
-    def _say_if_demo(self) -> None:
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "The data is the built-in demo: made-up reviews, for a small untrained BERT. The results say nothing "
                 "about real texts. For other data, set --data.dataset, or give a run's config by --config."
             )
+
+    before_validate = before_test = before_fit
+
+    def before_predict(self) -> None:
+        """Also refuses to overwrite predictions, before the data is tokenized."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
+                callback.check_path()
+        self.before_fit()
 
     def after_fit(self) -> None:
         """After the demo, prints the command for a real run."""

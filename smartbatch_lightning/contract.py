@@ -32,7 +32,6 @@ class TextData:
         task: The task with its labels; None if unknown.
         tokenizer: Tokenizer whose ids the batches contain.
         max_length: Maximum number of tokens in a sample.
-        packed: Batches are packed instead of padded.
         evaluation_splits: Names of the data sets of each evaluation stage, `val` and `test`, in the order of the
             loaders.
         train_labels: Returns the encoded labels of the training samples, (num_samples, ...), or None if they have not
@@ -44,11 +43,15 @@ class TextData:
     task: Task | None
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    packed: bool
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
     train_labels: Callable[[], NDArray[Any] | None] = lambda: None
     spec: BatchSpec = field(default_factory=BatchSpec)
     truncation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether batches are packed instead of padded."""
+        return self.spec.packed
 
 
 @dataclass(frozen=True)

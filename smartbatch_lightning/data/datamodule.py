@@ -162,7 +162,6 @@ class SmartBatchDataModule(TextDataModule):
             task=self.task,
             tokenizer=self.tokenizer,
             max_length=self.max_length,
-            packed=self.spec.packed,
             evaluation_splits={"val": validation, "test": self._names.tested},
             train_labels=lambda: None if train_data is None else train_data.sample_labels,
             spec=self.spec,

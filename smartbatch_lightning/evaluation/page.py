@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from smartbatch_lightning.evaluation.classification import ClassificationResults
 from smartbatch_lightning.evaluation.figures import as_svg
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def page(evaluation: "Evaluation") -> str:
         ],
         notes=results.notes,
         mistakes=results.mistakes,
-        of_classes=isinstance(results, ClassificationResults),
+        of_classes=not evaluation.is_regression,
         unit="" if evaluation.lengths is None else evaluation.lengths.unit,
     )
 
