@@ -138,9 +138,11 @@ def csv_reader_kwargs(
     try:
         form = _Format.of(options, tabs=tabs)
         form.rows(iter(()))
+        "".encode(form.encoding)
+        codecs.lookup_error(form.encoding_errors)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:  # of Python's csv module, codecs and int
+    except (TypeError, ValueError, LookupError) as error:  # of Python's csv module, codecs and int
         raise UsageError(
             f"reader_kwargs is {dict(options)}, which has an invalid value: {error}. Correct it."
         ) from error
