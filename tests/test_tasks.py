@@ -19,6 +19,7 @@ from helpers import slow, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, pipeline
 
 from smartbatch_lightning import PredictionWriter, SequenceClassifier, SmartBatchDataModule, demo
+from smartbatch_lightning.callbacks.memory_check import MemoryCheck
 from smartbatch_lightning.data.splits import stratified_split, train_and_validation_rows
 from smartbatch_lightning.export import export_model
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
@@ -531,6 +532,7 @@ def test_a_loss_of_ones_own_takes_several_labels_as_torch_does(base: str, tmp_pa
         L.seed_everything(0)
         losses.append(trainer(tmp_path).validate(kind(base), module(dataset))[0]["val_loss"])
     assert losses[0] == losses[1]
+    trainer(tmp_path, callbacks=[MemoryCheck()], max_steps=1).fit(Own(base), module(dataset))
 
 
 # --- learnt, measured, predicted ---

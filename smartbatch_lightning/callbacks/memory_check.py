@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.errors import UsageError, root_cause_message
-from smartbatch_lightning.models.classifier import SequenceClassifier, forward_kwargs
+from smartbatch_lightning.models.classifier import SequenceClassifier
 
 
 class MemoryCheck(Callback):
@@ -66,7 +66,7 @@ def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoade
     try:
         batch = trainer.strategy.batch_to_device(collated)
         with trainer.precision_plugin.train_step_context():
-            loss = module.compute_loss(module(**forward_kwargs(batch)), batch["labels"])
+            loss = module.step(batch, "train")
         loss.backward()  # type: ignore[no-untyped-call]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -90,6 +90,7 @@ def _restored_afterwards(module: SequenceClassifier) -> Iterator[None]:
             yield
         finally:
             module.zero_grad(set_to_none=True)
+            module.epoch_metrics.start("train")
             if devices:
                 torch.cuda.empty_cache()
 
