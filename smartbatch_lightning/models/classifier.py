@@ -39,7 +39,7 @@ from smartbatch_lightning.models.adapters import (
 from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
-from smartbatch_lightning.models.finite import REMEDY, check_weights, read_losses
+from smartbatch_lightning.models.finite import REMEDY, TrainingLosses, check_weights
 from smartbatch_lightning.models.layers import checkpoint_gradients, freeze, open_reversible_layers
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
 from smartbatch_lightning.models.metrics import (
@@ -90,7 +90,6 @@ from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 Batch = dict[str, Any]
 
 _ARCHITECTURE = "architecture"  # key among the weights passed between processes
-_MOST_LOSSES = 1000  # kept on the device before they are read
 
 
 class SequenceClassifier(L.LightningModule):
@@ -224,8 +223,7 @@ class SequenceClassifier(L.LightningModule):
         self._task: Task | None = None
         self.epoch_metrics = EpochMetrics()
         self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronise only the gradients of the others
-        self._losses: list[tuple[int, Tensor]] = []  # steps and losses not read yet
-        self._last_loss: Tensor | None = None  # the last one read
+        self._losses = TrainingLosses()
         self._seed = run_seed()
         self._scheduled_steps: float | None = None
         self._random_state: Tensor | None = None  # before `fit`, which sets its own state for every step
@@ -268,12 +266,6 @@ class SequenceClassifier(L.LightningModule):
         With `class_weights`, the mean is weighted by `task.sample_weights(labels)`.
         """
         assert output.logits is not None
-        shape = output.logits.shape
-        if labels.shape not in (shape, shape[:1]):
-            raise UsageError(
-                f"the batch's labels have the shape {tuple(labels.shape)}, but its logits {tuple(shape)}. Give one "
-                "label for each sample, or one row of labels."
-            )
         return self.task.compute_loss(output.logits, labels)
 
     def configure_metrics(self, num_labels: int) -> MetricCollection:
@@ -474,35 +466,33 @@ class SequenceClassifier(L.LightningModule):
         """Loss of a training batch, multiplied by its weight in the optimizer step."""
         loss = self.step(batch, "train")
         if self._trainer is not None:
-            self._losses.append((self._trainer.global_step, loss.detach()))
+            self._losses.add(self._trainer.global_step, loss)
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
 
-    def read_losses(self, numbers: Tensor) -> list[int]:
-        """Reads whole numbers from the device together with the losses not read yet, with a single wait.
+    def read_losses(self, numbers: Tensor | None = None) -> list[int]:
+        """Reads the losses that were not read yet from the device, together with whole numbers, with a single wait.
 
         Args:
-            numbers: Shape (n,), int64.
+            numbers: Shape (n,), int64; None for none.
 
         Raises:
             ValueError: A loss is not finite.
         """
-        losses, self._losses = self._losses, []
-        if losses:
-            self._last_loss, read = read_losses(self.trainer, losses, numbers, self._how_to_converge())
-            return read
-        return numbers.tolist()
+        if numbers is None:
+            numbers = torch.empty(0, dtype=torch.int64, device=self.device)
+        return self._losses.read(self.trainer, numbers, self._how_to_converge())
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Logs the loss in steps in which Lightning logs; in others, it would cost a wait for the device and 0.3 ms."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
-        if logged or len(self._losses) >= _MOST_LOSSES:
-            self._check_losses()
-        if logged and self._last_loss is not None:
+        if logged or self._losses.are_many:
+            self.read_losses()
+        if logged and self._losses.last is not None:
             # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
             size = len(batch["labels"])
-            self.log("train_loss_step", self._last_loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+            self.log("train_loss_step", self._losses.last, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Updates loss and metrics with a validation batch."""
@@ -529,7 +519,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the metrics of the epoch, and refuses losses that are not finite."""
-        self._check_losses()
+        self.read_losses()
         self.epoch_metrics.log(self, "train")
 
     def on_validation_epoch_end(self) -> None:
@@ -738,10 +728,6 @@ class SequenceClassifier(L.LightningModule):
         data = text_data_of(self._trainer)
         tokenizer = None if data is None else data.tokenizer
         return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
-
-    def _check_losses(self) -> None:
-        if self._losses:
-            self.read_losses(torch.empty(0, dtype=torch.int64, device=self.device))
 
     def _how_to_converge(self) -> str:
         if self.optimizer is not None:

@@ -11,42 +11,69 @@ from torch import Tensor
 
 from smartbatch_lightning.errors import UsageError
 
+_MOST_UNREAD = 1000  # losses kept on the device
+
 # For trained models whose numbers are not finite.
 REMEDY = (
     "Use a checkpoint from before training diverged, or set --trainer.precision=32-true if half precision overflows."
 )
 
 
-def read_losses(
-    trainer: L.Trainer, losses: list[tuple[int, Tensor]], numbers: Tensor, remedy: str
-) -> tuple[Tensor, list[int]]:
-    """Reads the last loss and other numbers from the device, with a single wait; refuses losses that are not finite.
+class TrainingLosses:
+    """Losses of training batches, kept on the device until they are read, since every read waits for it.
 
-    All ranks must call it. While `LearningRateFinder` tries learning rates, some of which may be too high, any loss is
-    accepted.
-
-    Args:
-        trainer: The Trainer.
-        losses: For each batch, the optimizer step, as counted by loggers, and the loss, a scalar; at least one.
-        numbers: Shape (n,), int64.
-        remedy: End of the error message.
-
-    Returns:
-        The last loss, a float32 scalar on the CPU, and the numbers.
-
-    Raises:
-        ValueError: A loss is not finite on one of the ranks.
+    Attributes:
+        last: The last loss that was read, a float32 scalar on the CPU; None before.
     """
-    values = torch.stack([loss for _, loss in losses])
-    place = torch.arange(len(values), device=values.device)
-    first = trainer.strategy.reduce(place.where(~values.isfinite(), len(values)).min(), reduce_op="min")
-    assert isinstance(first, Tensor)
-    bits = values[-1].float().view(torch.int32)  # to read a float together with whole numbers
-    *read, found, last = torch.cat((numbers, torch.stack((first, bits)))).tolist()
-    trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if found < len(losses) and not trying:
-        raise UsageError(f"the loss of step {losses[found][0]} is nan or infinite. {remedy}")
-    return torch.tensor(last, dtype=torch.int32).view(torch.float32), read
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+        self._unread: list[tuple[int, Tensor]] = []
+
+    def clear(self) -> None:
+        """Forgets the losses that were not read."""
+        self._unread.clear()
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Adds the loss of a batch, a scalar, in an optimizer step, as counted by loggers."""
+        self._unread.append((step, loss.detach()))
+
+    @property
+    def are_many(self) -> bool:
+        """Whether they should be read even if nobody asks for them."""
+        return len(self._unread) >= _MOST_UNREAD
+
+    def read(self, trainer: L.Trainer, numbers: Tensor, remedy: str) -> list[int]:
+        """Reads the losses and other numbers from the device, with a single wait; refuses losses that are not finite.
+
+        All ranks must call it. While `LearningRateFinder` tries learning rates, some of which may be too high, any loss
+        is accepted.
+
+        Args:
+            trainer: The Trainer.
+            numbers: Shape (n,), int64.
+            remedy: End of the error message.
+
+        Returns:
+            The numbers.
+
+        Raises:
+            ValueError: A loss is not finite on one of the ranks.
+        """
+        if not self._unread:
+            return numbers.tolist()
+        losses, self._unread = self._unread, []
+        values = torch.stack([loss for _, loss in losses])
+        place = torch.arange(len(values), device=values.device)
+        first = trainer.strategy.reduce(place.where(~values.isfinite(), len(values)).min(), reduce_op="min")
+        assert isinstance(first, Tensor)
+        bits = values[-1].float().view(torch.int32)  # to read a float together with whole numbers
+        *read, found, last = torch.cat((numbers, torch.stack((first, bits)))).tolist()
+        trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if found < len(losses) and not trying:
+            raise UsageError(f"the loss of step {losses[found][0]} is nan or infinite. {remedy}")
+        self.last = torch.tensor(last, dtype=torch.int32).view(torch.float32)
+        return read
 
 
 def check_evaluated(trainer: L.Trainer) -> None:

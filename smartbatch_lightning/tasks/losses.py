@@ -121,6 +121,7 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss for logits (batch, num_labels) and labels (batch,), a scalar."""
+        check_shape(labels, logits.shape if labels.is_floating_point() else logits.shape[:1])  # or probabilities
         weights = None if self.weights is None else _tensor(self.weights, logits.dtype, logits.device)
         if not self.focal_gamma:
             return F.cross_entropy(logits, labels, weights, label_smoothing=self.label_smoothing)
@@ -162,6 +163,7 @@ class BinaryCrossEntropy:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss for logits and 0/1 labels, both (batch, num_labels), a scalar."""
+        check_shape(labels, logits.shape)
         labels = labels.to(logits.dtype)
         weights = None if self.pos_weight is None else _tensor(self.pos_weight, logits.dtype, logits.device)
         smooth = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -169,6 +171,19 @@ class BinaryCrossEntropy:
         if self.focal_gamma:
             losses = torch.where(labels > 0, 1 - logits.sigmoid(), logits.sigmoid()) ** self.focal_gamma * losses
         return losses.mean()
+
+
+def check_shape(labels: Tensor, expected: torch.Size) -> None:
+    """Refuses labels of another shape; torch would pair each target in a column with every prediction, for example.
+
+    Raises:
+        ValueError: The shape differs.
+    """
+    if labels.shape != expected:
+        raise UsageError(
+            f"the batch's labels have the shape {tuple(labels.shape)}, but the loss of these logits takes "
+            f"{tuple(expected)}. Give labels of that shape."
+        )
 
 
 def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[float, ...] | None:

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config, names_in_config
-from smartbatch_lightning.tasks.losses import LossOptions
+from smartbatch_lightning.tasks.losses import LossOptions, check_shape
 from smartbatch_lightning.tasks.source import (
     ONE_COLUMN,
     LabelColumns,
@@ -192,17 +192,9 @@ class Regression(Task):
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised.
-
-        Raises:
-            ValueError: The labels do not have the shape of the predictions; torch would pair each with all others.
-        """
+        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised."""
         outputs = self._outputs(logits)
-        if labels.shape != outputs.shape:
-            raise UsageError(
-                f"the batch's labels have the shape {tuple(labels.shape)}, but its predictions {tuple(outputs.shape)}. "
-                "Give labels of the same shape."
-            )
+        check_shape(labels, outputs.shape)
         return F.mse_loss(outputs, labels.to(logits.dtype))
 
     def scores(self, logits: Tensor) -> Tensor:
