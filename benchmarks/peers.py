@@ -88,7 +88,6 @@ from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import Flops, peak_flops, training_flops
 from smartbatch_lightning.models.packing import reads_one_token
-from smartbatch_lightning.tasks import Task
 
 Int64s = NDArray[np.int64]
 GRAPHS, SMALL_BUDGET = "reduce-overhead", 4096  # tokens of some 16 reviews
@@ -431,7 +430,7 @@ class _Built(SequenceClassifier):
 
     setting: Setting
 
-    def _load_model(self, task: Task | None) -> tuple[PreTrainedModel, set[str]]:
+    def _load_model(self) -> tuple[PreTrainedModel, set[str]]:
         return self.setting.model(), set()
 
 

@@ -210,12 +210,12 @@ class SequenceClassifier(L.LightningModule):
         self.freeze_layers = freeze_layers
         self.gradient_checkpointing = gradient_checkpointing
         self.peft_config = None if peft_config is None else plain_peft_config(peft_config)
-        self.hparams.update({"peft_config": self.peft_config} if "peft_config" in self.hparams else {})
         self.adapters: Adapters | None = None
         check_settings(self, self._schedule)
         if optimizer is None and learning_rate is None:
             self.learning_rate = 5e-5
-            self.hparams.update({"learning_rate": self.learning_rate} if "learning_rate" in self.hparams else {})
+        resolved = {"learning_rate": self.learning_rate, "peft_config": self.peft_config}
+        self.hparams.update({name: value for name, value in resolved.items() if name in self.hparams})
         self.compiled = compile
         self.model_kwargs = model_kwargs or {}
         self.architecture = architecture
@@ -338,8 +338,7 @@ class SequenceClassifier(L.LightningModule):
         """Builds the model for the data's labels if there is none yet, and checks that it fits the data."""
         made_elsewhere = self.model is not None
         if self.model is None:
-            data = text_data_of(self._trainer)
-            self.model = self._build(None if data is None else data.task)
+            self.model = self._build()
         if self.adapters is not None and self._strategy_loads:
             self.strict_loading = False  # checkpoints lack the pretrained weights
         self.match_data()
@@ -355,7 +354,7 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
-        if data.truncation and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if data.truncation and self.trainer.state.fn == TrainerFn.FITTING:
             setattr(self.model.config, TEXT_TRUNCATION, data.truncation)
             if self.hparams.get("architecture"):
                 self.hparams["architecture"][TEXT_TRUNCATION] = data.truncation
@@ -387,8 +386,7 @@ class SequenceClassifier(L.LightningModule):
         """Returns the optimizer, and a schedule over exactly the optimizer steps that will run."""
         num_steps = total_steps(self.trainer)
         endless = math.isinf(num_steps)
-        overridden = type(self).configure_scheduler is not SequenceClassifier.configure_scheduler
-        if endless and (overridden or self._schedule.needs_end):
+        if endless and (self._overrides("configure_scheduler") or self._schedule.needs_end):
             raise UsageError(
                 "the learning rate's schedule ends at the last step, but training has no end. Set --trainer.max_epochs "
                 "or --trainer.max_steps; or --model.lr_scheduler=constant."
@@ -599,13 +597,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if fitting and "optimizer_states" not in checkpoint and not self._strategy_loads:
-            raise UsageError(
-                "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
-                "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
-            )
-        if fitting and self.model is not None:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._check_resumable(checkpoint)
         if not seed_is_given():
             self._seed = checkpoint.get("dropout_seed", self._seed)
@@ -724,9 +716,10 @@ class SequenceClassifier(L.LightningModule):
             options = replace(options, **known)
         return task.with_loss(options)
 
-    def _load_model(self, task: Task | None) -> tuple[PreTrainedModel, set[str]]:
+    def _load_model(self) -> tuple[PreTrainedModel, set[str]]:
+        """The model as transformers makes it, and the names of freshly initialised weights."""
         data = text_data_of(self._trainer)
-        tokenizer = None if data is None else data.tokenizer
+        task, tokenizer = (None, None) if data is None else (data.task, data.tokenizer)
         return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
 
     def _how_to_converge(self) -> str:
@@ -739,20 +732,28 @@ class SequenceClassifier(L.LightningModule):
         return Schedule(self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps, self.warmup_ratio)
 
     def _place_schedule(self) -> None:
-        own = type(self).configure_optimizers is SequenceClassifier.configure_optimizers
-        if own and ModelLifecycle.runs_in(self.trainer):  # not a finder's trial, which has no callbacks of the run
+        # not in a finder's trial, which has no callbacks of the run
+        if not self._overrides("configure_optimizers") and ModelLifecycle.runs_in(self.trainer):
             self._scheduled_steps = total_steps(self.trainer)
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(SequenceClassifier, method)
+
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
         """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
-        cls, states = type(self), checkpoint.get("optimizer_states")
-        if cls.configure_optimizers is not SequenceClassifier.configure_optimizers or not states:
+        states = checkpoint.get("optimizer_states")
+        if states is None and not self._strategy_loads:
+            raise UsageError(
+                "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
+                "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
+            )
+        if self.model is None or not states or self._overrides("configure_optimizers"):
             return
         check_same_groups(
             states[0]["param_groups"], self.configure_optimizer(), more_follow=adds_parameters(self._trainer)
         )
-        if self.trainer.lr_scheduler_configs or cls.configure_scheduler is not SequenceClassifier.configure_scheduler:
+        if self.trainer.lr_scheduler_configs or self._overrides("configure_scheduler"):
             return  # a tuner restores this run's own state
         if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
             checkpoint["lr_schedulers"] = []  # the schedule is recreated
@@ -775,8 +776,8 @@ class SequenceClassifier(L.LightningModule):
             )
         enable_packing(self._transformer)
 
-    def _build(self, task: Task | None) -> PreTrainedModel:
-        model, fresh = self._load_model(task)
+    def _build(self) -> PreTrainedModel:
+        model, fresh = self._load_model()
         model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
         # transformers returns models in eval mode, and Lightning does not change modes: dropout would stay off
         model.train()
