@@ -299,7 +299,7 @@ class SequenceClassifier(L.LightningModule):
         """
         return self._schedule(optimizer, num_steps)
 
-    # --- Lightning's hooks ---
+    # --- building the model and calling it ---
 
     def configure_callbacks(self) -> list[Callback]:
         """Adds a callback that must run before all others; an override must call `super().configure_callbacks()`."""
@@ -329,11 +329,6 @@ class SequenceClassifier(L.LightningModule):
             self._seed = run_seed(self.trainer)
             self._random_state = torch.get_rng_state()
 
-    def teardown(self, stage: str) -> None:
-        """Restores the random state, from which a later run without a seed draws its own."""
-        if stage == "fit" and self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-
     def configure_model(self) -> None:
         """Builds the model for the data's labels if there is none yet, and checks that it fits the data."""
         made_elsewhere = self.model is not None
@@ -362,6 +357,78 @@ class SequenceClassifier(L.LightningModule):
         check_inputs(self.model, data)
         if data.packed:
             self._enable_packing()
+
+    def _build(self) -> PreTrainedModel:
+        model, fresh = self._load_model()
+        model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
+        # transformers returns models in eval mode, and Lightning does not change modes: dropout would stay off
+        model.train()
+        use_fast_dropout(model)
+        if self.peft_config is not None:
+            self.adapters = add_adapters(model, self.peft_config, fresh)
+            self.register_buffer(FINGERPRINT, self.adapters.fingerprint.clone())  # which shards are loaded into
+        if "attn_implementation" not in self.model_kwargs:
+            skip_unread_tokens(model)
+        freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
+        open_reversible_layers(model)
+        if self.gradient_checkpointing:
+            checkpoint_gradients(model)
+        if self.compiled:
+            compile_model(model, self.compiled)
+        return model
+
+    def _load_model(self) -> tuple[PreTrainedModel, set[str]]:
+        """The model as transformers makes it, and the names of freshly initialised weights."""
+        data = text_data_of(self._trainer)
+        task, tokenizer = (None, None) if data is None else (data.task, data.tokenizer)
+        return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
+
+    def _enable_packing(self) -> None:
+        asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
+        if self.model_kwargs.get("attn_implementation") not in (None, *TRANSFORMERS_OWN):
+            asked.remove("attn_implementation")  # a kernel that supports packed batches
+        if asked:
+            raise UsageError(
+                f"model_kwargs has {join_quoted(asked)}, but packed batches need this package's attention, which does "
+                "not return attention weights, or a kernel such as flash_attention_2. Leave that out, or set "
+                "--data.padding=longest."
+            )
+        enable_packing(self._transformer)
+
+    def forward(self, **inputs: Any) -> SequenceClassifierOutput:
+        """Runs the model on its inputs, such as `input_ids` and `attention_mask` (batch, length).
+
+        Inputs whose names the model does not know are dropped, except flags such as `output_attentions`.
+
+        Logits (batch, num_labels) are returned in float32 even in half precision, and pooled if samples have several
+        windows.
+        """
+        if self.model is None:
+            raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
+        if "cu_seq_lens_q" in inputs:
+            self._enable_packing()  # if no data module has announced packed batches
+        elif _is_flattened(inputs):
+            raise UsageError(
+                "the batch has several samples in a row, but does not say where each begins. Use "
+                "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or PackCollator."
+            )
+        num_samples = inputs.pop("num_samples", None)
+        window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
+        kind: Any = type(self._transformer)
+        named = _named_inputs(kind)
+        if "input_ids" in named:  # otherwise it takes any argument
+            inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
+        output: SequenceClassifierOutput = self.model(**inputs)
+        if output.logits is not None:
+            # half precision has too few digits for losses and metrics; and CUDA graphs overwrite their outputs
+            output.logits = output.logits[:num_samples].to(
+                torch.promote_types(output.logits.dtype, torch.float32), copy=True
+            )
+            if window_counts is not None:  # `unsafe` saves a check that waits for the device
+                output.logits = torch.segment_reduce(output.logits, window_pooling, lengths=window_counts, unsafe=True)
+        return output
+
+    # --- training ---
 
     def on_fit_start(self) -> None:
         """Refuses to monitor metrics that are not logged; says what computes attention for packed batches on a GPU."""
@@ -407,38 +474,18 @@ class SequenceClassifier(L.LightningModule):
         if trained_steps(self.trainer):
             self._place_schedule()
 
-    def forward(self, **inputs: Any) -> SequenceClassifierOutput:
-        """Runs the model on its inputs, such as `input_ids` and `attention_mask` (batch, length).
+    def on_train_epoch_start(self) -> None:
+        """Resets metrics; by now, callbacks may have changed learning rates and unfrozen parameters."""
+        self.epoch_metrics.start("train")
+        if total_steps(self.trainer) != self._scheduled_steps:  # a finder has changed the batch size
+            self._place_schedule()
+        follow_rates(self.trainer)
 
-        Inputs whose names the model does not know are dropped, except flags such as `output_attentions`.
-
-        Logits (batch, num_labels) are returned in float32 even in half precision, and pooled if samples have several
-        windows.
-        """
-        if self.model is None:
-            raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
-        if "cu_seq_lens_q" in inputs:
-            self._enable_packing()  # if no data module has announced packed batches
-        elif _is_flattened(inputs):
-            raise UsageError(
-                "the batch has several samples in a row, but does not say where each begins. Use "
-                "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or PackCollator."
-            )
-        num_samples = inputs.pop("num_samples", None)
-        window_counts, window_pooling = (inputs.pop(name, None) for name in ("window_counts", "window_pooling"))
-        kind: Any = type(self._transformer)
-        named = _named_inputs(kind)
-        if "input_ids" in named:  # otherwise it takes any argument
-            inputs = {name: value for name, value in inputs.items() if name in named or isinstance(value, bool)}
-        output: SequenceClassifierOutput = self.model(**inputs)
-        if output.logits is not None:
-            # half precision has too few digits for losses and metrics; and CUDA graphs overwrite their outputs
-            output.logits = output.logits[:num_samples].to(
-                torch.promote_types(output.logits.dtype, torch.float32), copy=True
-            )
-            if window_counts is not None:  # `unsafe` saves a check that waits for the device
-                output.logits = torch.segment_reduce(output.logits, window_pooling, lengths=window_counts, unsafe=True)
-        return output
+    def _place_schedule(self) -> None:
+        # not in a finder's trial, which has no callbacks of the run
+        if not self._overrides("configure_optimizers") and ModelLifecycle.runs_in(self.trainer):
+            self._scheduled_steps = total_steps(self.trainer)
+            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the random state of the step, used by dropout, from seed, epoch, batch and rank.
@@ -468,6 +515,17 @@ class SequenceClassifier(L.LightningModule):
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the loss in steps in which Lightning logs; in others, it would cost a wait for the device and 0.3 ms."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
+        if logged or self._losses.are_many:
+            self.read_losses()
+        if logged and self._losses.last is not None:
+            # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
+            size = len(batch["labels"])
+            self.log("train_loss_step", self._losses.last, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+
     def read_losses(self, numbers: Tensor | None = None) -> list[int]:
         """Reads the losses that were not read yet from the device, together with whole numbers, with a single wait.
 
@@ -481,48 +539,42 @@ class SequenceClassifier(L.LightningModule):
             numbers = torch.empty(0, dtype=torch.int64, device=self.device)
         return self._losses.read(self.trainer, numbers, self._how_to_converge())
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss in steps in which Lightning logs; in others, it would cost a wait for the device and 0.3 ms."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
-        if logged or self._losses.are_many:
-            self.read_losses()
-        if logged and self._losses.last is not None:
-            # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
-            size = len(batch["labels"])
-            self.log("train_loss_step", self._losses.last, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Updates loss and metrics with a validation batch."""
-        self.step(batch, "val", dataloader_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Updates loss and metrics with a test batch."""
-        self.step(batch, "test", dataloader_idx)
-
-    def on_train_epoch_start(self) -> None:
-        """Resets metrics; by now, callbacks may have changed learning rates and unfrozen parameters."""
-        self.epoch_metrics.start("train")
-        if total_steps(self.trainer) != self._scheduled_steps:  # a finder has changed the batch size
-            self._place_schedule()
-        follow_rates(self.trainer)
-
-    def on_validation_epoch_start(self) -> None:
-        """Resets metrics."""
-        self.epoch_metrics.start("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Resets metrics."""
-        self.epoch_metrics.start("test")
+    def _how_to_converge(self) -> str:
+        if self.optimizer is not None:
+            return "Lower the lr of --model.optimizer, or --trainer.gradient_clip_val."
+        return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
 
     def on_train_epoch_end(self) -> None:
         """Logs the metrics of the epoch, and refuses losses that are not finite."""
         self.read_losses()
         self.epoch_metrics.log(self, "train")
 
+    def teardown(self, stage: str) -> None:
+        """Restores the random state, from which a later run without a seed draws its own."""
+        if stage == "fit" and self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+
+    # --- evaluation and prediction ---
+
+    def on_validation_epoch_start(self) -> None:
+        """Resets metrics."""
+        self.epoch_metrics.start("val")
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Updates loss and metrics with a validation batch."""
+        self.step(batch, "val", dataloader_idx)
+
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics of the validation."""
         self.epoch_metrics.log(self, "val")
+
+    def on_test_epoch_start(self) -> None:
+        """Resets metrics."""
+        self.epoch_metrics.start("test")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Updates loss and metrics with a test batch."""
+        self.step(batch, "test", dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics of the test."""
@@ -540,6 +592,93 @@ class SequenceClassifier(L.LightningModule):
             )
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, **self.task.predict(logits)}
+
+    def _make_metrics(self) -> StageMetrics:
+        with summed_in_float32():
+            metrics = self.configure_metrics(len(self.label_names))
+            if ignored := [name for name in named_specs(self.metrics or []) if name not in metrics]:
+                raise UsageError(
+                    f"metrics has {join_quoted(ignored)}, but {type(self).__name__} overrides configure_metrics "
+                    "without them. Leave metrics out, or include what super().configure_metrics returns."
+                )
+            return StageMetrics(metrics, self.task).to(self.device)
+
+    def monitored(self, name: str | None = None, mode: Mode | None = None) -> tuple[str, Mode]:
+        """The validation metric that decides which weights are best.
+
+        Args:
+            name: Its logged name, such as `val_accuracy`; by default the first of `metrics`, or the task's choice.
+            mode: `min` or `max`; by default the metric's own.
+
+        Returns:
+            Its name (with several validation sets, for the first one) and `min` or `max`.
+
+        Raises:
+            ValueError: There is no such metric, or its mode is unknown.
+        """
+        metrics = self._make_metrics().metrics
+        first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
+        return find_monitored(metrics, self._validation_sets, first, name, mode, others=self._logs_others())
+
+    @property
+    def _validation_sets(self) -> Sequence[str]:
+        data = text_data_of(self._trainer)
+        return [] if data is None else data.evaluation_splits.get("val", [])
+
+    def _logs_others(self) -> bool:
+        """Whether a subclass or a callback may log other validation metrics than this class."""
+        hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
+        own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
+        callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
+        known = ("lightning.", "smartbatch_lightning.")
+        return own[0] is not SequenceClassifier or not all(module.startswith(known) for module in callbacks)
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stores the seed of dropout, and refuses to save weights that are not finite."""
+        checkpoint["dropout_seed"] = self._seed
+        what = f"no checkpoint is written after {self.trainer.global_step} steps"
+        check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._check_resumable(checkpoint)
+        if not seed_is_given():
+            self._seed = checkpoint.get("dropout_seed", self._seed)
+        self._trained_on = fingerprint_in(checkpoint)
+        self._task = None
+        hyperparameters = checkpoint.get("hyper_parameters", {})
+        check_same_adapters(hyperparameters.get("peft_config"), self.peft_config)
+        if self.adapters is not None and self._strategy_loads:
+            check_same_base(self.get_buffer(FINGERPRINT), self.adapters, self.pretrained)
+        # used by an evaluation without training data
+        self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
+        saved = hyperparameters.get("architecture")
+        if saved is not None and self.model is not None:
+            config = AutoConfig.for_model(**saved)
+            check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
+        elif saved is not None:  # a subclass may not have this argument
+            self.architecture = saved
+
+    def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
+        states = checkpoint.get("optimizer_states")
+        if states is None and not self._strategy_loads:
+            raise UsageError(
+                "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
+                "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
+            )
+        if self.model is None or not states or self._overrides("configure_optimizers"):
+            return
+        check_same_groups(
+            states[0]["param_groups"], self.configure_optimizer(), more_follow=adds_parameters(self._trainer)
+        )
+        if self.trainer.lr_scheduler_configs or self._overrides("configure_scheduler"):
+            return  # a tuner restores this run's own state
+        if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
+            checkpoint["lr_schedulers"] = []  # the schedule is recreated
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
@@ -589,34 +728,12 @@ class SequenceClassifier(L.LightningModule):
             state_dict |= {name: own[name] for name in names}
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the seed of dropout, and refuses to save weights that are not finite."""
-        checkpoint["dropout_seed"] = self._seed
-        what = f"no checkpoint is written after {self.trainer.global_step} steps"
-        check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
+    @property
+    def _strategy_loads(self) -> bool:
+        """Whether the strategy itself loads weights and optimizer states, as FSDP does; it has done so before hooks."""
+        return self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._check_resumable(checkpoint)
-        if not seed_is_given():
-            self._seed = checkpoint.get("dropout_seed", self._seed)
-        self._trained_on = fingerprint_in(checkpoint)
-        self._task = None
-        hyperparameters = checkpoint.get("hyper_parameters", {})
-        check_same_adapters(hyperparameters.get("peft_config"), self.peft_config)
-        if self.adapters is not None and self._strategy_loads:
-            check_same_base(self.get_buffer(FINGERPRINT), self.adapters, self.pretrained)
-        # used by an evaluation without training data
-        self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
-        saved = hyperparameters.get("architecture")
-        if saved is not None and self.model is not None:
-            config = AutoConfig.for_model(**saved)
-            check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
-        elif saved is not None:  # a subclass may not have this argument
-            self.architecture = saved
-
-    # --- properties of the model ---
+    # --- what the model says of itself ---
 
     @property
     def backbone(self) -> nn.Module | None:
@@ -629,75 +746,6 @@ class SequenceClassifier(L.LightningModule):
         if self._task is None:
             self._task = self._find_task()
         return self._task
-
-    @property
-    def label_names(self) -> list[str]:
-        """Label names in the order of the logits; empty for a pretrained model before `configure_model`."""
-        config = self._own_config()
-        return [] if config is None else label_names_from_config(config)
-
-    def monitored(self, name: str | None = None, mode: Mode | None = None) -> tuple[str, Mode]:
-        """The validation metric that decides which weights are best.
-
-        Args:
-            name: Its logged name, such as `val_accuracy`; by default the first of `metrics`, or the task's choice.
-            mode: `min` or `max`; by default the metric's own.
-
-        Returns:
-            Its name (with several validation sets, for the first one) and `min` or `max`.
-
-        Raises:
-            ValueError: There is no such metric, or its mode is unknown.
-        """
-        metrics = self._make_metrics().metrics
-        first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
-        return find_monitored(metrics, self._validation_sets, first, name, mode, others=self._logs_others())
-
-    @property
-    def _validation_sets(self) -> Sequence[str]:
-        data = text_data_of(self._trainer)
-        return [] if data is None else data.evaluation_splits.get("val", [])
-
-    def _logs_others(self) -> bool:
-        """Whether a subclass or a callback may log other validation metrics than this class."""
-        hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
-        own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
-        callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
-        known = ("lightning.", "smartbatch_lightning.")
-        return own[0] is not SequenceClassifier or not all(module.startswith(known) for module in callbacks)
-
-    def text_model(self) -> TextModel:
-        """What a data module needs to know about the model."""
-        return replace(
-            self._source.text_model(self._own_config()),
-            trained_on=self._trained_on,
-            sample_weights=lambda labels: self.task.sample_weights(labels),
-        )
-
-    def _make_metrics(self) -> StageMetrics:
-        with summed_in_float32():
-            metrics = self.configure_metrics(len(self.label_names))
-            if ignored := [name for name in named_specs(self.metrics or []) if name not in metrics]:
-                raise UsageError(
-                    f"metrics has {join_quoted(ignored)}, but {type(self).__name__} overrides configure_metrics "
-                    "without them. Leave metrics out, or include what super().configure_metrics returns."
-                )
-            return StageMetrics(metrics, self.task).to(self.device)
-
-    @property
-    def _strategy_loads(self) -> bool:
-        """Whether the strategy itself loads weights and optimizer states, as FSDP does; it has done so before hooks."""
-        return self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer
-
-    @property
-    def _source(self) -> ModelSource:
-        return ModelSource(self.pretrained, self.model_kwargs, self.architecture, bool(self.peft_config))
-
-    def _own_config(self) -> PretrainedConfig | None:
-        """Configuration of the built model, or of a checkpoint's; None if there is neither."""
-        if self.model is not None:
-            return self.model.config
-        return None if self.architecture is None else self._source.config()
 
     def _find_task(self) -> Task:
         data, options = text_data_of(self._trainer), self.loss_options
@@ -716,47 +764,33 @@ class SequenceClassifier(L.LightningModule):
             options = replace(options, **known)
         return task.with_loss(options)
 
-    def _load_model(self) -> tuple[PreTrainedModel, set[str]]:
-        """The model as transformers makes it, and the names of freshly initialised weights."""
-        data = text_data_of(self._trainer)
-        task, tokenizer = (None, None) if data is None else (data.task, data.tokenizer)
-        return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
+    @property
+    def label_names(self) -> list[str]:
+        """Label names in the order of the logits; empty for a pretrained model before `configure_model`."""
+        config = self._own_config()
+        return [] if config is None else label_names_from_config(config)
 
-    def _how_to_converge(self) -> str:
-        if self.optimizer is not None:
-            return "Lower the lr of --model.optimizer, or --trainer.gradient_clip_val."
-        return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
+    def text_model(self) -> TextModel:
+        """What a data module needs to know about the model."""
+        return replace(
+            self._source.text_model(self._own_config()),
+            trained_on=self._trained_on,
+            sample_weights=lambda labels: self.task.sample_weights(labels),
+        )
+
+    def _own_config(self) -> PretrainedConfig | None:
+        """Configuration of the built model, or of a checkpoint's; None if there is neither."""
+        if self.model is not None:
+            return self.model.config
+        return None if self.architecture is None else self._source.config()
+
+    @property
+    def _source(self) -> ModelSource:
+        return ModelSource(self.pretrained, self.model_kwargs, self.architecture, bool(self.peft_config))
 
     @property
     def _schedule(self) -> Schedule:
         return Schedule(self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps, self.warmup_ratio)
-
-    def _place_schedule(self) -> None:
-        # not in a finder's trial, which has no callbacks of the run
-        if not self._overrides("configure_optimizers") and ModelLifecycle.runs_in(self.trainer):
-            self._scheduled_steps = total_steps(self.trainer)
-            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
-
-    def _overrides(self, method: str) -> bool:
-        return getattr(type(self), method) is not getattr(SequenceClassifier, method)
-
-    def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
-        states = checkpoint.get("optimizer_states")
-        if states is None and not self._strategy_loads:
-            raise UsageError(
-                "the checkpoint has only weights, as written with save_weights_only=True, so training cannot resume "
-                "from it. Start from its weights with SequenceClassifier.load_from_checkpoint."
-            )
-        if self.model is None or not states or self._overrides("configure_optimizers"):
-            return
-        check_same_groups(
-            states[0]["param_groups"], self.configure_optimizer(), more_follow=adds_parameters(self._trainer)
-        )
-        if self.trainer.lr_scheduler_configs or self._overrides("configure_scheduler"):
-            return  # a tuner restores this run's own state
-        if not (self._schedule.by_validation and "num_bad_epochs" in (checkpoint["lr_schedulers"] or [{}])[0]):
-            checkpoint["lr_schedulers"] = []  # the schedule is recreated
 
     @property
     def _transformer(self) -> PreTrainedModel:
@@ -764,36 +798,8 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         return next((part for part in self.model.modules() if isinstance(part, PreTrainedModel)), self.model)
 
-    def _enable_packing(self) -> None:
-        asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
-        if self.model_kwargs.get("attn_implementation") not in (None, *TRANSFORMERS_OWN):
-            asked.remove("attn_implementation")  # a kernel that supports packed batches
-        if asked:
-            raise UsageError(
-                f"model_kwargs has {join_quoted(asked)}, but packed batches need this package's attention, which does "
-                "not return attention weights, or a kernel such as flash_attention_2. Leave that out, or set "
-                "--data.padding=longest."
-            )
-        enable_packing(self._transformer)
-
-    def _build(self) -> PreTrainedModel:
-        model, fresh = self._load_model()
-        model.config.problem_type = problem_type_of(model.config)  # type: ignore[assignment]
-        # transformers returns models in eval mode, and Lightning does not change modes: dropout would stay off
-        model.train()
-        use_fast_dropout(model)
-        if self.peft_config is not None:
-            self.adapters = add_adapters(model, self.peft_config, fresh)
-            self.register_buffer(FINGERPRINT, self.adapters.fingerprint.clone())  # which shards are loaded into
-        if "attn_implementation" not in self.model_kwargs:
-            skip_unread_tokens(model)
-        freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
-        open_reversible_layers(model)
-        if self.gradient_checkpointing:
-            checkpoint_gradients(model)
-        if self.compiled:
-            compile_model(model, self.compiled)
-        return model
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(SequenceClassifier, method)
 
 
 @cache
