@@ -40,8 +40,7 @@ from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
-from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
-from smartbatch_lightning.hub import create_repository
+from smartbatch_lightning.export import check_exportable, export_model
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
@@ -172,9 +171,6 @@ class SmartBatchTrainer(L.Trainer):
             weights_only: Ignored: checkpoints are always loaded without running code in them.
         """
         check_exportable(model, datamodule, adapter)
-        check_export_folder(folder)
-        if push_to_hub is not None:
-            create_repository(push_to_hub, private)
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)

@@ -72,12 +72,12 @@ def export_model(
         commit_message: Commit message for the upload.
 
     Raises:
-        ValueError: As for `check_adapter`, `check_export_folder`, `create_repository` and `push_folder`; or the data
+        ValueError: As for `check_exportable`, `check_export_folder`, `create_repository` and `push_folder`; or the data
             has other labels than the model, the model is wrapped, weights are not finite, the disk is full, or the mean
             of standardised targets cannot be folded into the last layer.
     """
     assert model.model is not None, "a model is exported after it has been built"
-    check_adapter(model, adapter)
+    check_exportable(model, data, adapter)
     if not {*(names := data.label_names or [])} <= {*model.task.label_names}:
         raise UsageError(
             f"the data has the labels {join_quoted(names)}, but the model was trained on other data, with "
@@ -157,34 +157,13 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
     return [one for one in inputs if one["input_ids"].shape[1]]
 
 
-def check_adapter(model: SequenceClassifier, adapter: bool) -> None:
-    """Refuses to export missing adapters or DoRA's, or to merge adapters into quantized weights.
-
-    Raises:
-        ValueError: This is the case.
-    """
-    if adapter and model.peft_config is None:
-        raise UsageError(
-            "adapter is true, but the model has no adapters. Leave adapter out, or train with --model.peft_config."
-        )
-    if adapter and (model.peft_config or {}).get("use_dora"):
-        raise UsageError(
-            "transformers does not load DoRA's magnitudes from an adapter folder, so its results would be wrong. Leave "
-            "adapter out, and the adapters are merged into the weights."
-        )
-    if model.adapters is not None and not adapter and is_quantized(model.model):
-        raise UsageError(
-            "adapters cannot be merged losslessly into 8-bit or 4-bit weights. Export only the adapters with "
-            "adapter=true."
-        )
-
-
 def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> None:
     """Refuses what `export_model` cannot write.
 
     Raises:
-        ValueError: As for `check_adapter`; or this is not a `SequenceClassifier` trained on a `SmartBatchDataModule`;
-            or the mean of standardised targets cannot be folded into its last layer.
+        ValueError: This is not a `SequenceClassifier` trained on a `SmartBatchDataModule`; its adapters are missing, or
+            cannot be written or merged as asked; or the mean of standardised targets cannot be folded into its last
+            layer.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):
         raise UsageError(
@@ -192,7 +171,20 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
             f"{type(module).__name__} and {type(datamodule).__name__}. Call save_pretrained on the model and the "
             "tokenizer instead."
         )
-    check_adapter(module, adapter)
+    if adapter and module.peft_config is None:
+        raise UsageError(
+            "adapter is true, but the model has no adapters. Leave adapter out, or train with --model.peft_config."
+        )
+    if adapter and (module.peft_config or {}).get("use_dora"):
+        raise UsageError(
+            "transformers does not load DoRA's magnitudes from an adapter folder, so its results would be wrong. Leave "
+            "adapter out, and the adapters are merged into the weights."
+        )
+    if module.adapters is not None and not adapter and is_quantized(module.model):
+        raise UsageError(
+            "adapters cannot be merged losslessly into 8-bit or 4-bit weights. Export only the adapters with "
+            "adapter=true."
+        )
     if module.model is not None and Standardization.from_fields(module.model.config.to_dict()) is not None:
         find_output_layer(module.model)
 

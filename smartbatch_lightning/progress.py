@@ -56,21 +56,6 @@ def check_flags(trainer: L.Trainer) -> None:
         raise UsageError("val_check_interval is 0; give more, or set limit_val_batches to 0 for no validation.")
 
 
-def check_shares(trainer: L.Trainer) -> None:
-    """Rejects strategies in which some ranks have to be given the same samples.
-
-    Raises:
-        ValueError: The strategy is one.
-    """
-    shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
-    if shares != trainer.world_size:
-        raise UsageError(
-            f"the strategy shares the samples among {shares} of {trainer.world_size} ranks, for tensor parallelism, "
-            f"but here every rank has its own. Use ModelParallelStrategy(data_parallel_size={trainer.world_size}, "
-            "tensor_parallel_size=1)."
-        )
-
-
 def validation_interval(trainer: L.Trainer) -> float | None:
     """The given number of batches or fraction of an epoch; None if the interval is a time."""
     return getattr(trainer, "val_check_interval", None)  # the attribute is then missing

@@ -229,9 +229,7 @@ def test_a_checkpoint_callback_of_ones_own_goes_before_the_command_lines() -> No
 
 def test_a_metric_to_monitor_that_validation_does_not_log_is_refused_before_the_first_step(tmp_path: Path) -> None:
     """Where a subclass logs others by itself, so that their names are not known before."""
-    with pytest.raises(
-        ValueError, match="'val_nope' is monitored for the best weights, but validation logs 'val_planned'"
-    ):
+    with pytest.raises(ValueError, match="BestCheckpoint monitors 'val_nope', but validation logs 'val_planned'"):
         planned(tmp_path, BestCheckpoint("val_nope", "max"), num_sanity_val_steps=1)
 
 

@@ -353,7 +353,7 @@ def test_figures_after_an_interruption_are_of_what_was_seen_since(stage, error, 
     with pytest.raises((error, SystemExit)):
         trainer(tmp_path, **options).fit(model, module)
     model.seen = []
-    assert all(part.training for part in model.modules())
+    assert all(part.training for part in model.model.modules())
     run = trainer(tmp_path, **options)
     run.fit(model, module, ckpt_path=path if resumed else None)
     assert run.callback_metrics["val_loss"] == pytest.approx(model.loss(model.validated), abs=1e-6)

@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from smartbatch_lightning.contract import text_data_of
-from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
-from smartbatch_lightning.models.metrics import Mode
+from smartbatch_lightning.models.metrics import Mode, check_logged
 from smartbatch_lightning.progress import between_steps, validation_interval
 
 
@@ -112,13 +112,8 @@ class BestCheckpoint(ModelCheckpoint):
         Raises:
             ValueError: Validation, or the sanity check before training, does not log the metric.
         """
-        metrics = trainer.callback_metrics
-        if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None and self.monitor not in metrics:
-            logged = join_quoted(sorted(name for name in metrics if name.startswith("val")))
-            raise UsageError(
-                f"the metric {self.monitor!r} is monitored for the best weights, but validation logs "
-                f"{logged or 'none'}. Set --checkpoint.monitor to one of these."
-            )
+        if trainer.state.fn == TrainerFn.FITTING and self.monitor is not None:
+            check_logged(trainer, self.monitor, "BestCheckpoint", "Set --checkpoint.monitor to one of these.")
         super().on_validation_end(trainer, pl_module)
 
     def write_last(self, trainer: L.Trainer) -> None:

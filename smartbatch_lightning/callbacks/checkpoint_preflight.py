@@ -46,18 +46,23 @@ class CheckpointPreflight(Callback):
         for folder in _checkpoint_folders(trainer):
             check_writable(folder, _REMEDY)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to evaluate a model that was never trained to classify, unless training is about to start."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            _check_trained(trainer, pl_module)
-
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to evaluate a model that was never trained to classify."""
-        _check_trained(trainer, pl_module)
+        """Refuses to evaluate or predict with a model that was never trained to classify.
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to predict with a model that was never trained to classify."""
-        _check_trained(trainer, pl_module)
+        Raises:
+            ValueError: It was not.
+        """
+        if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is not None or trainer.global_step:
+            return
+        if not isinstance(pl_module, SequenceClassifier) or pl_module.model is None:
+            return
+        if pl_module.pretrained == "demo" or not is_fine_tuned(pl_module.model.config):
+            raise UsageError(
+                f"{pl_module.pretrained!r} has not been trained to classify, and no checkpoint was loaded. Give one "
+                "with --ckpt_path, or an exported folder with --model.pretrained."
+            )
+
+    on_validation_start = on_predict_start = on_test_start
 
 
 def _checkpoint_folders(trainer: L.Trainer) -> list[str]:
@@ -65,14 +70,3 @@ def _checkpoint_folders(trainer: L.Trainer) -> list[str]:
     callbacks = trainer.checkpoint_callbacks if trainer.is_global_zero else []
     folders = {str(one.dirpath) for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath}
     return sorted(folder for folder in folders if "://" not in folder)
-
-
-def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
-    if trainer.ckpt_path is not None or trainer.global_step or not isinstance(module, SequenceClassifier):
-        return
-    if module.model is None or (module.pretrained != "demo" and is_fine_tuned(module.model.config)):
-        return
-    raise UsageError(
-        f"{module.pretrained!r} has not been trained to classify, and no checkpoint was loaded. Give one with "
-        "--ckpt_path, or an exported folder with --model.pretrained."
-    )

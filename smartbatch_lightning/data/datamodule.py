@@ -21,6 +21,7 @@ from smartbatch_lightning.data.resume import (
     adopt_lightnings_count,
     check_fingerprint,
     check_ranks_agree,
+    check_shares,
     dataset_fingerprint,
     go_on,
     has_trained,
@@ -175,7 +176,7 @@ class SmartBatchDataModule(TextDataModule):
             ValueError: A flag is out of range, or a batch size finder stands beside a token budget; and see there.
         """
         if self.trainer is not None:
-            progress.check_shares(self.trainer)
+            check_shares(self.trainer)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 progress.check_flags(self.trainer)
             if self.max_tokens_per_batch and _finds_batch_size(self.trainer):

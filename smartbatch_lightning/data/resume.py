@@ -54,6 +54,21 @@ def data_digest(data: TokenDataset) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_shares(trainer: L.Trainer) -> None:
+    """Rejects strategies in which some ranks have to be given the same samples.
+
+    Raises:
+        ValueError: The strategy is one.
+    """
+    shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
+    if shares != trainer.world_size:
+        raise UsageError(
+            f"the strategy shares the samples among {shares} of {trainer.world_size} ranks, for tensor parallelism, "
+            f"but here every rank has its own. Use ModelParallelStrategy(data_parallel_size={trainer.world_size}, "
+            "tensor_parallel_size=1)."
+        )
+
+
 def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> None:
     """Refuses, on every rank, a stage whose ranks differ in data, labels or settings; all ranks must call it.
 

@@ -535,8 +535,6 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: A loss is not finite.
         """
-        if numbers is None:
-            numbers = torch.empty(0, dtype=torch.int64, device=self.device)
         return self._losses.read(self.trainer, numbers, self._how_to_converge())
 
     def _how_to_converge(self) -> str:

@@ -43,7 +43,7 @@ class TrainingLosses:
         """Whether they should be read even if nobody asks for them."""
         return len(self._unread) >= _MOST_UNREAD
 
-    def read(self, trainer: L.Trainer, numbers: Tensor, remedy: str) -> list[int]:
+    def read(self, trainer: L.Trainer, numbers: Tensor | None, remedy: str) -> list[int]:
         """Reads the losses and other numbers from the device, with a single wait; refuses losses that are not finite.
 
         All ranks must call it. While `LearningRateFinder` tries learning rates, some of which may be too high, any loss
@@ -51,7 +51,7 @@ class TrainingLosses:
 
         Args:
             trainer: The Trainer.
-            numbers: Shape (n,), int64.
+            numbers: Shape (n,), int64; None for none.
             remedy: End of the error message.
 
         Returns:
@@ -61,14 +61,16 @@ class TrainingLosses:
             ValueError: A loss is not finite on one of the ranks.
         """
         if not self._unread:
-            return numbers.tolist()
+            return [] if numbers is None else numbers.tolist()
         losses, self._unread = self._unread, []
         values = torch.stack([loss for _, loss in losses])
         place = torch.arange(len(values), device=values.device)
         first = trainer.strategy.reduce(place.where(~values.isfinite(), len(values)).min(), reduce_op="min")
         assert isinstance(first, Tensor)
         bits = values[-1].float().view(torch.int32)  # to read a float together with whole numbers
-        *read, found, last = torch.cat((numbers, torch.stack((first, bits)))).tolist()
+        found_and_last = torch.stack((first, bits))
+        together = found_and_last if numbers is None else torch.cat((numbers, found_and_last))
+        *read, found, last = together.tolist()
         trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if found < len(losses) and not trying:
             raise UsageError(f"the loss of step {losses[found][0]} is nan or infinite. {remedy}")

@@ -52,7 +52,7 @@ class ModelLifecycle(Callback):
         return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def __init__(self) -> None:
-        self._modes = _ModuleMode()  # of the model's parts before a run
+        self._modes_before = _ModuleMode()  # whether each part of the model was in training mode before the run
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Builds the model if there is none, unless the strategy shards models in `configure_model`.
@@ -60,7 +60,7 @@ class ModelLifecycle(Callback):
         Overrides of `configure_model` are thus called once, and one that wraps the model does not do so in every run.
         """
         self._build(trainer, pl_module)
-        self._modes.capture(pl_module)
+        self._modes_before.capture(pl_module)
         if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
@@ -100,7 +100,12 @@ class ModelLifecycle(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restores the modes that the model's parts had before an evaluation."""
         if stage != "fit":
-            self._modes.restore(pl_module)
+            self._modes_before.restore(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Does the same after an exception in an evaluation, also in one of `fit`."""
+        if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
+            self._modes_before.restore(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Steps a schedule that depends on validation before checkpoints are written, so that they include the step."""
@@ -116,11 +121,6 @@ class ModelLifecycle(Callback):
         for callback in trainer.callbacks if nothing_was_left(trainer) else []:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 callback.on_train_end(trainer, pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restores the training modes that the modules had before the evaluation."""
-        if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
-            trainer._active_loop._module_mode.restore(pl_module)  # type: ignore[union-attr]
 
 
 def _is_built() -> None:

@@ -139,6 +139,23 @@ def name_in_first_set(name: str, splits: Sequence[str]) -> str:
     return f"{name}/{splits[0]}" if len(splits) > 1 else name
 
 
+def check_logged(trainer: L.Trainer, monitor: str, who: str, remedy: str) -> None:
+    """Refuses to monitor a metric that validation, or the sanity check before training, has not logged.
+
+    Args:
+        trainer: At the end of a validation.
+        monitor: Name of the metric.
+        who: What monitors it, for the message.
+        remedy: How to name another one.
+
+    Raises:
+        ValueError: It has not logged it.
+    """
+    if monitor not in trainer.callback_metrics:
+        logged = join_quoted(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
+        raise UsageError(f"{who} monitors {monitor!r}, but validation logs {logged or 'none'}. {remedy}")
+
+
 def find_monitored(
     metrics: MetricCollection,
     splits: Sequence[str],

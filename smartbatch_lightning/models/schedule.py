@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.models.metrics import check_logged
 from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
 from smartbatch_lightning.registry import look_up
 
@@ -199,15 +200,10 @@ def step_by_validation(trainer: L.Trainer) -> None:
         ValueError: Validation does not log its metric.
     """
     for config in _by_validation(trainer):
-        metrics = trainer.callback_metrics
-        if config.monitor not in metrics:
-            logged = sorted(name for name in metrics if name.startswith("val"))
-            raise UsageError(
-                f"lr_scheduler is ReduceLROnPlateau and monitors {config.monitor!r}, but validation logs "
-                f"{join_quoted(logged)}. Set its monitor to one of these, with mode max or min."
-            )
+        remedy = "Set its monitor to one of these, with mode max or min."
+        check_logged(trainer, config.monitor, "ReduceLROnPlateau", remedy)
         if not trainer.sanity_checking:
-            config.scheduler.step(metrics[config.monitor])
+            config.scheduler.step(trainer.callback_metrics[config.monitor])
 
 
 def _by_validation(trainer: L.Trainer) -> list[Any]:
