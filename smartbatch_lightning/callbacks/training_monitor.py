@@ -85,20 +85,13 @@ class TrainingMonitor(Callback):
     resume.
 
     Attributes:
-        epochs: Counts and final metrics of each epoch. For an epoch that was interrupted, training loss and metrics
-            cover only the part after the resume.
         command: The command that started the run.
     """
 
     def __init__(self) -> None:
-        self.epochs: list[tuple[Counts, dict[str, float]]] = []
         self.command = command_line()
-        self._trainer: L.Trainer | None = None
-        self._epoch: Counts | None = None
-        self._unfinished_epoch: tuple[int, Counts, dict[str, float]] | None = None
-        self._restored_metrics: dict[str, float] = {}  # known when the checkpoint was written
-        # the unfinished epoch of a resumed run, as it was in the checkpoint, until training continues
-        self._goes_on: list[tuple[Counts, dict[str, float]]] = []
+        self._epochs: dict[int, tuple[Counts, dict[str, float]]] = {}  # by number, as recorded last
+        self._trainer: L.Trainer | None = None  # during training
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the device."""
@@ -130,22 +123,17 @@ class TrainingMonitor(Callback):
         self._loader_seconds = 0.0 if self._loader is None else self._loader.data_wait_seconds
         self._before_log = Counts()
         self._before_epoch = Counts()
-        self._goes_on.clear()
-        if self._unfinished_epoch is not None:
-            (epoch, counts, metrics), self._unfinished_epoch = self._unfinished_epoch, None
-            if epoch == trainer.current_epoch:  # it is resumed, without an on_train_epoch_start
-                self._goes_on.append((counts, metrics))
-            else:  # it had finished
-                self.epochs.append((counts, metrics))
-        elif stands_in_epoch(trainer) and len(self.epochs) > trainer.current_epoch:  # cut short by the previous run
-            self._goes_on.append(self.epochs.pop())
-        for counts, _ in self._goes_on:
-            self._before_epoch -= counts
-        self._trainer, self._epoch = trainer, None
+        self._trainer, self._number, self._has_ended = trainer, trainer.current_epoch, False
+        known = self._number + stands_in_epoch(trainer)
+        self._epochs = {number: record for number, record in self._epochs.items() if number < known}
+        if self._number in self._epochs:  # it is resumed, without an on_train_epoch_start
+            self._before_epoch -= self._epochs[self._number][0]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records where the epoch starts; by now the metrics of the previous one are known."""
-        self._close_epoch()
+        if self._has_ended:
+            self._record(trainer)
+        self._number, self._has_ended = trainer.current_epoch, False
         self._before_epoch = self._snapshot(trainer)
         if not self._samples:  # the first epoch, after other callbacks may have run batches
             self._before_log = self._before_epoch
@@ -164,7 +152,6 @@ class TrainingMonitor(Callback):
             return
         sums = torch.stack((lengths.sum(), lengths.square().sum()))
         self._accumulated.append((len(batch.get("window_counts", lengths)), batch["input_ids"].numel(), sums))
-        self._goes_on.clear()
         if not between_steps(trainer):
             return
         for samples, tokens, sums in self._accumulated:
@@ -189,8 +176,9 @@ class TrainingMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the epoch."""
-        self._goes_on.clear()
-        self._epoch = epoch = self._snapshot(trainer) - self._before_epoch
+        self._record(trainer)
+        self._has_ended = True
+        epoch, _ = self._epochs[self._number]
         if epoch.real_tokens:
             pl_module.log_dict(
                 {
@@ -202,16 +190,16 @@ class TrainingMonitor(Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Records the last epoch, also if a restarted run had nothing left to train in it."""
-        self._close_epoch()
-        self.epochs += self._goes_on
+        """Records the metrics of the last epoch, unless a restarted run had nothing left to train in it."""
+        if self._has_ended:
+            self._record(trainer)
         self._trainer = None
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Prints the table and what batching saved, on rank 0, after the progress bar is removed."""
         if stage != "fit" or not trainer.is_global_zero or not any(counts.samples for counts, _ in self.epochs):
             return
-        echo(_table(self.epochs, self.total))
+        echo(_table(self._epochs, self.total))
         data = text_data_of(trainer)
         if data and not data.spec.window_pooling:
             tokens, fixed = self.total.tokens, self.total.samples * data.max_length
@@ -226,45 +214,35 @@ class TrainingMonitor(Callback):
                 echo(f"Checkpoint: {path}")
 
     @property
+    def epochs(self) -> list[tuple[Counts, dict[str, float]]]:
+        """Counts and last metrics of each epoch; training metrics of a resumed one cover the part after the resume."""
+        return list(self._epochs.values())
+
+    @property
     def total(self) -> Counts:
         """The sum of all epochs."""
         return Counts(*map(sum, zip(*(astuple(counts) for counts, _ in self.epochs), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """The epochs, for a resumed run's table, and the command, for the model card."""
-        ended = self._ended_epoch()
-        state: dict[str, Any] = {
-            "epochs": [(asdict(counts), metrics) for counts, metrics in [*self.epochs, *ended]],
-            "command": self.command,
-        }
-        if self._trainer is not None and not ended:
-            started = self._snapshot(self._trainer) - self._before_epoch
-            state["unfinished_epoch"] = (self._trainer.current_epoch, asdict(started), self._metrics())
-        return state
+        if self._trainer is not None:
+            self._record(self._trainer)
+        epochs = {number: (asdict(counts), metrics) for number, (counts, metrics) in self._epochs.items()}
+        return {"epochs": epochs, "command": self.command}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the epochs."""
-        self.epochs = [(Counts(**counts), metrics) for counts, metrics in state["epochs"]]
-        self._restored_metrics = self.epochs[-1][1] if self.epochs else {}
-        if "unfinished_epoch" in state:
-            epoch, counts, self._restored_metrics = state["unfinished_epoch"]
-            self._unfinished_epoch = (epoch, Counts(**counts), self._restored_metrics)
+        self._epochs = {number: (Counts(**counts), metrics) for number, (counts, metrics) in state["epochs"].items()}
 
-    def _ended_epoch(self) -> list[tuple[Counts, dict[str, float]]]:
-        """The finished epoch that is not in `epochs` yet, with its metrics so far; empty if there is none."""
-        if self._epoch is None or self._trainer is None:
-            return []
-        return [(self._epoch, self._metrics())]
+    def _record(self, trainer: L.Trainer) -> None:
+        """Records what the epoch has trained, unless it has ended, and the metrics known by now.
 
-    def _metrics(self) -> dict[str, float]:
-        """The current metrics; after a resume, those from the checkpoint until they are computed again."""
-        assert self._trainer is not None
-        known = {name: float(value) for name, value in self._trainer.callback_metrics.items()}
-        return self._restored_metrics | known
-
-    def _close_epoch(self) -> None:
-        self.epochs += self._ended_epoch()
-        self._epoch = None
+        After a resume, metrics are those of the checkpoint until they are computed again.
+        """
+        before = self.epochs[-1][1] if self._epochs else {}
+        counts = self._epochs[self._number][0] if self._has_ended else self._snapshot(trainer) - self._before_epoch
+        known = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._epochs[self._number] = (counts, before | known)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         read = pl_module.read_losses if isinstance(pl_module, SequenceClassifier) else Tensor.tolist
@@ -305,17 +283,14 @@ class TrainingMonitor(Callback):
 
 def metrics_in(checkpoint: dict[str, Any]) -> dict[str, float]:
     """The metrics stored in a checkpoint by a `TrainingMonitor`; empty without one."""
-    state = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {})
-    if "unfinished_epoch" in state:
-        metrics: dict[str, float] = state["unfinished_epoch"][2]
-        return metrics
-    return state["epochs"][-1][1] if state.get("epochs") else {}
+    epochs = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("epochs", {})
+    return list(epochs.values())[-1][1] if epochs else {}
 
 
-def _table(epochs: list[tuple[Counts, dict[str, float]]], total: Counts) -> Table:
+def _table(epochs: dict[int, tuple[Counts, dict[str, float]]], total: Counts) -> Table:
     """A row for each epoch, and a last one for the total."""
-    names = [name for name in sorted(epochs[-1][1]) if name == "train_loss" or name.startswith("val_")]
-    rows = [(str(number), counts, metrics) for number, (counts, metrics) in enumerate(epochs)]
+    rows = [(str(number), counts, metrics) for number, (counts, metrics) in epochs.items()]
+    names = [name for name in sorted(rows[-1][2]) if name == "train_loss" or name.startswith("val_")]
     return table_of(
         [
             {
