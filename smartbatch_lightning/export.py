@@ -38,6 +38,14 @@ _MODEL_SETTINGS = (
     *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
     *("class_weights", "pos_weight", "label_smoothing", "focal_gamma", "gradient_checkpointing", "peft_config"),
 )
+_TRAINER_SETTINGS = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "world_size",
+)
 
 
 def export_model(
@@ -102,13 +110,7 @@ def export_model(
     tokenizer.truncation_side = data.truncation_in_use.side or "right"
     tokenizer.init_kwargs["truncation_side"] = tokenizer.truncation_side  # otherwise it is not saved
     card = _card(model, data, repo_id or folder.resolve().name, metrics or {}, command, adapter)
-    standardization = Standardization.from_fields(model.model.config.to_dict())
-    exported: Any = (
-        model.model if model.adapters is None else model.adapters.detached([] if adapter else _sample_inputs(data))
-    )
-    if standardization is not None:
-        exported = exported if model.adapters is not None else copy.deepcopy(exported).cpu()
-        _fold(exported, standardization, _sample_inputs(data))
+    exported = _exported_model(model, data, adapter)
 
     def write(tmp_folder: Path) -> None:
         exported.save_pretrained(tmp_folder)
@@ -124,6 +126,20 @@ def export_model(
     echo(f"Wrote the model to {folder}")
     if repo_id is not None:
         push_folder(folder, repo_id, commit_message)
+
+
+def _exported_model(model: SequenceClassifier, data: SmartBatchDataModule, adapter: bool) -> Any:
+    """The model to write, or a changed copy on the CPU: adapters merged or apart, targets in the data's unit."""
+    assert model.model is not None
+    exported: Any = model.model
+    standardization = Standardization.from_fields(exported.config.to_dict())
+    if model.adapters is not None:
+        exported = model.adapters.detached([] if adapter else _sample_inputs(data))
+    elif standardization is not None:
+        exported = copy.deepcopy(exported).cpu()
+    if standardization is not None:
+        _fold(exported, standardization, _sample_inputs(data))
+    return exported
 
 
 def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list[dict[str, Tensor]]) -> None:
@@ -190,11 +206,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
 
 
 def check_export_folder(folder: str | Path) -> None:
-    """Refuses a folder that cannot be written, or whose README.md was not written by an export.
-
-    Raises:
-        ValueError: It is such a folder.
-    """
+    """Refuses a folder that cannot be written, or whose README.md was not written by an export."""
     check_writable(folder, "Give another folder.")
     card = Path(folder) / "README.md"
     if card.exists() and _MARK not in card.read_text(errors="replace"):
@@ -232,18 +244,6 @@ def _card(
         ],
     )
     truncation = data.truncation_in_use
-    settings: dict[str, Any] = {"max_length": data.max_length, **truncation.to_dict(), **asdict(data.spec)}
-    settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
-    trainer = data.trainer
-    if trainer is not None and trainer.global_step:  # this Trainer has trained the model
-        settings |= {
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "precision": trainer.precision,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "world_size": trainer.world_size,
-        }
     width = ", padding='max_length'" if depends_on_width(model.model.config, data.max_length) else ""
     all_scores = "" if isinstance(model.task, SingleLabelClassification) else ", top_k=None"
     sections = [
@@ -255,13 +255,23 @@ def _card(
         _code("python", _usage(name, f"truncation=True{width}{all_scores}", data.max_length, adapter)),
         *([] if truncation.side else [_IN_PARTS[truncation.truncation].format(data.max_length)]),
         "## Metrics",
-        _table("metric", evaluated) if evaluated else "Not measured.",
+        _table("metric", {name: f"{value:.4f}" for name, value in evaluated.items()}) if evaluated else "Not measured.",
         "## Settings",
-        _table("setting", settings),
+        _table("setting", _settings(model, data)),
     ]
     if command:
         sections += ["## Command", _code("bash", command)]
     return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _settings(model: SequenceClassifier, data: SmartBatchDataModule) -> dict[str, Any]:
+    """The settings that a model was trained with, by name."""
+    settings: dict[str, Any] = {"max_length": data.max_length, **data.truncation_in_use.to_dict(), **asdict(data.spec)}
+    settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
+    trainer = data.trainer
+    if trainer is not None and trainer.global_step:  # this Trainer has trained the model
+        settings |= {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}
+    return settings
 
 
 def _usage(name: str, options: str, max_length: int, adapter: bool) -> str:
@@ -280,11 +290,7 @@ def _usage(name: str, options: str, max_length: int, adapter: bool) -> str:
 
 
 def _table(heading: str, values: dict[str, Any]) -> str:
-    rows = [
-        [name, f"{value:.4f}" if isinstance(value, float) and heading == "metric" else str(value)]
-        for name, value in values.items()
-    ]
-    lines = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows]
+    lines = [f"| {_escaped(name)} | {_escaped(str(value))} |" for name, value in values.items()]
     return "\n".join([f"| {heading} | value |", "| --- | --- |", *lines])
 
 
