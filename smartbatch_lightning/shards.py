@@ -69,11 +69,7 @@ class TableShards:
         return 0
 
     def check_shared(self) -> None:
-        """Refuses a folder that rank 0 has created on a disk of its own.
-
-        Raises:
-            ValueError: The folder is missing on this rank.
-        """
+        """Refuses a folder that rank 0 has created on a disk of its own."""
         if not self._noted.exists():
             raise UsageError(
                 f"rank 0 writes to {self.folder}, which another rank cannot find. Give a path on a disk that all ranks "
@@ -159,13 +155,10 @@ def _without_lists(table: pa.Table) -> pa.Table:
     """The table with lists and other nested values as JSON, for CSV."""
     for number, column in enumerate(table.columns):
         if pa.types.is_nested(column.type):
-            rows = [None if row is None else _as_json(row) for row in column.to_pylist()]
+            rows = column.to_pylist()
+            rows = [None if row is None else json.dumps(row, ensure_ascii=False, default=str) for row in rows]
             table = table.set_column(number, table.column_names[number], pa.array(rows, pa.string()))
     return table
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _without_formulas(table: pa.Table) -> pa.Table:

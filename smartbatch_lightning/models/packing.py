@@ -33,18 +33,13 @@ _LENGTHS = (5, 9)  # of the samples on which a model is tested
 TRANSFORMERS_OWN = ("eager", "sdpa", "flex_attention")  # do not support packed batches
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether batches for a model may be packed: its attention can be replaced, or it is a DeBERTa."""
-    return is_deberta(model) or takes_attention(model)
-
-
 def check_packing(model: PreTrainedModel) -> None:
     """Refuses a model whose batches cannot be packed.
 
     Raises:
-        ValueError: Its attention cannot be replaced.
+        ValueError: Its attention cannot be replaced, and it is no DeBERTa.
     """
-    if not can_pack(model):
+    if not (is_deberta(model) or takes_attention(model)):
         raise _cannot_be_packed(model, "have no single stack of layers whose attention can be supplied")
 
 
@@ -67,18 +62,17 @@ def enable_packing(model: PreTrainedModel) -> None:
     if TAKES_PACKED_BATCHES in model.__dict__:
         return
     check_packing(model)
-    tried = _can_be_tried(model) and not (_has_other_attention(model) and model.device.type == "cpu")
-    alone = [_padded([sample], 0) for sample in _samples(model)] if tried else []
-    expected = [_logits(model, batch) for batch in alone]
-    problem = ""
-    for one_token in (True, False) if tried else (False,):
-        supply_attention(model, one_token=one_token)
-        problem = _difference(model, _packed(_samples(model)), torch.cat(expected)) if tried else ""
-        if not problem:
-            break
-    if problem:
-        _remove(model)
-        raise _cannot_be_packed(model, problem)
+    if not _can_be_tried(model) or (_has_other_attention(model) and model.device.type == "cpu"):
+        supply_attention(model, one_token=False)
+    else:
+        expected = torch.cat([_logits(model, _padded([sample], 0)) for sample in _samples(model)])
+        for one_token in (True, False):
+            supply_attention(model, one_token=one_token)
+            if not (problem := _difference(model, _packed(_samples(model)), expected)):
+                break
+        if problem:
+            _remove(model)
+            raise _cannot_be_packed(model, problem)
     model.__dict__[TAKES_PACKED_BATCHES] = True
 
 
@@ -116,7 +110,7 @@ def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
     """Makes a model accept packed batches, without a test, and its last layer compute one token per sample.
 
     Args:
-        model: A model accepted by `can_pack`. An attention implementation chosen for it is kept.
+        model: A model accepted by `check_packing`. An attention implementation chosen for it is kept.
         one_token: Do the latter, if the head reads one token, whenever hidden states or attention weights are not
             requested.
     """

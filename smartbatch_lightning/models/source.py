@@ -70,21 +70,8 @@ class ModelSource:
             ValueError: The model is not found, does not fit the task, or `model_kwargs` has options that it lacks.
         """
         if self.architecture is not None:
-            options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
-            config = self._architecture_config()
-            adopt_padding(config, tokenizer)
-            if self.adapted:
-                if (found := self._pretrained_config().model_type) != config.model_type:
-                    raise UsageError(
-                        f"the checkpoint has adapters of a {config.model_type} model, but {self.pretrained!r} is a "
-                        f"{found} model. Set --model.pretrained to the one that they were trained with."
-                    )
-                return self._pretrained_model(config)
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
-                config, **options
-            )
-            return model, {name for name, _ in model.named_parameters()}
-        config = self._pretrained_config()
+            return self._model_for_checkpoint(tokenizer)
+        config, standardization = self._pretrained_config(), None
         check_has_head(config)
         adopt_padding(config, tokenizer)  # before the model is built, since embeddings also use the padding token
         drop_caches(config)
@@ -98,10 +85,8 @@ class ModelSource:
             knows_targets = is_fine_tuned(config) and label_names_from_config(config) == task.label_names
             before = Standardization.from_fields(config.to_dict())
             config.update(task.config_fields())
-            after = Standardization.from_fields(config.to_dict())
-            if knows_targets and before is None and after is not None:
-                model, fresh = self._pretrained_model(config)
-                return _standardized(model, after), fresh
+            if knows_targets and before is None:
+                standardization = Standardization.from_fields(config.to_dict())
         elif num_labels is not None:
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
@@ -109,7 +94,11 @@ class ModelSource:
                 "num_labels is not given, and there is no SmartBatchDataModule to take the number of classes from. Set "
                 "--model.num_labels."
             )
-        return self._pretrained_model(config)
+        model, fresh = self._pretrained_model(config)
+        if standardization is not None:  # it was trained on the targets as they are
+            pairs = list(zip(standardization.mean, standardization.std, strict=True))
+            rescale_logits(model, [1 / std for _, std in pairs], [-mean / std for mean, std in pairs])
+        return model, fresh
 
     def config(self) -> PretrainedConfig:
         """Configuration of a checkpoint's model, else of the pretrained one."""
@@ -132,8 +121,8 @@ class ModelSource:
     def _path(self) -> str:
         return str(demo.model_dir()) if self.pretrained == "demo" else self.pretrained
 
-    def _architecture_config(self) -> PretrainedConfig:
-        """Configuration of a checkpoint's model, with changes from `model_kwargs`, such as dropout rates."""
+    def _model_for_checkpoint(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, set[str]]:
+        """The checkpoint's model before its weights are loaded, with changes from `model_kwargs`, such as dropout."""
         config = AutoConfig.for_model(**self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
@@ -141,7 +130,19 @@ class ModelSource:
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
         config.update(changed)
-        return config
+        adopt_padding(config, tokenizer)
+        if not self.adapted:
+            options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
+                config, **options
+            )
+            return model, {name for name, _ in model.named_parameters()}
+        if (found := self._pretrained_config().model_type) != config.model_type:
+            raise UsageError(
+                f"the checkpoint has adapters of a {config.model_type} model, but {self.pretrained!r} is a {found} "
+                "model. Set --model.pretrained to the one that they were trained with."
+            )
+        return self._pretrained_model(config)
 
     def _pretrained_config(self) -> PretrainedConfig:
         options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
@@ -198,13 +199,6 @@ class ModelSource:
         if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):
             model.config.architectures = None  # otherwise `is_fine_tuned` would consider the head trained
         return model, missing
-
-
-def _standardized(model: PreTrainedModel, by: Standardization) -> PreTrainedModel:
-    """Adapts a model trained on unstandardised targets, to continue with standardised ones."""
-    pairs = list(zip(by.mean, by.std, strict=True))
-    rescale_logits(model, [1 / std for _, std in pairs], [-mean / std for mean, std in pairs])
-    return model
 
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:
