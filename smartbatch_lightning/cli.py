@@ -37,6 +37,7 @@ from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.console import echo
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
@@ -418,9 +419,9 @@ class SmartBatchCLI(LightningCLI):
 
     def before_predict(self) -> None:
         """Also refuses to overwrite predictions, before the data is tokenized."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, PredictionWriter) and isinstance(self.model, SequenceClassifier):
-                callback.check_path()
+        for writer in callbacks_of(self.trainer, PredictionWriter):
+            if isinstance(self.model, SequenceClassifier):
+                writer.check_path()
         self.before_fit()
 
     def after_fit(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -105,6 +106,12 @@ def fingerprint_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 def datamodule_of(trainer: L.Trainer | None) -> Any:
     """The data module of a run, or None. Lightning sets the attribute only if there is one."""
     return getattr(trainer, "datamodule", None)
+
+
+def callbacks_of(trainer: L.Trainer | None, *kinds: type[Callback]) -> list[Any]:
+    """The callbacks of a run that are of these types."""
+    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kinds)]
 
 
 def text_data_of(trainer: L.Trainer | None) -> TextData | None:

@@ -45,11 +45,7 @@ class Position:
 
 
 def check_flags(trainer: L.Trainer) -> None:
-    """Rejects flags of the Trainer with which Lightning would divide by zero, or train nothing.
-
-    Raises:
-        ValueError: One is out of range.
-    """
+    """Rejects flags of the Trainer with which Lightning would divide by zero, or train nothing."""
     if trainer.accumulate_grad_batches < 1:
         raise UsageError(f"accumulate_grad_batches is {trainer.accumulate_grad_batches}; give 1 or more.")
     if validation_interval(trainer) == 0:
@@ -117,7 +113,7 @@ def position(trainer: L.Trainer) -> Position:
     if cut_short:
         return Position(epochs.processed - 1, trained, False)
     # the next batch starts only after a validation that was due
-    due = trained == batches.ready and _validation_due(trainer) and not _validation_over(trainer)
+    due = trained == batches.ready and _validation_comes_next(trainer)
     return Position(epochs.processed, trained, due)
 
 
@@ -251,13 +247,10 @@ def _bounded(trainer: L.Trainer, steps: float, done: int) -> float:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps - done)
 
 
-def _validation_due(trainer: L.Trainer) -> bool:
+def _validation_comes_next(trainer: L.Trainer) -> bool:
+    """Whether a validation is due after the last batch, and not over."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _validation_over(trainer: L.Trainer) -> bool:
-    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-    over = progress.is_last_batch and progress.current.completed == progress.current.ready
-    return bool(trainer.validating and over)
+    progress = loop.epoch_loop.val_loop.batch_progress
+    over = trainer.validating and progress.is_last_batch and progress.current.completed == progress.current.ready
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher) and not over

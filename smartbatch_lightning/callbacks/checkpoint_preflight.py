@@ -47,11 +47,7 @@ class CheckpointPreflight(Callback):
             check_writable(folder, _REMEDY)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to evaluate or predict with a model that was never trained to classify.
-
-        Raises:
-            ValueError: It was not.
-        """
+        """Refuses to evaluate or predict with a model that was never trained to classify."""
         if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is not None or trainer.global_step:
             return
         if not isinstance(pl_module, SequenceClassifier) or pl_module.model is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
 from smartbatch_lightning.checkpointing import verified_checkpoint
 from smartbatch_lightning.console import command_line
-from smartbatch_lightning.contract import datamodule_of
+from smartbatch_lightning.contract import callbacks_of, datamodule_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import check_export_folder, check_exportable, export_model
@@ -89,17 +89,17 @@ class ModelExport(Callback):
                 export(metrics_in(checkpoint))
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not metrics and isinstance(callback, TrainingMonitor) and callback.epochs:
-                metrics = callback.epochs[-1][1]  # if a finished run was started again
+        for monitor in callbacks_of(trainer, TrainingMonitor):
+            if not metrics and monitor.epochs:
+                metrics = monitor.epochs[-1][1]  # if a finished run was started again
         export(metrics)
 
 
 def _best_path(trainer: L.Trainer) -> str | None:
     """The checkpoint of the best weights; None if no metric was monitored."""
-    saver, callbacks = trainer.checkpoint_callback, trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+    if callbacks_of(trainer, StochasticWeightAveraging):
         return None
+    saver = trainer.checkpoint_callback
     return saver.best_model_path or None if isinstance(saver, ModelCheckpoint) and saver.monitor else None
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from xxhash import xxh3_128
 
 from smartbatch_lightning.console import echo
-from smartbatch_lightning.contract import datamodule_of
+from smartbatch_lightning.contract import callbacks_of, datamodule_of
 from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.data.resume import data_digest
 from smartbatch_lightning.data.sampler import SmartBatchSampler
@@ -84,11 +84,7 @@ class PredictionWriter(BasePredictionWriter):
         self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
-        """Refuses to overwrite a file.
-
-        Raises:
-            ValueError: It exists.
-        """
+        """Refuses to overwrite a file."""
         if self.path.exists() and not self.overwrite:
             raise UsageError(f"{self.path} already exists. {_REMEDY}")
 
@@ -102,7 +98,7 @@ class PredictionWriter(BasePredictionWriter):
         if stage != "predict":
             return
         if not isinstance(pl_module, SequenceClassifier):
-            writers = [one for one in trainer.callbacks if isinstance(one, BasePredictionWriter)]  # type: ignore[attr-defined]
+            writers = callbacks_of(trainer, BasePredictionWriter)
             if all(isinstance(writer, PredictionWriter) for writer in writers):
                 raise UsageError(
                     "PredictionWriter writes predictions of a SequenceClassifier, but this run has "

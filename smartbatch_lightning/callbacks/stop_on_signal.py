@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smartbatch_lightning.callbacks.best import BestCheckpoint
 from smartbatch_lightning.console import command_to_go_on, echo
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.progress import between_steps
 
@@ -151,7 +152,7 @@ def _announce(trainer: L.Trainer, what: str, checkpoint: str | None) -> None:
     if not checkpoint or not ("://" in checkpoint or Path(checkpoint).exists()):
         echo(f"{what} There is no checkpoint.")
         return
-    is_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    is_command = callbacks_of(trainer, SaveConfigCallback)
     how = command_to_go_on(checkpoint) if is_command else f"trainer.fit(..., ckpt_path={checkpoint!r})"
     echo(f"{what} Checkpoint: {checkpoint}\nResume with: {how}")
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.batching.strategies import find_strategy
 from smartbatch_lightning.checkpointing import forget_objects
-from smartbatch_lightning.contract import TextData, check_takes_packed_batches, text_model_of
+from smartbatch_lightning.contract import TextData, callbacks_of, check_takes_packed_batches, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
 from smartbatch_lightning.data.resume import (
@@ -179,7 +178,7 @@ class SmartBatchDataModule(TextDataModule):
             check_shares(self.trainer)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 progress.check_flags(self.trainer)
-            if self.max_tokens_per_batch and _finds_batch_size(self.trainer):
+            if self.max_tokens_per_batch and callbacks_of(self.trainer, BatchSizeFinder):
                 raise UsageError(
                     f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "
                     f"{self.max_tokens_per_batch}. Use one of the two."
@@ -328,8 +327,3 @@ class SmartBatchDataModule(TextDataModule):
             "pin_memory": self.pin_memory,
         }
         return SmartBatchLoader(data, batch_sampler=sampler, **options, **{**defaults, **self.loader_kwargs})
-
-
-def _finds_batch_size(trainer: L.Trainer | None) -> bool:
-    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, BatchSizeFinder) for callback in callbacks)

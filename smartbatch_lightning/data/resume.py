@@ -55,11 +55,7 @@ def data_digest(data: TokenDataset) -> str:
 
 
 def check_shares(trainer: L.Trainer) -> None:
-    """Rejects strategies in which some ranks have to be given the same samples.
-
-    Raises:
-        ValueError: The strategy is one.
-    """
+    """Rejects strategies in which some ranks have to be given the same samples."""
     shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
     if shares != trainer.world_size:
         raise UsageError(

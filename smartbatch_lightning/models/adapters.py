@@ -166,11 +166,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
 
 
 def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
-    """Refuses a checkpoint of a model with other adapters.
-
-    Raises:
-        ValueError: The adapters differ.
-    """
+    """Refuses a checkpoint of a model with other adapters."""
     if saved != own and (saved is None or own is None or read_peft_config(saved) != read_peft_config(own)):
         raise UsageError(
             f"the checkpoint's peft_config is {saved}, but this model's is {own}. Set --model.peft_config to the "
@@ -179,11 +175,7 @@ def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None
 
 
 def check_same_base(fingerprint: Tensor, adapters: Adapters, pretrained: str) -> None:
-    """Refuses adapters that were trained in a model with other weights.
-
-    Raises:
-        ValueError: The weights differ.
-    """
+    """Refuses adapters that were trained in a model with other weights."""
     if int(fingerprint) != int(adapters.fingerprint):
         raise UsageError(
             f"the checkpoint holds adapters of a model with other weights than {pretrained!r} has now. Set "

@@ -25,7 +25,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
-from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, fingerprint_in, text_data_of
+from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, callbacks_of, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
     FINGERPRINT,
@@ -226,7 +226,6 @@ class SequenceClassifier(L.LightningModule):
         self._losses = TrainingLosses()
         self._seed = run_seed()
         self._scheduled_steps: float | None = None
-        self._random_state: Tensor | None = None  # before `fit`, which sets its own state for every step
         self._trained_on: dict[str, Any] | None = None
 
     # --- methods to override ---
@@ -327,7 +326,6 @@ class SequenceClassifier(L.LightningModule):
             check_callbacks(self.trainer, self)
             forget_objects(self, self.hparams)
             self._seed = run_seed(self.trainer)
-            self._random_state = torch.get_rng_state()
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels if there is none yet, and checks that it fits the data."""
@@ -432,9 +430,9 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses to monitor metrics that are not logged; says what computes attention for packed batches on a GPU."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ModelCheckpoint | EarlyStopping) and (callback.monitor or "").startswith("val_"):
-                self.monitored(callback.monitor, callback.mode)  # type: ignore[arg-type]
+        for callback in callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping):
+            if (callback.monitor or "").startswith("val_"):
+                self.monitored(callback.monitor, callback.mode)
         if self.adapters is not None:
             rank_zero_info(str(self.adapters))
         elif self.model is self._transformer and is_quantized(self.model):
@@ -546,11 +544,6 @@ class SequenceClassifier(L.LightningModule):
         """Logs the metrics of the epoch, and refuses losses that are not finite."""
         self.read_losses()
         self.epoch_metrics.log(self, "train")
-
-    def teardown(self, stage: str) -> None:
-        """Restores the random state, from which a later run without a seed draws its own."""
-        if stage == "fit" and self._random_state is not None:
-            torch.set_rng_state(self._random_state)
 
     # --- evaluation and prediction ---
 

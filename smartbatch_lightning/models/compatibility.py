@@ -28,9 +28,6 @@ def check_labels(source: str, config: PretrainedConfig, label_names: list[str], 
         config: Its configuration.
         label_names: Label names of the data.
         task_fields: Configuration fields of the data's task.
-
-    Raises:
-        ValueError: It is such a model.
     """
     if task_fields.get("problem_type") is not None:
         check_problem_type(config, task_fields["problem_type"])

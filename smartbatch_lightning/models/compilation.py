@@ -27,11 +27,7 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
 
 
 def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
-    """Refuses a mode that `torch.compile` does not have, and compilation together with gradient checkpointing.
-
-    Raises:
-        ValueError: This is the case.
-    """
+    """Refuses a mode that `torch.compile` does not have, and compilation together with gradient checkpointing."""
     if how and gradient_checkpointing:
         raise UsageError(f"compile is {how!r}, but gradient_checkpointing needs uncompiled layers. Use one of them.")
     if isinstance(how, str):
@@ -42,11 +38,7 @@ def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
 
 
 def check_compilation(how: bool | str, trainer: L.Trainer) -> None:
-    """Refuses CUDA graphs if gradients are accumulated.
-
-    Raises:
-        ValueError: They are.
-    """
+    """Refuses CUDA graphs if gradients are accumulated."""
     if how in _GRAPHS and trainer.accumulate_grad_batches > 1:
         raise UsageError(
             f"compile is {how!r}, whose CUDA graphs write over the gradients that accumulate_grad_batches keeps. Set "

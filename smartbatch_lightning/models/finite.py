@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor
 
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError
 
 _MOST_UNREAD = 1000  # losses kept on the device
@@ -71,19 +72,14 @@ class TrainingLosses:
         found_and_last = torch.stack((first, bits))
         together = found_and_last if numbers is None else torch.cat((numbers, found_and_last))
         *read, found, last = together.tolist()
-        trying = any(isinstance(callback, _LRCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if found < len(losses) and not trying:
+        if found < len(losses) and not callbacks_of(trainer, _LRCallback):
             raise UsageError(f"the loss of step {losses[found][0]} is nan or infinite. {remedy}")
         self.last = torch.tensor(last, dtype=torch.int32).view(torch.float32)
         return read
 
 
 def check_evaluated(trainer: L.Trainer) -> None:
-    """Refuses the results of `validate` or `test` if a loss is not finite, on all ranks.
-
-    Raises:
-        ValueError: A loss is not finite.
-    """
+    """Refuses the results of `validate` or `test` if a loss is not finite, on all ranks."""
     if trainer.state.fn == TrainerFn.FITTING:
         return
     for name, value in trainer.callback_metrics.items():

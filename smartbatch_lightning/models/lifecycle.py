@@ -25,6 +25,7 @@ import multiprocessing
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -37,6 +38,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities.model_helpers import _ModuleMode
 
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.finite import check_evaluated
 from smartbatch_lightning.models.schedule import step_by_validation
@@ -49,7 +51,7 @@ class ModelLifecycle(Callback):
     @staticmethod
     def runs_in(trainer: L.Trainer) -> bool:
         """Whether a Trainer has this callback."""
-        return any(isinstance(callback, ModelLifecycle) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        return bool(callbacks_of(trainer, ModelLifecycle))
 
     def __init__(self) -> None:
         self._modes_before = _ModuleMode()  # whether each part of the model was in training mode before the run
@@ -60,11 +62,11 @@ class ModelLifecycle(Callback):
         Overrides of `configure_model` are thus called once, and one that wraps the model does not do so in every run.
         """
         self._build(trainer, pl_module)
+        self._random_state = torch.get_rng_state()
         self._modes_before.capture(pl_module)
         if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback._use_buffers = False  # they are copied then
+            for callback in callbacks_of(trainer, WeightAveraging):
+                callback._use_buffers = False  # they are copied then
 
     def _build(self, trainer: L.Trainer, pl_module: Any) -> None:
         pl_module.__dict__.pop("configure_model", None)
@@ -82,13 +84,9 @@ class ModelLifecycle(Callback):
         pl_module.__dict__["configure_model"] = _is_built
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses callbacks that would start over a run that resumes.
-
-        Raises:
-            ValueError: There is one.
-        """
+        """Refuses callbacks that would start over a run that resumes."""
         hooks = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
-        for callback in trainer.callbacks if trainer.ckpt_path else []:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer, LearningRateFinder, BatchSizeFinder) if trainer.ckpt_path else []:
             if type(callback).on_fit_start in hooks:
                 found = trainer._checkpoint_connector._loaded_checkpoint.get("hyper_parameters", {})
                 raise UsageError(
@@ -98,12 +96,14 @@ class ModelLifecycle(Callback):
                 )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restores the modes that the model's parts had before an evaluation."""
-        if stage != "fit":
+        """Restores what a run changes: in `fit` the random state, which each step sets; in an evaluation the modes."""
+        if stage == "fit":
+            torch.set_rng_state(self._random_state)  # from which a later run without a seed draws its own
+        else:
             self._modes_before.restore(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Does the same after an exception in an evaluation, also in one of `fit`."""
+        """Restores the modes after an exception in an evaluation, also in one of `fit`."""
         if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
             self._modes_before.restore(pl_module)
 
@@ -118,8 +118,8 @@ class ModelLifecycle(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the model its averaged weights even if a restarted run has nothing left to train."""
-        for callback in trainer.callbacks if nothing_was_left(trainer) else []:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if nothing_was_left(trainer):
+            for callback in callbacks_of(trainer, WeightAveraging, StochasticWeightAveraging):
                 callback.on_train_end(trainer, pl_module)
 
 

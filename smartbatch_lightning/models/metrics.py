@@ -147,9 +147,6 @@ def check_logged(trainer: L.Trainer, monitor: str, who: str, remedy: str) -> Non
         monitor: Name of the metric.
         who: What monitors it, for the message.
         remedy: How to name another one.
-
-    Raises:
-        ValueError: It has not logged it.
     """
     if monitor not in trainer.callback_metrics:
         logged = join_quoted(sorted(name for name in trainer.callback_metrics if name.startswith("val")))

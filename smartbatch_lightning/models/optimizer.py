@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.layers import encoder_layers, parameter_depths
 from smartbatch_lightning.models.schedule import Schedule
@@ -104,9 +105,6 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
     Args:
         settings: Has the arguments of a `SequenceClassifier` as attributes.
         schedule: The learning rate schedule.
-
-    Raises:
-        ValueError: A setting is invalid.
     """
     for name in ("learning_rate", "adam_epsilon", "weight_decay", "head_learning_rate"):
         value = getattr(settings, name)
@@ -135,21 +133,17 @@ def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
     Args:
         trainer: With its callbacks.
         settings: Has the arguments of a `SequenceClassifier` as attributes.
-
-    Raises:
-        ValueError: There is one.
     """
     rates = {"layer_decay": settings.layer_decay != 1.0, "head_learning_rate": settings.head_learning_rate is not None}
     frozen = {name: bool(getattr(settings, name)) for name in ("freeze_embeddings", "freeze_layers", "peft_config")}
     undone = {BaseFinetuning: rates | frozen, LearningRateFinder: rates | {"optimizer": settings.optimizer is not None}}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, options in undone.items():
-            given = [name for name, is_given in options.items() if is_given]
-            if isinstance(callback, kind) and given:
-                raise UsageError(
-                    f"the callback {type(callback).__name__} would undo {join_quoted(given)}: it unfreezes parameters "
-                    "or sets learning rates. Use one of the two."
-                )
+    for kind, options in undone.items():
+        given = [name for name, is_given in options.items() if is_given]
+        if given and (found := callbacks_of(trainer, kind)):
+            raise UsageError(
+                f"the callback {type(found[0]).__name__} would undo {join_quoted(given)}: it unfreezes parameters or "
+                "sets learning rates. Use one of the two."
+            )
 
 
 def _parts_of(model: PreTrainedModel, by_layer: bool, head_apart: bool) -> tuple[list[str], dict[nn.Parameter, int]]:

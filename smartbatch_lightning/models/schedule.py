@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.models.metrics import check_logged
 from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
@@ -180,11 +181,7 @@ def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
 
 
 def check_validation(trainer: L.Trainer) -> None:
-    """Refuses a schedule that depends on validation if there is none; called when loaders are known.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """Refuses a schedule that depends on validation if there is none; called when loaders are known."""
     validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
     if _by_validation(trainer) and not validated:
         raise UsageError(
@@ -268,8 +265,7 @@ def _continue_plateau(scheduler: Any, restored: ReduceLROnPlateau, before: list[
 
 def adds_parameters(trainer: L.Trainer | None) -> bool:
     """Whether a callback such as `BackboneFinetuning` freezes parameters and adds them to the optimizer later."""
-    callbacks: list[Callback] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
+    return bool(callbacks_of(trainer, BaseFinetuning))
 
 
 def follow_rates(trainer: L.Trainer) -> None:
