@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Writes a checkpoint atomically; object stores do so by themselves."""
-        if "://" in str(path):
+        if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             with refused(path, "Make room, or give ModelCheckpoint another dirpath."):
@@ -120,32 +120,39 @@ def verified_checkpoint(path: _PATH) -> str:
     Raises:
         ValueError: It does not exist, is damaged, or is not a checkpoint.
     """
-    remote = "://" in str(path)
     try:
-        local = fsspec.open_local(f"simplecache::{path}") if remote else str(path)
+        local = fsspec.open_local(f"simplecache::{path}") if _is_remote(path) else str(path)
         assert isinstance(local, str)
         if damage := _find_damage(local):
             raise zipfile.BadZipFile(damage)
         content = torch.load(local, map_location="meta", weights_only=True, mmap=True)
         if not isinstance(content, dict) or "state_dict" not in content:
             raise KeyError("it has no state_dict")
+    except FileNotFoundError as error:
+        raise _unusable(path, "is not there") from error
+    except UnpicklingError as error:
+        what = "holds Python objects besides weights and plain values, and loading them could run code"
+        raise _unusable(path, what) from error
     except Exception as error:  # a damaged file may raise anything
-        if isinstance(error, FileNotFoundError):
-            what = "is not there"
-        elif isinstance(error, UnpicklingError):
-            what = "holds Python objects besides weights and plain values, and loading them could run code"
-        else:
-            what = f"is damaged or no checkpoint: {root_cause_message(error)}"
-            if Path(path, ".metadata").is_file():  # of torch.distributed.checkpoint
-                what = (
-                    "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let "
-                    "the strategy write full checkpoints: FSDPStrategy(state_dict_type='full') or "
-                    "ModelParallelStrategy(save_distributed_checkpoint=False)"
-                )
-        message = f"the checkpoint {path} {what.rstrip('.')}. Give another one with --ckpt_path"
-        if not remote:
-            folder = Path(path).parent
-            others = sorted(other.name for other in folder.glob("*.ckpt"))
-            message += f"; its folder has {others}" if others else f"; there is none in {str(folder)!r}"
-        raise UsageError(f"{message}.") from error
+        what = f"is damaged or no checkpoint: {root_cause_message(error).rstrip('.')}"
+        if Path(path, ".metadata").is_file():  # of torch.distributed.checkpoint
+            what = (
+                "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let the "
+                "strategy write full checkpoints: FSDPStrategy(state_dict_type='full') or "
+                "ModelParallelStrategy(save_distributed_checkpoint=False)"
+            )
+        raise _unusable(path, what) from error
     return local
+
+
+def _unusable(path: _PATH, what: str) -> UsageError:
+    message = f"the checkpoint {path} {what}. Give another one with --ckpt_path"
+    if not _is_remote(path):
+        folder = Path(path).parent
+        others = sorted(other.name for other in folder.glob("*.ckpt"))
+        message += f"; its folder has {others}" if others else f"; there is none in {str(folder)!r}"
+    return UsageError(f"{message}.")
+
+
+def _is_remote(path: _PATH) -> bool:
+    return "://" in str(path)

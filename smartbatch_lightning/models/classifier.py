@@ -36,7 +36,7 @@ from smartbatch_lightning.models.adapters import (
     is_quantized,
     plain_peft_config,
 )
-from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels
+from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
 from smartbatch_lightning.models.finite import REMEDY, TrainingLosses, check_weights
@@ -319,6 +319,7 @@ class SequenceClassifier(L.LightningModule):
                 f"{type(self).__name__}.configure_callbacks does not call super().configure_callbacks(), which adds "
                 "the callback that builds the model. Call it there, and return your own callbacks."
             )
+        self.epoch_metrics.clear()  # of an earlier run, which may have been interrupted
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage == "fit":
@@ -466,8 +467,7 @@ class SequenceClassifier(L.LightningModule):
         """Moves schedule and loaders to where training continues, after a resume or in a second `fit`."""
         stay_stopped(self.trainer)
         check_validation(self.trainer)
-        self._losses.clear()
-        self.epoch_metrics.start("train")  # also if an epoch is resumed
+        self._losses = TrainingLosses()
         restore_loaders(self.trainer)
         if trained_steps(self.trainer):
             self._place_schedule()
@@ -763,8 +763,14 @@ class SequenceClassifier(L.LightningModule):
 
     def text_model(self) -> TextModel:
         """What a data module needs to know about the model."""
-        return replace(
-            self._source.text_model(self._own_config()),
+        own = self._own_config()
+        config = self._source.config() if own is None else own
+        return TextModel(
+            tokenizer_name=self.pretrained,
+            tokenizer_kwargs=self._source.location,
+            config=config,
+            trained_config=config if own is not None or is_fine_tuned(config) else None,
+            is_demo=self.pretrained == "demo",
             trained_on=self._trained_on,
             sample_weights=lambda labels: self.task.sample_weights(labels),
         )

@@ -31,10 +31,6 @@ class TrainingLosses:
         self.last: Tensor | None = None
         self._unread: list[tuple[int, Tensor]] = []
 
-    def clear(self) -> None:
-        """Forgets the losses that were not read."""
-        self._unread.clear()
-
     def add(self, step: int, loss: Tensor) -> None:
         """Adds the loss of a batch, a scalar, in an optimizer step, as counted by loggers."""
         self._unread.append((step, loss.detach()))

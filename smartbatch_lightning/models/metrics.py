@@ -178,16 +178,15 @@ def find_monitored(
     Raises:
         ValueError: There is no such metric, or its mode is unknown.
     """
+    higher_is_better = {"loss": False, **{str(key): metric.higher_is_better for key, metric in metrics.items()}}
     suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
-    logged = {f"val_{metric}{suffix}": metric for suffix in suffixes for metric in ("loss", *metrics)}
+    logged = {f"val_{metric}{suffix}": better for suffix in suffixes for metric, better in higher_is_better.items()}
     name = name or name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
     if name not in logged and not others:
         raise UsageError(
             f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of these."
         )
-    better = False if logged.get(name) == "loss" else None
-    if logged.get(name) in metrics:
-        better = metrics[logged[name]].higher_is_better
+    better = logged.get(name)
     if mode is None and better is None:
         raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
     return name, mode or ("max" if better else "min")

@@ -71,27 +71,12 @@ class Schedule:
                 f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; give 0 or more steps, or a fraction "
                 "between 0 and 1."
             )
-        chosen: Any = lr_scheduler
-        if isinstance(chosen, Mapping):
-            if arguments or "class_path" not in chosen:
-                raise UsageError(
-                    f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without "
-                    "lr_scheduler_kwargs."
-                )
-            # flags such as --model.lr_scheduler.init_args.step_size=3 arrive without init_args
-            others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
-            chosen, arguments = chosen["class_path"], {**(chosen.get("init_args") or {}), **others}
-        self._name = chosen if isinstance(chosen, str) else repr(chosen)
-        make: Any = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
-        if isinstance(make, partial) and not make.args:
-            make, arguments = make.func, {**make.keywords, **arguments}
-        self._make = make
-        self._arguments = dict(arguments)
+        self._name, self._make, self._arguments = _resolve(lr_scheduler, arguments)
         self._warmup_steps, self._warmup_ratio = warmup_steps, warmup_ratio
-        self.by_validation = isinstance(make, type) and issubclass(make, ReduceLROnPlateau)
+        self.by_validation = isinstance(self._make, type) and issubclass(self._make, ReduceLROnPlateau)
         self.monitor: str | None = None
         try:
-            signature = inspect.signature(make)
+            signature = inspect.signature(self._make)
             self._parameters = signature.parameters
             if self.by_validation:
                 self._take_monitor()
@@ -162,6 +147,26 @@ class Schedule:
                 raise TypeError(f"mode is missing: max if a higher {monitored} is better, else min")
         if "monitor" not in self._parameters:
             self.monitor = self._arguments.pop("monitor", None)
+
+
+def _resolve(
+    lr_scheduler: str | Mapping[str, Any] | Callable[[Optimizer], Any], arguments: Mapping[str, Any]
+) -> tuple[str, Any, dict[str, Any]]:
+    """The name of a schedule for messages, what makes it, and with which arguments; as for `Schedule`."""
+    chosen: Any = lr_scheduler
+    if isinstance(chosen, Mapping):
+        if arguments or "class_path" not in chosen:
+            raise UsageError(
+                f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without lr_scheduler_kwargs."
+            )
+        # flags such as --model.lr_scheduler.init_args.step_size=3 arrive without init_args
+        others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
+        chosen, arguments = chosen["class_path"], {**(chosen.get("init_args") or {}), **others}
+    name = chosen if isinstance(chosen, str) else repr(chosen)
+    make: Any = look_up(chosen, SCHEDULES, "lr_scheduler") if isinstance(chosen, str) else chosen
+    if isinstance(make, partial) and not make.args:
+        make, arguments = make.func, {**make.keywords, **arguments}
+    return name, make, dict(arguments)
 
 
 def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
 from smartbatch_lightning.families import check_has_head, drop_caches
 from smartbatch_lightning.hub import hub_or_cache
@@ -106,16 +105,10 @@ class ModelSource:
             return AutoConfig.for_model(**self.architecture)
         return self._pretrained_config()
 
-    def text_model(self, own: PretrainedConfig | None) -> TextModel:
-        """What a data module needs to know; `own` is the configuration of a built model or of a checkpoint."""
-        config = self.config() if own is None else own
-        return TextModel(
-            tokenizer_name=self.pretrained,
-            tokenizer_kwargs={name: value for name, value in self.model_kwargs.items() if name in _WHERE},
-            config=config,
-            trained_config=config if own is not None or is_fine_tuned(config) else None,
-            is_demo=self.pretrained == "demo",
-        )
+    @property
+    def location(self) -> dict[str, Any]:
+        """The options that say where the model, and thus its tokenizer, is found."""
+        return {name: value for name, value in self.model_kwargs.items() if name in _WHERE}
 
     @property
     def _path(self) -> str:
