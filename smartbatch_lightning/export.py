@@ -38,14 +38,6 @@ _MODEL_SETTINGS = (
     *("warmup_steps", "warmup_ratio", "layer_decay", "head_learning_rate", "freeze_embeddings", "freeze_layers"),
     *("class_weights", "pos_weight", "label_smoothing", "focal_gamma", "gradient_checkpointing", "peft_config"),
 )
-_TRAINER_SETTINGS = (
-    "max_epochs",
-    "max_steps",
-    "precision",
-    "gradient_clip_val",
-    "accumulate_grad_batches",
-    "world_size",
-)
 
 
 def export_model(
@@ -270,7 +262,14 @@ def _settings(model: SequenceClassifier, data: SmartBatchDataModule) -> dict[str
     settings |= {name: model.hparams[name] for name in _MODEL_SETTINGS if model.hparams.get(name) is not None}
     trainer = data.trainer
     if trainer is not None and trainer.global_step:  # this Trainer has trained the model
-        settings |= {name: getattr(trainer, name) for name in _TRAINER_SETTINGS}
+        settings |= {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "precision": trainer.precision,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "world_size": trainer.world_size,
+        }
     return settings
 
 
