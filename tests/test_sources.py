@@ -129,7 +129,9 @@ def test_files_that_are_named_for_other_splits_are_not_trained_on_unless_a_split
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(paths[0], "in/dev.csv")
         archive.write(paths[1], "in/test.csv")
-    for dataset in (paths, str(tmp_path / "d" / "*.csv"), str(tmp_path / "a.zip")):
+    for split in ("Train", "Test"):  # datasets takes a folder's names for splits only in lower case
+        write(f"e/{split}.csv", as_csv(ROWS))
+    for dataset in (paths, str(tmp_path / "d" / "*.csv"), str(tmp_path / "a.zip"), str(tmp_path / "e")):
         assert "are named for different splits" in refusal(dataset)
     assert read({"train": paths}) == 2 * ROWS
 
@@ -508,6 +510,21 @@ def test_columns_that_nobody_asked_for_play_no_part(write) -> None:
     assert both["id"][:] == [1, None, 1.5]
 
 
+@pytest.mark.parametrize("kind", ["pandas", "dicts", "Arrow", "parquet"])
+def test_a_column_that_cannot_be_read_plays_no_part_unless_it_is_the_label(kind: str, tmp_path: Path) -> None:
+    data: Any = FRAME.assign(odd=[1, "x", None])
+    if kind == "dicts":
+        data = data.to_dict("records")
+    elif kind != "pandas":
+        maps = pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64()))
+        data = pa.table({"text": FRAME["text"], "label": FRAME["label"], "odd": maps})
+    if kind == "parquet":
+        pq.write_table(data, tmp_path / "a.parquet")
+        data = str(tmp_path / "a.parquet")
+    assert read(data) == ROWS
+    assert "cannot be read" in refusal(data, label_column="odd")
+
+
 @pytest.mark.slow
 def test_a_column_that_begins_far_down_plays_no_part(write) -> None:
     row = '{"text": "' + "a fine film " * 20 + '", "label": 1}\n'
@@ -655,7 +672,10 @@ def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
         (np.array(ROWS), "dataset is of the type ndarray; give a name"),
         (FRAME["text"], "dataset is of the type Series; give a name"),
         (pl.LazyFrame({"text": ["fine"]}), "dataset is of the type LazyFrame; give a name"),
-        ([{"text": "fine", "label": 1}, {"text": "dull", "label": "x"}], "the given list cannot be read: ArrowInvalid"),
+        (
+            [{"text": "fine", "label": 1}, {"text": "dull", "label": "x"}],
+            "'label' of the given list cannot be read: ArrowInvalid",
+        ),
         (
             IterableDataset.from_generator(lambda: iter([{"text": "fine"}])),
             "IterableDataset.*Load it without streaming",

@@ -267,8 +267,8 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
             dataset = _read_csv(file, options)
         elif file.format == "json":
             dataset = _read_json(file, options, wanted)
-        elif file.format == "parquet" and not pq.read_metadata(file.path).num_rows:  # datasets refuses it
-            dataset = Dataset(pq.read_table(file.path))
+        elif file.format == "parquet":
+            dataset = _read_parquet(file, options, wanted)
         else:
             dataset = _built(file, options)
     except UsageError:
@@ -302,6 +302,24 @@ def _built(file: _File, options: Mapping[str, Any]) -> Dataset:
     )
     builder.download_and_prepare()
     return builder.as_dataset("train")
+
+
+def _read_parquet(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
+    """Leaves out columns of types which `datasets` does not know, such as maps, unless they are wanted."""
+    schema, known = pq.read_schema(file.path), Features()
+    try:
+        known = Features.from_arrow_schema(schema)
+    except ValueError:
+        for field in schema:
+            try:
+                known.update(Features.from_arrow_schema(pa.schema([field])))
+            except ValueError:
+                if field.name in wanted:
+                    raise
+    if not pq.read_metadata(file.path).num_rows:  # datasets refuses it
+        return Dataset(pq.read_table(file.path, columns=list(known)))
+    options = {"columns": list(known), "features": known} if len(known) < len(schema) else {}
+    return _built(file, {**reader_kwargs, **options})
 
 
 def _read_csv(file: _File, reader_kwargs: Mapping[str, Any]) -> Dataset:

@@ -1,7 +1,8 @@
 """A data set by name, or as a Python object -> `DatasetDict`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import (
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
+    concatenate_datasets,
     get_dataset_config_names,
     load_dataset_builder,
     load_from_disk,
@@ -102,7 +104,7 @@ def read_dataset(
             "read from files. Leave reader_kwargs out."
         )
     if not is_named(dataset):
-        return splits_of(dataset)
+        return splits_of(dataset, (*text_columns, *labels.columns))
     if dataset == "demo":
         dataset = demo.files()
     if isinstance(dataset, dict | list) or is_file_name(dataset):
@@ -173,7 +175,8 @@ def _read_found(
         for option in csv_files.OPTIONS
         if option in defaults and (value := getattr(builder.config, option)) != defaults[option]
     }
-    return read_files(files, labels, text_columns, {**declared, **options})
+    guessed = Path(name).is_dir() and not Path(name, "README.md").exists() and list(files) == ["train"]
+    return read_files(files["train"] if guessed else files, labels, text_columns, {**declared, **options})
 
 
 def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
@@ -188,48 +191,74 @@ def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
         )
 
 
-def splits_of(data: Any) -> DatasetDict:
+def splits_of(data: Any, wanted: Sequence[str] = ()) -> DatasetDict:
     """Python objects as a `DatasetDict`: by split, or else as the training split.
 
     Args:
         data: A `DatasetDict`; a `Dataset`, a pandas or polars DataFrame, an Arrow table or a list of dicts; or a dict
             of these by split.
+        wanted: Columns of texts and labels; others are left out if they cannot be read.
 
     Raises:
-        ValueError: It is none of these, or a column has values of several types.
+        ValueError: It is none of these, or a wanted column has values of several types.
     """
     if isinstance(data, DatasetDict):
         return data
     if isinstance(data, Mapping) and not isinstance(data, IterableDatasetDict):
-        return DatasetDict({str(split): _as_dataset(table) for split, table in data.items()})
-    return DatasetDict({"train": _as_dataset(data)})
+        return DatasetDict({str(split): _as_dataset(table, wanted) for split, table in data.items()})
+    return DatasetDict({"train": _as_dataset(data, wanted)})
 
 
-def _as_dataset(data: Any) -> Dataset:
+def _as_dataset(data: Any, wanted: Sequence[str]) -> Dataset:
     if isinstance(data, IterableDataset | IterableDatasetDict):
         raise UsageError(
             f"the data set is an {type(data).__name__}, whose rows are streamed, but batches are planned from the "
             "whole data set. Load it without streaming, or train on it with StreamDataModule."
         )
-    try:
-        if isinstance(data, Dataset):
-            return data
-        if isinstance(data, pa.Table | pa.RecordBatch):
-            return Dataset(pa.Table.from_batches([data]) if isinstance(data, pa.RecordBatch) else data)
-        if isinstance(data, list):
-            return Dataset.from_list(data)
-        if _is_frame(data, "pandas"):
-            return Dataset.from_pandas(data, preserve_index=False)
-        if _is_frame(data, "polars"):
-            return Dataset.from_polars(data)
-    except Exception as error:  # pyarrow, pandas and polars raise many kinds, all of them about this object
+    if not _is_table(data) or isinstance(data, DatasetDict):
         raise UsageError(
-            f"{describe_source(data)} cannot be read: {root_cause_message(error)} Give every column values of one type."
-        ) from error
-    raise UsageError(
-        f"the data set is {_describe(data)}; give a Dataset, a DatasetDict, a pandas or polars DataFrame, an Arrow "
-        "table or a list of dicts, or a dict of these by split."
-    )
+            f"the data set is {_describe(data)}; give a Dataset, a DatasetDict, a pandas or polars DataFrame, an Arrow "
+            "table or a list of dicts, or a dict of these by split."
+        )
+    try:
+        return _converted(data)
+    except Exception:  # pyarrow, pandas and polars raise many kinds, all of them about a column
+        columns, parts = list(_columns(data)), []
+        counts = Counter(name for name, _ in columns)
+        for name, column in columns:
+            try:
+                if counts[name] > 1:
+                    raise ValueError(f"there are {counts[name]} columns {name!r}.")
+                parts.append(_converted(column))
+            except Exception as error:
+                if name in wanted or counts.keys().isdisjoint(wanted):
+                    raise UsageError(
+                        f"the column {name!r} of {describe_source(data)} cannot be read: {root_cause_message(error)} "
+                        "Give every column a name of its own, and values of one type."
+                    ) from error
+        return concatenate_datasets(parts, axis=1)
+
+
+def _converted(data: Any) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if isinstance(data, pa.Table | pa.RecordBatch):
+        return Dataset(pa.Table.from_batches([data]) if isinstance(data, pa.RecordBatch) else data)
+    if isinstance(data, list):
+        return Dataset.from_list(data)
+    return Dataset.from_pandas(data, preserve_index=False) if _is_frame(data, "pandas") else Dataset.from_polars(data)
+
+
+def _columns(data: Any) -> Iterable[tuple[str, Any]]:
+    """Names of the columns, each with a table of that column alone."""
+    if isinstance(data, list):
+        names = dict.fromkeys(name for row in data for name in row)
+        return ((name, [{name: row.get(name)} for row in data]) for name in names)
+    if isinstance(data, pa.Table | pa.RecordBatch):
+        return ((name, data.select([number])) for number, name in enumerate(data.schema.names))
+    if _is_frame(data, "pandas"):
+        return ((str(name), data.iloc[:, [number]]) for number, name in enumerate(data.columns))
+    return ((name, data.select(name)) for name in data.columns)
 
 
 def _is_table(data: Any) -> bool:
