@@ -155,7 +155,7 @@ def test_fifty_classes_of_two_samples_take_turns_in_validation() -> None:
     assert len({tuple(sorted(classes)) for classes in drawn}) == 4
 
 
-@pytest.mark.parametrize("name", ["validation", "dev", "val", "valid"])
+@pytest.mark.parametrize("name", ["validation", "dev", "VAL", "Valid"])
 def test_a_split_that_is_named_for_validation_is_validated_on(name: str, tmp_path: Path) -> None:
     files = {
         split: write(tmp_path / f"{split}.csv", [("a dull film", 0), ("a fine film", 1)] * rows)
@@ -168,6 +168,14 @@ def test_a_split_that_is_named_for_validation_is_validated_on(name: str, tmp_pat
     told_otherwise.setup("fit")
     assert (len(told_otherwise.train_data), len(told_otherwise.validation_data[0])) == (15, 5)
     assert name in data.used_splits
+
+
+def test_a_split_that_is_not_used_is_named_where_samples_are_set_aside_for_validation(tmp_path: Path, caplog) -> None:
+    rows = [("a dull film", 0), ("a fine film", 1)] * 10
+    data = module({split: write(tmp_path / f"{split}.csv", rows) for split in ("train", "test", "eval")})
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert "is set aside for validation; not used: 'eval'. To validate on another split" in caplog.text
 
 
 @pytest.mark.parametrize("nothing", [0, 0.0, None])

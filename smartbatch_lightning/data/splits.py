@@ -46,7 +46,8 @@ class SplitNames:
     def validated(self, splits: Collection[str]) -> list[str]:
         """Splits to validate on; empty if a share of the training split is set aside or there is no validation."""
         if self.validation == "auto":
-            return next(([name] for name in _VALIDATION_NAMES if name in splits), [])
+            by_lower = {split.lower(): split for split in splits}
+            return next(([by_lower[name]] for name in _VALIDATION_NAMES if name in by_lower), [])
         if isinstance(self.validation, str):
             return [self.validation]
         return list(self.validation) if isinstance(self.validation, Sequence) else []

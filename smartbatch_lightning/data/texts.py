@@ -337,7 +337,8 @@ class TextDataModule(L.LightningDataModule):
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
-            splits, model = splits_of(self.load_dataset()), text_model_of(self.trainer)
+            wanted = (*self.text_columns, *self.label_source.columns)
+            splits, model = splits_of(self.load_dataset(), wanted), text_model_of(self.trainer)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
             train = splits.get(self.train_split)
             labelled = train is not None and len(train) > 0 and self.label_source.is_in(train)
@@ -381,6 +382,12 @@ class TextDataModule(L.LightningDataModule):
         assert loaded.task is not None  # or `_labelled` would have refused
         assert loaded.train_labels is not None
         parts = self._set_aside(loaded.task, loaded.train_labels, share)
+        unused = [split for split in self.splits if split not in self._names.used(self.splits)]
+        if self.validation_split == "auto" and unused:
+            rank_zero_info(
+                f"A tenth of the split {self.train_split!r} is set aside for validation; not used: "
+                f"{join_quoted(unused)}. To validate on another split, name it with --data.validation_split."
+            )
         train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
         return train, [validation]
 
