@@ -94,13 +94,15 @@ def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
 
 
 def drop_caches(config: PretrainedConfig) -> None:
-    """Makes a model return only logits, without the keys and values or states that only text generation needs.
+    """Makes a model return only logits, by name, without the keys and values or states that only text generation needs.
 
     The pipeline does so for decoders but not for XLNet, whose states, (length, batch, hidden), it cannot split.
     """
-    for name in ("use_cache", "use_mems_eval"):
-        if setting(config.get_text_config(), name):
-            setattr(config.get_text_config(), name, False)
+    config.return_dict = True
+    for name in ("use_cache", "use_mems_eval", "output_attentions", "output_hidden_states"):
+        for part in (config, config.get_text_config()):
+            if setting(part, name):
+                setattr(part, name, False)
 
 
 def check_has_head(config: PretrainedConfig) -> None:

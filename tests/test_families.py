@@ -501,6 +501,21 @@ def test_adapters_are_found_layers_for_and_say_the_same_merged_alone_and_loaded(
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.parametrize("family", ["bert", slow("xlnet")])
+def test_a_configuration_that_asks_for_more_or_for_tuples_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    make_tiny(family, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    asks = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asks}))
+    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4)
+    model = SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    export_model(model, data, tmp_path / "told")
+    alone = one_at_a_time(tmp_path / "told", SENTENCES)
+    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+
+
 # --- the token to pad with ---
 
 
