@@ -100,14 +100,16 @@ def test_numbers_are_never_taken_for_the_names_of_words(trained, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "labels", [["", "pos"], [0.5, 1.25], slow(["bad", "good"]), slow(["pos", "pos"]), slow(["neg,pos", "x"])]
+    "labels",
+    [["", "pos"], [1, "x"], slow([0.5, 1.25]), slow(["bad", "good"]), slow(["pos", "pos"]), slow(["neg,pos", "x"])],
 )
 def test_labels_in_a_file_to_predict_play_no_part(labels: list, trained, tmp_path: Path) -> None:
     frame = pd.DataFrame({"text": ["a dull film", "a fine film"], "label": labels})
     frame.to_csv(tmp_path / "new.csv", index=False)
+    given = frame if labels == [1, "x"] else str(tmp_path / "new.csv")
     writer = PredictionWriter(str(tmp_path / "out.csv"))
     run = trainer(tmp_path, callbacks=[writer])
-    run.predict(SequenceClassifier.load_from_checkpoint(trained), module(str(tmp_path / "new.csv")))
+    run.predict(SequenceClassifier.load_from_checkpoint(trained), module(given))
     assert pd.read_csv(tmp_path / "out.csv")["prediction"].tolist() == ["neg", "pos"]
 
 

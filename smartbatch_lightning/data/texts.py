@@ -178,7 +178,17 @@ class TextDataModule(L.LightningDataModule):
             In a subclass also a `Dataset`, a pandas or polars DataFrame, an Arrow table or a list of dicts to train on,
             or a mapping from splits to these.
         """
-        return read_dataset(self.dataset, self.dataset_config, self.label_source, self.text_columns, self.reader_kwargs)
+        options: dict[str, Any] = {"text_columns": self.text_columns, "reader_kwargs": self.reader_kwargs}
+        try:
+            return read_dataset(self.dataset, self.dataset_config, self.label_source, **options)
+        except UsageError:
+            if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
+                raise  # else it may be about labels, which play no part
+            splits = read_dataset(self.dataset, self.dataset_config, LabelSource(()), **options)
+            labels = set(self.label_source.columns)
+            return DatasetDict(
+                {name: rows.remove_columns(sorted(labels & {*rows.features})) for name, rows in splits.items()}
+            )
 
     def tokenize(self, dataset: Dataset) -> Any:
         """Tokenizes one split; by default with the cache.
