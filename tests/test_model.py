@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     CamembertConfig,
     DataCollatorWithFlattening,
@@ -422,6 +423,21 @@ def test_a_finetuned_folder_for_another_number_of_labels_is_refused(data, tmp_pa
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "five")
     with pytest.raises(ValueError, match="five classifies into .*LABEL_4.*, but the data has"):
         trainer(tmp_path).fit(SequenceClassifier(str(tmp_path / "five")), data)
+    with pytest.raises(
+        ValueError, match="num_labels is 2, but .*five' classifies into .*LABEL_4.*. Leave num_labels out"
+    ):
+        SequenceClassifier(str(tmp_path / "five"), num_labels=2).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:.*LOAD REPORT")
+def test_the_head_of_a_token_classifier_is_replaced(tmp_path: Path) -> None:
+    pretrained = BertForTokenClassification(BertConfig(**SMALL, vocab_size=2000, num_labels=5))
+    pretrained.save_pretrained(tmp_path / "tagger")
+    model = SequenceClassifier(str(tmp_path / "tagger"), num_labels=3)
+    model.configure_model()
+    assert model.model.classifier.weight.shape == (3, SMALL["hidden_size"])
+    embeddings = model.model.bert.embeddings.word_embeddings
+    assert torch.equal(embeddings.weight, pretrained.bert.embeddings.word_embeddings.weight)
 
 
 # --- what it refuses ---
@@ -483,19 +499,21 @@ def copied(folder: str, to: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "model_kwargs"),
+    ("content", "model_kwargs", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\n", {}),
-        (None, {"hidden_size": 64}),
-        (None, {"hidden_act": "none"}),
+        (b"version https://git-lfs.github.com/spec/v1\n", {}, "cannot be loaded: .* Check that its files"),
+        (None, {"hidden_size": 64}, "has 'bert.embeddings.LayerNorm.bias', .* Correct these, or check that its files"),
+        (None, {"hidden_act": "none"}, "cannot be loaded with model_kwargs .*Correct these, or check that its files"),
     ],
 )
 @pytest.mark.filterwarnings("default")
-def test_weights_that_are_not_whole_or_do_not_fit_are_refused_in_one_line(content, model_kwargs, base, tmp_path):
+def test_weights_that_are_not_whole_or_do_not_fit_are_refused_in_one_line(
+    content, model_kwargs, message: str, base: str, tmp_path: Path
+) -> None:
     folder = copied(base, tmp_path)
     if content is not None:
         (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be loaded with model_kwargs .*Correct these, or check that its files"):
+    with pytest.raises(ValueError, match=message):
         SequenceClassifier(str(folder), num_labels=2, model_kwargs=model_kwargs).configure_model()
 
 

@@ -102,7 +102,7 @@ def reads_one_token(model: nn.Module) -> bool:
 def takes_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes its attention from transformers' `AttentionInterface`."""
     layers = find_layers(model)
-    modules = [] if layers is None else [sys.modules[type(module).__module__] for module in layers[-1].modules()]
+    modules = [] if not layers else [sys.modules[type(module).__module__] for module in layers[-1].modules()]
     return any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules)
 
 

@@ -87,6 +87,12 @@ class ModelSource:
             if knows_targets and before is None:
                 standardization = Standardization.from_fields(config.to_dict())
         elif num_labels is not None:
+            if is_fine_tuned(config) and config.num_labels != num_labels:
+                raise UsageError(
+                    f"num_labels is {num_labels}, but {self._path!r} classifies into "
+                    f"{join_quoted(label_names_from_config(config))}. Leave num_labels out, or use the base model that "
+                    "it was fine-tuned from."
+                )
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
             raise UsageError(
@@ -163,6 +169,8 @@ class ModelSource:
     def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
         passed = (*_WHERE, *_NOT_IN_CONFIG)
         options = {option: value for option, value in self.model_kwargs.items() if option in passed}
+        how = f" with model_kwargs {self.model_kwargs}" if self.model_kwargs else ""
+        correct = "Correct these, or check" if self.model_kwargs else "Check"
         try:
             with hub_or_cache(self._path):
                 model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -170,6 +178,7 @@ class ModelSource:
                     self._path,
                     config=config,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=not is_fine_tuned(config),  # as of a head for another task
                     **{"dtype": torch.float32, "trust_remote_code": False, **options},
                 )
         except OSError as error:
@@ -180,10 +189,16 @@ class ModelSource:
         except Exception as error:  # reading the files and passing the options may raise anything
             check_trusted(self.pretrained, error)
             raise UsageError(
-                f"{self._path!r} cannot be loaded with model_kwargs {self.model_kwargs}: {root_cause_message(error)} "
-                "Correct these, or check that its files are complete and of one model."
+                f"{self._path!r} cannot be loaded{how}: {root_cause_message(error)} {correct} that its files are "
+                "complete and of one model."
             ) from error
-        missing = set(found["missing_keys"])
+        mismatched = {name for name, *_ in found["mismatched_keys"]}
+        if misfits := sorted(name for name in mismatched if name.startswith(f"{model.base_model_prefix}.")):
+            raise UsageError(
+                f"{self._path!r} has {join_quoted(misfits)} in other shapes than its configuration{how} says. "
+                f"{correct} that its files are of one model."
+            )
+        missing = mismatched | set(found["missing_keys"])
         if not {name for name, _ in model.named_parameters()} - missing:
             raise UsageError(
                 f"none of the weights in {self._path!r} belongs to {type(model).__name__}, which its configuration "
