@@ -77,11 +77,11 @@ def savings(config: PretrainedConfig, tokens: NDArray[Any], orders: dict[str, ND
         size: Texts in a batch.
     """
     ours = training_flops(config, one_token=True).of(len(tokens), tokens.sum(), (tokens**2).sum())
-    rows = []
+    flops, rows = training_flops(config), []
     for name, order in orders.items():
         starts = np.arange(0, len(order), size)
         widths = np.repeat(np.maximum.reduceat(tokens[order], starts), np.diff([*starts, len(order)]))
-        theirs = training_flops(config).of(len(widths), widths.sum(), (widths**2).sum())
+        theirs = flops.of(len(widths), widths.sum(), (widths**2).sum())
         rows.append({"": name, "padding": widths.sum() / tokens.sum() - 1, "expected": theirs / ours})
     return rows
 
@@ -102,9 +102,8 @@ def main() -> None:
         options: Any = {"truncation": True, "max_length": MAX_LENGTH, "top_k": None}
         classify = pipeline("text-classification", str(folder / "model"), dtype=torch.float32, **options)
         model = SequenceClassifier(str(folder / "model"))
-        encoded = AutoTokenizer.from_pretrained(folder / "model")(texts, truncation=True, max_length=MAX_LENGTH)[
-            "input_ids"
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
         orders = {"as given": np.arange(len(texts)), "sorted": by_characters(texts)}
         expected = savings(classify.model.config, np.array(list(map(len, encoded))), orders, args.batch_size)
         several = f"batches of {args.batch_size}"
