@@ -116,8 +116,8 @@ def attention_forward(
         first = torch.maximum(first, tokens_read - radius)
     if causal or radius >= 0:
         end = torch.minimum(end, tokens_read + 1 + (0 if causal else radius))
-    bounds = torch.stack((first, end), 1).flatten().to(torch.int32)
-    of_keys = F.pad(F.pad(bounds, (1, 0)), (0, 1), value=key.shape[2])
+    bounds = torch.stack((first, end), 1).flatten()
+    of_keys = torch.cat((cu_seq_lens_k[:1], bounds, cu_seq_lens_k[-1:])).to(torch.int32)
     of_queries = torch.arange(len(of_keys), dtype=torch.int32, device=query.device) // 2
     attended = _packed(
         query.transpose(0, 2), key, value, (of_queries, of_keys), (1, max_length_k), dropout, scaling, -1, False
