@@ -133,22 +133,26 @@ def test_data_of_other_labels_than_a_fine_tuned_model_has_are_reported(tmp_path:
 
 
 @pytest.mark.slow
-def test_imdb_is_reported_in_fifteen_seconds_with_its_known_numbers(imdb: Path, minilm: str, tmp_path: Path) -> None:
+def test_imdb_is_reported_with_its_known_numbers_in_twice_the_time_of_importing_lightning(
+    imdb: Path, minilm: str, tmp_path: Path
+) -> None:
     command = [
         sys.executable, str(ROOT / "train.py"), "report", "--config", str(ROOT / "configs" / "imdb.yaml"),
         f"--data.dataset={imdb}", f"--model.pretrained={minilm}", f"--folder={tmp_path}",
     ]  # fmt: skip
     environment = {**os.environ, "SMARTBATCH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
-    for _ in range(2):  # the first one tokenizes
+    seconds = []
+    for one in (command, [sys.executable, "-c", "import lightning"], command):  # the first one tokenizes
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True, env=environment)
-        seconds = time.perf_counter() - start
+        subprocess.run(one, check=True, capture_output=True, env=environment)
+        seconds.append(time.perf_counter() - start)
     told = json.loads((tmp_path / "report.json").read_text())
     tokens = {(one["batching"], one["padding"]): one["tokens"] for one in told["strategies"]}
     assert tokens["random", "packed"] == 6_358_424
     assert tokens["random", "max_length"] == 10_000_000
     assert 6_370_000 <= tokens["tutorial", "longest"] <= 6_385_000
-    assert seconds <= 15
+    _, importing, reporting = seconds
+    assert reporting <= 2 * importing
 
 
 def test_neither_markup_nor_escapes_of_the_data_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
