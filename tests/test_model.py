@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import slow, trainer
+from helpers import cli, slow, trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,9 @@ from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -405,17 +407,42 @@ def test_a_module_that_another_loop_trains_needs_no_trainer(data) -> None:
     assert model.training_step(next(iter(data.train_dataloader())), 0).isfinite()
 
 
-def test_a_checkpoint_for_other_labels_is_refused(checkpoint: Path, minilm: str, tmp_path: Path) -> None:
+def test_a_checkpoint_for_other_labels_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "stars.csv").write_text("text,label\n" + "\n".join(f"film,{row % 3}" for row in range(30)))
-    data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, minilm, test_split="train")
+    data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, str(demo.model_dir()), test_split="train")
     unknown = "row 0 .*has the label '0', which is none of the 2 classes: 'negative', 'positive'"
     with pytest.raises(ValueError, match=unknown):
         trainer(tmp_path).test(SequenceClassifier.load_from_checkpoint(checkpoint), data)
     (tmp_path / "gone").rename(tmp_path / "model")
-    data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, str(demo.model_dir()), test_split="train")
     message = r"the checkpoint classifies into 'negative', 'positive', but the data has '0', '1', '2'.*Use the data"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).test(SequenceClassifier(str(tmp_path / "model")), data, ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_trained_model_takes_no_texts_of_another_tokenizer(command: str, checkpoint: Path, tmp_path: Path) -> None:
+    cased = AutoTokenizer.from_pretrained(demo.model_dir(), do_lower_case=False)
+    data = SmartBatchDataModule(tokenizer=cased, max_length=24, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="into other tokens than the one that the model was trained with"):
+        getattr(trainer(tmp_path), command)(SequenceClassifier.load_from_checkpoint(checkpoint), data)
+    assert not list(tmp_path.rglob("*.npy")), "it was refused only after tokenizing"
+
+
+def test_a_checkpoint_says_if_another_model_is_named_beside_it(checkpoint: Path, minilm: str) -> None:
+    with pytest.warns(UserWarning, match="the model is the checkpoint's, .*minilm.* plays no part"):
+        loaded = SequenceClassifier.load_from_checkpoint(checkpoint, pretrained=minilm)
+    assert loaded.model.config.hidden_size != AutoConfig.from_pretrained(minilm).hidden_size
+
+
+@pytest.mark.filterwarnings("ignore:the model is the checkpoint's")
+def test_a_checkpoint_and_another_models_tokenizer_are_refused_together(checkpoint: Path, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(demo.model_dir(), do_lower_case=False).save_pretrained(tmp_path / "cased")
+    BertForSequenceClassification(AutoConfig.from_pretrained(demo.model_dir())).save_pretrained(tmp_path / "cased")
+    for command in ("test", "export"):
+        with pytest.raises(ValueError, match="cased splits texts into other tokens .*--model.pretrained"):
+            cli(
+                command, "--data.max_length=64", f"--ckpt_path={checkpoint}", f"--model.pretrained={tmp_path / 'cased'}"
+            )
 
 
 def test_a_finetuned_folder_for_another_number_of_labels_is_refused(data, tmp_path: Path) -> None:

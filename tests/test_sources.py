@@ -392,7 +392,7 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
         ({"seperator": ";"}, "reader_kwargs has 'seperator', which csv files do not have; give some of 'sep', "),
         ({"sep": "||"}, r"sep is '\|\|' in reader_kwargs; give one character"),
         ({"header": 3}, "header is 3 in reader_kwargs; give 0"),
-        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is unknown"),
+        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is no text encoding"),
         (
             {"names": ["text", "label"]},
             "the first line of .* already has the names given in reader_kwargs. Add header: 0",
@@ -405,8 +405,8 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
             {"quotechar": "''"},
             'reader_kwargs is .* which has an invalid value: "quotechar" must be a 1-character string',
         ),
-        ({"encoding": 8}, "reader_kwargs is .* which has an invalid value"),
-        ({"encoding": "rot13"}, "reader_kwargs is .* which has an invalid value: 'rot13' is not a text encoding"),
+        ({"encoding": 8}, "encoding is 8 in reader_kwargs, which is no text encoding"),
+        ({"encoding": "rot13"}, "encoding is 'rot13' in reader_kwargs, which is no text encoding"),
         (
             {"encoding_errors": "drop"},
             "reader_kwargs is .* which has an invalid value: unknown error handler name 'drop'",
@@ -426,7 +426,7 @@ def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write,
     ):
         read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
     unknown = refusal(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"encoding": "latin-01"})
-    assert "encoding is 'latin-01' in reader_kwargs, which is unknown. Give one such as latin-1" in unknown
+    assert "encoding is 'latin-01' in reader_kwargs, which is no text encoding. Give one such as latin-1" in unknown
     assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})
     Dataset.from_pandas(FRAME).save_to_disk(tmp_path / "saved")
     assert "saved, which is not read from files" in refusal(str(tmp_path / "saved"), reader_kwargs={"sep": ";"})
@@ -438,6 +438,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(write) -> None:
 
 
 # --- JSON and Parquet ---
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", ""), ("a.jsonl", ""), ("a.json", " \n"), ("a.jsonl", "\ufeff")]
+)
+def test_an_empty_file_is_called_empty(name: str, content: str, write) -> None:
+    assert f"{name} is empty. Check that the file is complete" in refusal(write(name, content))
 
 
 @pytest.mark.parametrize("options", [{}, {"indent": 2}, {"orient": "split"}, {"orient": "index"}])

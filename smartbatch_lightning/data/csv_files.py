@@ -138,7 +138,6 @@ def csv_reader_kwargs(
     try:
         form = _Format.of(options, tabs=tabs)
         form.rows(iter(()))
-        "".encode(form.encoding)
         codecs.lookup_error(form.encoding_errors)
     except UsageError:
         raise

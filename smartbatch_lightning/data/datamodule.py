@@ -165,7 +165,7 @@ class SmartBatchDataModule(TextDataModule):
             evaluation_splits={"val": validation, "test": self._names.tested},
             train_labels=lambda: None if train_data is None else train_data.sample_labels,
             spec=self.spec,
-            truncation=self.truncation_in_use.to_dict(),
+            encoding_fields=self.text_encoder.config_fields(),
         )
 
     def prepare_data(self) -> None:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from smartbatch_lightning.contract import TEXT_TRUNCATION, TOKENIZED_SAMPLE
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.families import vocabulary_size
@@ -28,6 +29,7 @@ _ROWS_PER_CHECK = 4096
 _ROWS_PER_BLOCK = 2**12
 _BYTES_PER_BLOCK = 2**22  # of text; the Rust tokenizer needs a hundred times as much memory
 _HEAD = Truncation()
+_SAMPLE = "Snowflakes don't melt: 2 Schneebälle, снег & 雪!"
 
 Texts = Sequence[str | tuple[str, str]]
 
@@ -80,6 +82,10 @@ class TextEncoder:
         cut = [self.max_length, replace(self.truncation, window_pooling=None).to_dict()]
         return json.dumps([self._backend.identity, *cut, *columns, self.with_types, self._filler])
 
+    def config_fields(self) -> dict[str, Any]:
+        """What a trained model's configuration stores of this."""
+        return {TEXT_TRUNCATION: self.truncation.to_dict(), TOKENIZED_SAMPLE: tokenized_sample(self.tokenizer)}
+
     @cached_property
     def with_types(self) -> bool:
         """Whether there are several token types and the model distinguishes them."""
@@ -130,6 +136,11 @@ class TextEncoder:
     @property
     def _filler(self) -> list[int]:
         return [] if self.tokenizer.pad_token_id is None else [self.tokenizer.pad_token_id]
+
+
+def tokenized_sample(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a fixed text, by which another tokenizer is noticed."""
+    return list(tokenizer(_SAMPLE, verbose=False)["input_ids"])
 
 
 def stored_texts(dataset: Dataset, text_columns: Sequence[str]) -> Dataset:

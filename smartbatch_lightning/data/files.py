@@ -1,6 +1,5 @@
 """Files by split, local or remote, compressed or not -> `DatasetDict`."""
 
-import codecs
 import glob
 import json
 import re
@@ -186,12 +185,12 @@ def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> 
     if unknown := [option for option in reader_kwargs if option not in known]:
         takes = f"give some of {join_quoted(known)}" if known else "leave reader_kwargs out"
         raise UsageError(f"reader_kwargs has {join_quoted(unknown)}, which {file_format} files do not have; {takes}.")
-    if isinstance(encoding := reader_kwargs.get("encoding"), str):
+    if (encoding := reader_kwargs.get("encoding")) is not None:
         try:
-            codecs.lookup(encoding)
-        except LookupError:
+            "".encode(encoding)
+        except (LookupError, TypeError):
             raise UsageError(
-                f"encoding is {encoding!r} in reader_kwargs, which is unknown. Give one such as latin-1."
+                f"encoding is {encoding!r} in reader_kwargs, which is no text encoding. Give one such as latin-1."
             ) from None
 
 
@@ -347,9 +346,11 @@ def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -
     with open(file.path, encoding=encoding) as content:
         if "field" in options:
             return _dataset_of(json.load(content)[options["field"]], file)
-        is_list = content.read(_BYTES_READ).lstrip("\ufeff \t\r\n").startswith("[")
+        beginning = content.read(_BYTES_READ).lstrip("\ufeff \t\r\n")
         content.seek(0)
-        if is_list:
+        if not beginning:
+            raise UsageError(f"{file.name} is empty. Check that the file is complete.")
+        if beginning.startswith("["):
             return _dataset_of(json.load(content), file)
         _check_holds_rows(content, file)
         while content.read(_BYTES_READ):  # to its end, since pyarrow reads bytes of other encodings unchanged

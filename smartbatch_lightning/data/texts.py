@@ -21,7 +21,7 @@ from smartbatch_lightning.data.sources import describe_source, is_named, plain_s
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.task_options import TaskOptions
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
-from smartbatch_lightning.data.tokenizers import check_tokens, find_tokenizer
+from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
@@ -354,6 +354,8 @@ class TextDataModule(L.LightningDataModule):
             labelled = train is not None and len(train) > 0 and self.label_source.is_in(train)
             train_labels = self.label_source.read(train, self.train_split) if labelled else None
             trained = None if model is None else model.trained_config
+            if trained is not None:
+                check_tokenizer(tokenizer, trained)
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
             task = self._task_options.find(train_labels, trained, training=training)
             if isinstance(task, Regression) and train_labels is not None and (training or trained is None):

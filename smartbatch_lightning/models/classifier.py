@@ -25,7 +25,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
-from smartbatch_lightning.contract import TEXT_TRUNCATION, TextModel, callbacks_of, fingerprint_in, text_data_of
+from smartbatch_lightning.contract import TextModel, callbacks_of, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
     FINGERPRINT,
@@ -348,12 +348,12 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
-        if data.truncation and self.trainer.state.fn == TrainerFn.FITTING:
-            setattr(self.model.config, TEXT_TRUNCATION, data.truncation)
-            if self.hparams.get("architecture"):
-                self.hparams["architecture"][TEXT_TRUNCATION] = data.truncation
         adopt_padding(self.model.config, data.tokenizer)  # also if the model was built for other data
         check_inputs(self.model, data)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.model.config.update(data.encoding_fields)
+            if self.hparams.get("architecture"):
+                self.hparams["architecture"].update(data.encoding_fields)
         if data.packed:
             self._enable_packing()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -131,6 +132,11 @@ class ModelSource:
         config.update(changed)
         adopt_padding(config, tokenizer)
         if not self.adapted:
+            if self.pretrained not in ("demo", made_from := config.name_or_path):
+                rank_zero_warn(
+                    f"the model is the checkpoint's, made from {made_from}; {self.pretrained} plays no part but for "
+                    "its tokenizer. Leave --model.pretrained out."
+                )
             options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
                 config, **options
