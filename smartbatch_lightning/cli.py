@@ -37,11 +37,12 @@ from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.console import echo
-from smartbatch_lightning.contract import callbacks_of
+from smartbatch_lightning.contract import TEXT_ENCODING, callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_exportable, export_model
+from smartbatch_lightning.families import setting
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
@@ -175,15 +176,16 @@ class SmartBatchTrainer(L.Trainer):
         datamodule.trainer = self
         self.strategy.connect(model)
         checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=True)
-        trained = checkpoint.get(datamodule.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("max_length", datamodule.max_length)
-        if datamodule.max_length != trained:
-            raise UsageError(
-                f"the checkpoint was trained with max_length {trained}, but it is now {datamodule.max_length}, to "
-                f"which the exported pipeline would truncate texts. Set --data.max_length={trained}, or give the "
-                "training config by --config."
-            )
         model.on_load_checkpoint(checkpoint)
         model.configure_model()
+        assert model.model is not None
+        max_length = datamodule.text_encoder.max_length
+        trained = setting(model.model.config, TEXT_ENCODING, {}).get("max_length", max_length)
+        if max_length != trained:
+            raise UsageError(
+                f"the checkpoint was trained with max_length {trained}, but it is now {max_length}, to which the "
+                f"exported pipeline would truncate texts. Leave --data.max_length out, or set it to {trained}."
+            )
         model.load_state_dict(checkpoint["state_dict"])
         command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")
         export_model(

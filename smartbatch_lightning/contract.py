@@ -21,10 +21,8 @@ from smartbatch_lightning.tasks import Task
 # Set by `enable_packing` on a model, not on its configuration, which other models may share.
 TAKES_PACKED_BATCHES = "takes_packed_batches"
 
-# Fields of a trained model's configuration: how texts were truncated, so that others are truncated alike; and the token
-# ids of a fixed text, by which another tokenizer is noticed.
-TEXT_TRUNCATION = "text_truncation"
-TOKENIZED_SAMPLE = "tokenized_sample"
+# Field of a trained model's configuration: how texts became tokens, so that other texts become tokens alike.
+TEXT_ENCODING = "text_encoding"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class TextData:
         train_labels: Returns the encoded labels of the training samples, (num_samples, ...), or None if they have not
             been read.
         spec: The limits of a batch.
-        encoding_fields: How texts become tokens, as stored in a model's configuration.
+        encoding: How texts become tokens, as stored in a trained model's configuration.
     """
 
     task: Task | None
@@ -49,7 +47,7 @@ class TextData:
     evaluation_splits: dict[str, list[str]] = field(default_factory=dict)
     train_labels: Callable[[], NDArray[Any] | None] = lambda: None
     spec: BatchSpec = field(default_factory=BatchSpec)
-    encoding_fields: dict[str, Any] = field(default_factory=dict)
+    encoding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def packed(self) -> bool:

@@ -247,7 +247,7 @@ MODEL = str(demo.model_dir())
 def module(padding: str = "longest", **options) -> SmartBatchDataModule:
     """A few of the demo's reviews, most of which are longer than 24 tokens."""
     splits = {name: pq.read_table(demo.data_dir() / f"{name}.parquet")[:48] for name in ("train", "test")}
-    return SmartBatchDataModule(splits, MODEL, max_length=24, padding=padding, seed=1, batch_size=8, **options)
+    return SmartBatchDataModule(splits, MODEL, padding=padding, seed=1, batch_size=8, **{"max_length": 24, **options})
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
@@ -294,14 +294,19 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
     [expected] = trainer(tmp_path, **limits).predict(model, data)
     loaded = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
     for again in (loaded, SequenceClassifier(str(folder))):
-        undecided = module("packed")
+        undecided = module("packed", max_length=None)
         [predicted] = trainer(tmp_path, **limits).predict(again, undecided)
+        assert undecided.max_length == 24
         assert undecided.truncation_in_use.to_dict() == {"truncation": truncation, **given}
         assert torch.allclose(predicted["probabilities"], expected["probabilities"], atol=1e-6)
-    with pytest.raises(ValueError, match=rf"trained with truncation .*'{truncation}'.* but now it is .*'head'"):
-        trainer(tmp_path, **limits).test(
-            SequenceClassifier(MODEL), module("packed"), ckpt_path=str(tmp_path / "a.ckpt")
-        )
+    for options, met in [
+        ({}, rf"trained with truncation .*'{truncation}'.* but now it is .*'head'"),
+        ({"max_length": None}, "trained with max_length 24, but now it is 400"),
+    ]:
+        with pytest.raises(ValueError, match=met):
+            trainer(tmp_path, **limits).test(
+                SequenceClassifier(MODEL), module("packed", **options), ckpt_path=str(tmp_path / "a.ckpt")
+            )
     trainer(tmp_path, **limits).test(SequenceClassifier(MODEL), data, ckpt_path=str(tmp_path / "a.ckpt"))
     card = (folder / "README.md").read_text()
     assert (

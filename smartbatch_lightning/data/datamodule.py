@@ -28,6 +28,7 @@ from smartbatch_lightning.data.resume import (
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
+from smartbatch_lightning.data.tokenizers import check_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import seed_is_given
@@ -165,7 +166,7 @@ class SmartBatchDataModule(TextDataModule):
             evaluation_splits={"val": validation, "test": self._names.tested},
             train_labels=lambda: None if train_data is None else train_data.sample_labels,
             spec=self.spec,
-            encoding_fields=self.text_encoder.config_fields(),
+            encoding=self.text_encoder.settings,
         )
 
     def prepare_data(self) -> None:
@@ -232,7 +233,7 @@ class SmartBatchDataModule(TextDataModule):
             return {}
         return {
             "fingerprint": dataset_fingerprint(self.train_data, self._train_sampler.spec),
-            "truncation": self.truncation_in_use.to_dict(),
+            "encoding": self.text_encoder.settings,
             **training_state(self.trainer, self._train_sampler),
         }
 
@@ -244,13 +245,15 @@ class SmartBatchDataModule(TextDataModule):
         """
         if not state or self.trainer is None:
             return
-        stage, truncation = self.trainer.state.fn, self.truncation_in_use.to_dict()
-        if self.truncation is None and state.get("truncation", truncation) != truncation:
-            raise UsageError(
-                f"the checkpoint was trained with truncation {state['truncation']}, but now it is {truncation}. Set "
-                "the same on the data module, or load the model with SequenceClassifier.load_from_checkpoint, which "
-                "knows it."
-            )
+        stage, trained_on, now = self.trainer.state.fn, state["encoding"], self.text_encoder.settings
+        check_tokenizer(self.tokenizer, trained_on)
+        for name, given in {"max_length": self._max_length, "truncation": self.truncation}.items():
+            if given is None and trained_on[name] != now[name]:
+                raise UsageError(
+                    f"the checkpoint was trained with {name} {trained_on[name]}, but now it is {now[name]}. Set the "
+                    "same on the data module, or load the model with SequenceClassifier.load_from_checkpoint, which "
+                    "knows it."
+                )
         if stage == TrainerFn.VALIDATING:
             self._set_aside_as_trained(state["fingerprint"])
         if stage != TrainerFn.FITTING:

@@ -19,7 +19,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.contract import TEXT_TRUNCATION, TOKENIZED_SAMPLE
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.families import vocabulary_size
@@ -82,9 +81,14 @@ class TextEncoder:
         cut = [self.max_length, replace(self.truncation, window_pooling=None).to_dict()]
         return json.dumps([self._backend.identity, *cut, *columns, self.with_types, self._filler])
 
-    def config_fields(self) -> dict[str, Any]:
-        """What a trained model's configuration stores of this."""
-        return {TEXT_TRUNCATION: self.truncation.to_dict(), TOKENIZED_SAMPLE: tokenized_sample(self.tokenizer)}
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is stored with a trained model, so that other texts become tokens alike."""
+        return {
+            "max_length": self.max_length,
+            "truncation": self.truncation.to_dict(),
+            "sample": tokenized_sample(self.tokenizer),
+        }
 
     @cached_property
     def with_types(self) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
-from smartbatch_lightning.contract import TextModel, text_model_of
+from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder
 from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
@@ -24,13 +24,14 @@ from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
-from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
-from smartbatch_lightning.families import reads_last_eos
+from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.families import reads_last_eos, setting
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
 
+_MAX_LENGTH = 400  # as in the Smart Batching Tutorial
 _EVALUATIONS = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
 
@@ -75,7 +76,8 @@ class TextDataModule(L.LightningDataModule):
             named validation, valid, val or dev, else a fraction of 0.1.
         test_split: Split or splits to test on.
         predict_split: Split to predict, which needs no labels; by default the first `test_split`, or the only split.
-        max_length: Tokens that the model takes at once, including special tokens; longer text is truncated.
+        max_length: Tokens that the model takes at once, including special tokens; longer text is truncated. By default
+            as the model was trained, else 400.
         truncation: What to keep of longer text: `head`, `tail`, `head_tail`, or everything in overlapping `windows`. By
             default as the model was trained, else the tokenizer's truncation side, usually the head.
         head_tokens: Tokens that `head_tail` keeps from the beginning; by default a quarter of `max_length`.
@@ -114,7 +116,7 @@ class TextDataModule(L.LightningDataModule):
         validation_split: float | str | list[str] | None = "auto",
         test_split: str | list[str] = "test",
         predict_split: str | None = None,
-        max_length: int = 400,
+        max_length: int | None = None,
         truncation: Literal["head", "tail", "head_tail", "windows"] | None = None,
         head_tokens: int | None = None,
         stride: int | None = None,
@@ -130,8 +132,7 @@ class TextDataModule(L.LightningDataModule):
         self.save_hyperparameters(ignore=[name for name, is_object in objects.items() if is_object])
         if objects["dataset"]:
             self.hparams["dataset"] = None  # so that load_from_checkpoint refuses it instead of using the demo
-        check_at_least(1, max_length=max_length)
-        if max_length < 3:
+        if max_length is not None and max_length < 3:
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special tokens; set --data.max_length to 3 or more."
             )
@@ -223,6 +224,18 @@ class TextDataModule(L.LightningDataModule):
     def text_encoder(self) -> TextEncoder:
         """The encoder that turns the texts of a split into token ids."""
         return self._load().encoder
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model takes at once: as given, else as the model was trained, else 400.
+
+        How the model was trained is known after `prepare_data` or `setup`.
+        """
+        return self._max_length or (_MAX_LENGTH if self._loaded is None else self._loaded.encoder.max_length)
+
+    @max_length.setter
+    def max_length(self, max_length: int | None) -> None:
+        self._max_length = max_length
 
     @property
     def truncation_in_use(self) -> Truncation:
@@ -349,19 +362,21 @@ class TextDataModule(L.LightningDataModule):
         if self._loaded is None:
             wanted = (*self.text_columns, *self.label_source.columns)
             splits, model = splits_of(self.load_dataset(), wanted), text_model_of(self.trainer)
-            tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, self.max_length)
+            trained = None if model is None else model.trained_config
+            known = {} if trained is None else setting(trained, TEXT_ENCODING, {})
+            max_length = self._max_length or known.get("max_length", _MAX_LENGTH)
+            tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, max_length)
+            check_tokenizer(tokenizer, known)
             train = splits.get(self.train_split)
             labelled = train is not None and len(train) > 0 and self.label_source.is_in(train)
             train_labels = self.label_source.read(train, self.train_split) if labelled else None
-            trained = None if model is None else model.trained_config
-            if trained is not None:
-                check_tokenizer(tokenizer, trained)
             training = self.trainer is None or self.trainer.state.fn not in _EVALUATIONS
             task = self._task_options.find(train_labels, trained, training=training)
             if isinstance(task, Regression) and train_labels is not None and (training or trained is None):
                 task = self._standardized(task, splits, train_labels)
-            truncation = self.truncation or Truncation.of_model(trained, tokenizer)
-            encoder = TextEncoder(tokenizer, self.text_columns, self.text_separator, self.max_length, truncation)
+            if (truncation := self.truncation) is None:
+                truncation = Truncation(**known["truncation"]) if known else Truncation.of_tokenizer(tokenizer)
+            encoder = TextEncoder(tokenizer, self.text_columns, self.text_separator, max_length, truncation)
             self._loaded = _Loaded(splits, model, encoder, train_labels, task)
         return self._loaded
 

@@ -1,7 +1,7 @@
 """The tokenizer of a run: given, named, or the model's."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from smartbatch_lightning import demo
-from smartbatch_lightning.contract import TOKENIZED_SAMPLE, TextModel
+from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.data.encoding import TextEncoder, tokenized_sample
 from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
-from smartbatch_lightning.families import pad_token_id, padding_side, setting, takes_token_types
+from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
 from smartbatch_lightning.hub import hub_or_cache
 
 _FEWEST_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
@@ -138,9 +138,14 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     return fitted
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: PretrainedConfig) -> None:
-    """Refuses a tokenizer other than the one that a model was trained with, if its configuration tells."""
-    if setting(trained, TOKENIZED_SAMPLE) not in (None, tokenized_sample(tokenizer)):
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer other than the one that a model was trained with.
+
+    Args:
+        tokenizer: The tokenizer.
+        trained: `TextEncoder.settings` of the training; empty if unknown.
+    """
+    if trained and trained["sample"] != tokenized_sample(tokenizer):
         raise UsageError(
             f"the tokenizer {tokenizer.name_or_path} splits texts into other tokens than the one that the model was "
             "trained with. Leave --data.tokenizer and --model.pretrained out, or give those of the training."

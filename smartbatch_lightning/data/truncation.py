@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.contract import TEXT_TRUNCATION
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
-from smartbatch_lightning.families import setting
 
 _Token = TypeVar("_Token")
 _OPTIONS = {
@@ -57,15 +55,9 @@ class Truncation:
             raise UsageError(f"window_pooling is {self.window_pooling!r}; choose one of {join_quoted(_POOLINGS)}.")
 
     @classmethod
-    def of_model(cls, config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
-        """The truncation a model was trained with; else `head`, or `tail` if the tokenizer truncates on the left.
-
-        Args:
-            config: Configuration of a trained model.
-            tokenizer: The tokenizer.
-        """
-        trained_on = None if config is None else setting(config, TEXT_TRUNCATION)
-        return cls(**trained_on) if trained_on else cls("tail" if tokenizer.truncation_side == "left" else "head")
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
+        """`tail` if the tokenizer truncates on the left, else `head`."""
+        return cls("tail" if tokenizer.truncation_side == "left" else "head")
 
     def check_columns(self, text_columns: Sequence[str], text_separator: str | None) -> None:
         """Refuses text pairs unless their beginnings or ends are kept."""

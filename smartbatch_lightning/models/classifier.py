@@ -25,7 +25,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
-from smartbatch_lightning.contract import TextModel, callbacks_of, fingerprint_in, text_data_of
+from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, callbacks_of, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
     FINGERPRINT,
@@ -350,10 +350,10 @@ class SequenceClassifier(L.LightningModule):
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
         adopt_padding(self.model.config, data.tokenizer)  # also if the model was built for other data
         check_inputs(self.model, data)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.model.config.update(data.encoding_fields)
+        if data.encoding and self.trainer.state.fn == TrainerFn.FITTING:
+            setattr(self.model.config, TEXT_ENCODING, data.encoding)
             if self.hparams.get("architecture"):
-                self.hparams["architecture"].update(data.encoding_fields)
+                self.hparams["architecture"][TEXT_ENCODING] = data.encoding
         if data.packed:
             self._enable_packing()
 
