@@ -180,6 +180,9 @@ def _root(folder: str | None) -> Path:
 
 def _bytes(size: str, name: str) -> int:
     try:
-        return int(size) if size.isdecimal() else int(convert_file_size_to_int(size.replace(" ", "").upper()))
-    except ValueError as error:
-        raise UsageError(f"{name} is {size!r}; give bytes, such as 50GB.") from error
+        given = int(size) if size.isdecimal() else int(convert_file_size_to_int(size.replace(" ", "").upper()))
+    except ValueError:
+        given = -1
+    if given < 0:
+        raise UsageError(f"{name} is {size!r}; give bytes, such as 50GB.")
+    return given

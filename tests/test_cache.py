@@ -239,6 +239,8 @@ def test_no_size_or_none_that_is_one_is_refused(monkeypatch: pytest.MonkeyPatch,
         prune_cache(folder=str(tmp_path))
     with pytest.raises(UsageError, match="--max_size is 'lots'; give bytes, such as 50GB"):
         prune_cache("lots", str(tmp_path))
+    with pytest.raises(UsageError, match="--max_size is '-5GB'; give bytes, such as 50GB"):
+        prune_cache("-5GB", str(tmp_path))
     assert size_limit() is None
     monkeypatch.setenv("SMARTBATCH_CACHE_MAX_SIZE", "2 gb")
     assert size_limit() == 2 * 10**9
