@@ -201,7 +201,21 @@ def test_labels_that_are_almost_numbers_come_back_as_they_were(labels, names: li
         assert [str(label) for label in task.decode(np.arange(2)).to_pylist()] == names
 
 
-@pytest.mark.parametrize("label", [float("inf"), 1e20, 0.5])
+@pytest.mark.parametrize("label", [float("inf"), float("nan")])
+def test_a_float_that_is_no_number_is_named_with_its_row(label: float) -> None:
+    with pytest.raises(ValueError, match=f"row 1 .* of the split 'train' has the label {label} in 'label'"):
+        SingleLabelClassification.from_columns(LabelSource().read(Dataset(pa.table({"label": [1.0, label]})), "train"))
+
+
+@pytest.mark.parametrize("names", [["1.0", "0.0"], ["01", "00"], ["1e0", "0e0"]])
+def test_names_that_are_written_as_numbers_are_never_indexed_by_numbers(names: list[str]) -> None:
+    """Else 0, read from 0.0 in a file, would be of the class that is called 1.0."""
+    columns = LabelSource().read(Dataset(pa.table({"label": [0.0, 1.0]})), "train")
+    with pytest.raises(ValueError, match="has the label '0', which is none of .* such as '1' for 1.0 or 01"):
+        SingleLabelClassification.from_names(names).encode(columns)
+
+
+@pytest.mark.parametrize("label", [1e20, 0.5])
 def test_floats_that_are_no_classes_are_refused(label: float) -> None:
     with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):
         SingleLabelClassification.from_columns(LabelSource().read(Dataset.from_dict({"label": [1.0, label]}), "train"))

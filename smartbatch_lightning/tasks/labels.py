@@ -19,6 +19,8 @@ DELIMITERS = (",", ";", "|")  # searched for between labels
 
 AS_LISTS = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
 LabelType = Literal["text", "integer", "boolean"]
 
 
@@ -92,8 +94,7 @@ class LabelEncoder:
                 f"label_names is {join_quoted(texts) or 'empty'}; give the names of two classes or more, each once. If "
                 "the label is a number to predict, set --data.problem_type=regression."
             )
-        counted = None if any(map(_is_whole_number, texts)) else tuple(texts)
-        return cls(tuple(texts), label_type_of(texts), counted)
+        return cls(tuple(texts), label_type_of(texts), counted_by_ids(texts))
 
     def encode(self, labels: Labels) -> NDArray[np.int64]:
         """Class number of each label. Shape (number of labels,).
@@ -114,6 +115,8 @@ class LabelEncoder:
                 hint = f" Integers are class ids here, from 0 to {len(known) - 1}; give a name for each id."
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If integers are class ids, set --data.label_names to the names in their order."
+                if any(map(_NUMBER.fullmatch, self.names)):
+                    hint = " Whole numbers have names without zeros around them, such as '1' for 1.0 or 01."
             raise UsageError(
                 f"{labels.row(unknown)} has the label {join_quoted([met])}, which is none of "
                 f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
@@ -148,6 +151,11 @@ class LabelEncoder:
         return replace(self, names=tuple(names))
 
 
+def counted_by_ids(names: Sequence[str]) -> tuple[str, ...] | None:
+    """Names that integers in the data index, if none of them is a number; otherwise integers are names themselves."""
+    return None if any(map(_NUMBER.fullmatch, names)) else tuple(names)
+
+
 def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.int64] | None = None) -> Labels:
     """Values of the only column as labels: names for the ids of a `ClassLabel`, else the values.
 
@@ -179,6 +187,12 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
         )
     if class_names is not None:
         return labels(values, label_type_of(class_names))
+    if pa.types.is_floating(kind) and not pc.all(finite := pc.is_finite(values)).as_py():
+        odd = first_true(pc.invert(finite))
+        raise UsageError(
+            f"{columns.row(odd if rows is None else rows[odd])} has the label {values[odd]} in {name!r}, which is no "
+            "class. Drop such rows, or give them a label."
+        )
     if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
         values, kind = values.cast(pa.int64()), pa.int64()
     if pa.types.is_boolean(kind):
