@@ -89,8 +89,8 @@ def export_model(
             f"the model is wrapped in {type(model.model).__name__}, whose save_pretrained leaves out the class names. "
             "Unwrap it first; for peft: model.model = model.model.merge_and_unload()."
         )
-    folder = Path(folder)
     check_export_folder(folder)
+    folder = Path(folder)
     repo_id = None if push_to_hub is None else create_repository(push_to_hub, private)
     check_weights(
         model.model.state_dict().values(),

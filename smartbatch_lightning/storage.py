@@ -198,6 +198,8 @@ def check_writable(folder: str | Path, remedy: str) -> None:
     Raises:
         ValueError: It cannot; the message ends with the remedy.
     """
+    if folder == "":  # such as of a shell's variable that is not set; it would be the working directory
+        raise UsageError(f"the name of the folder to write to is empty. {remedy}")
     with refused(folder, remedy):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):

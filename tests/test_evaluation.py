@@ -514,6 +514,21 @@ def test_classes_that_look_like_something_else_are_read_from_csv_by_name(classes
     same(Evaluation.from_table(tmp_path / "p.csv"), evaluation)
 
 
+def test_ids_in_csv_are_told_with_the_option_that_names_them(tmp_path: Path) -> None:
+    evaluation = single(2)
+    table_of(evaluation, label=evaluation.labels).to_pandas().to_csv(tmp_path / "p.CSV", index=False)
+    with pytest.raises(ValueError, match="has integers, but the classes are 'class 0', 'class 1'. Set label_names"):
+        Evaluation.from_table(tmp_path / "p.CSV")
+    same(Evaluation.from_table(tmp_path / "p.CSV", label_names=["class 0", "class 1"]), evaluation)
+
+
+def test_numbers_that_are_names_of_classes_stay_names_beside_label_names(tmp_path: Path) -> None:
+    one = single(2)
+    evaluation = Evaluation(SingleLabelClassification.from_names(["0", "1"]), one.scores, one.labels)
+    pq.write_table(labelled(evaluation), tmp_path / "p.parquet")
+    same(Evaluation.from_table(tmp_path / "p.parquet", label_names=["1", "0"]), evaluation)
+
+
 def test_what_was_predicted_by_thresholds_is_evaluated_as_it_was_predicted(tmp_path: Path) -> None:
     evaluation = single(2)
     strict = evaluation.task.predict_labels(evaluation.scores, {"class 1": 0.9})
@@ -558,6 +573,8 @@ def changed(column: str, value) -> pa.Table:
         (changed("probability_class 1", 0.999), {}, "probabilities of row 7 sum to 1"),
         (changed("label", "class 0, class 2"), {}, "row 7 .*If these are several labels, set label_delimiter=','"),
         (labelled(single(3))[:0], {}, "has no rows"),
+        (labelled(single(2)).drop_columns("probability_class 1"), {}, "has probabilities of 'class 0' only. Give a col"),
+        (pa.table({"label": [1, 2], "prediction": [1, 2]}), {}, "has whole numbers in 'prediction' and no probabilities"),
         (table_of(single(3), label=[0] * 500), {}, "has integers, but the classes are 'class 0'.*Set label_names"),
         (table_of(single(3), label=[0] * 500), {"label_names": ["a", "b"]}, "has probabilities of 'class 0', 'class 1'"),
         (table_of(numbers(1), label=["x"] * 500), {}, "row 0 .* has 'x' in 'label', which is not a number"),

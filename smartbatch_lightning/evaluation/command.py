@@ -46,6 +46,8 @@ def evaluate(
     from smartbatch_lightning.evaluation.classification import ClassificationResults
     from smartbatch_lightning.evaluation.evaluation import Evaluation
 
+    if not predictions:
+        raise UsageError("predictions is empty. Give a Parquet or CSV file written by predict.")
     check_writable(folder, "Set another --folder.")
     if model_folder is not None and thresholds != "best":
         raise UsageError(

@@ -18,7 +18,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
-from smartbatch_lightning.tasks.labels import LabelEncoder, label_type_of, whole_numbers
+from smartbatch_lightning.tasks.labels import LabelEncoder, counted_by_ids, label_type_of, whole_numbers
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource, is_list, is_text
 from smartbatch_lightning.tasks.thresholds import read_thresholds
 
@@ -96,7 +96,7 @@ class _Table:
             wanted = {_INDEX, _PREDICTION, *source.columns, *text_columns}
             columns = [name for name in names if name in wanted or name.startswith(_PROBABILITY)]
             _check_columns(path, names, source, text_columns)
-            if path.suffix == ".csv":
+            if _is_csv(path):
                 table = _read_csv(path, columns, source, label_names)
             else:
                 table = pyarrow.parquet.read_table(path, columns=columns)
@@ -127,12 +127,17 @@ class _Table:
                     f"label_names is {join_quoted(self.label_names)}, but {self.path} has probabilities of "
                     f"{join_quoted(classes)}. Give these names, in the order of their ids."
                 )
-            encoder = replace(encoder, counted=tuple(self.label_names))
+            encoder = replace(encoder, counted=counted_by_ids(self.label_names))
         source = self.label_source
         read = [*source.columns, *([_PREDICTION] if _PREDICTION in self.names else [])]
         several = source.delimiter is not None or len(source.columns) > 1
         if several or any(is_list(self.table.schema.field(name).type) for name in read):
             return MultiLabelClassification(encoder, source.delimiter)
+        if len(classes) < 2:
+            raise UsageError(
+                f"{self.path} has probabilities of {join_quoted(classes)} only. Give a column '{_PROBABILITY}NAME' for "
+                "each class."
+            )
         if encoder.label_type == "text":
             self._check_ids()
         return SingleLabelClassification(encoder)
@@ -188,6 +193,11 @@ class _Table:
             width = pc.list_value_length(self.table.column(_PREDICTION))[0].as_py() or 0
         elif pa.types.is_floating(kind):
             width = 1
+        elif pa.types.is_integer(kind):
+            raise UsageError(
+                f"{self.path} has whole numbers in 'prediction' and no probabilities. For classes, give a column "
+                f"'{_PROBABILITY}NAME' for each; for numbers, write at least one as in 1.5, or give a Parquet file."
+            )
         else:
             raise UsageError(
                 f"{self.path} has neither a column 'probability_NAME' for each class nor numbers in 'prediction'; it "
@@ -199,7 +209,12 @@ class _Table:
     def _check_ids(self) -> None:
         """Refuses integers as labels if classes have names and nothing says which number is which class."""
         [name] = self.label_source.columns
-        if self.label_names is not None or not pa.types.is_integer(self.table.schema.field(name).type):
+        values = self.table.column(name)
+        ids = pa.types.is_integer(values.type)
+        if is_text(values.type):  # in a CSV file
+            written = pc.all(pc.match_substring_regex(values, r"\A\d+\z")).as_py()
+            ids = written and not pc.any(pc.is_in(values, pa.array(self.class_names, values.type))).as_py()
+        if self.label_names is not None or not ids:
             return
         if self.columns(self.label_source).class_names is None:
             raise UsageError(
@@ -208,8 +223,12 @@ class _Table:
             )
 
 
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
 def _column_names(path: Path) -> list[str]:
-    if path.suffix == ".csv":
+    if _is_csv(path):
         with pyarrow.csv.open_csv(path) as reader:
             return list(reader.schema.names)
     return list(pyarrow.parquet.ParquetDataset(path).schema.names)
