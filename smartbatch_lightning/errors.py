@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any
 
+QUOTE_NAMES = "In YAML, put quotes around names that look like numbers, truth values or null, such as '1' and 'no'."
+
 _NEAREST = 0.7  # minimum similarity of two names, as computed by difflib
 _MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 10, 60, 500
 
@@ -26,6 +28,14 @@ def did_you_mean(near: Iterable[str]) -> str:
     """A question to append to a message; empty without names."""
     names = " or ".join(near)
     return f" Did you mean {names}?" if names else ""
+
+
+def did_you_mean_columns(name: str, columns: Iterable[str]) -> str:
+    """What may be meant by a column that is not there: several, given without brackets, or the most similar one."""
+    names, parts = list(columns), [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and set(parts) <= set(names):
+        return f" For several columns, write '[{', '.join(parts)}]'."
+    return did_you_mean(map(repr, nearest(name, names)))
 
 
 def check_trusted(name: str, error: Exception) -> None:

@@ -365,6 +365,12 @@ def test_labels_that_are_all_the_same_are_refused(module, tmp_path: Path) -> Non
         module(path, validation_split=None).setup("fit")
 
 
+def test_a_split_that_is_trained_and_validated_on_is_told(module, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("a dull film", "no"), ("a fine film", "yes")])
+    with pytest.warns(UserWarning, match="The split 'train' is trained on and validated on"):
+        module(path, validation_split="train").setup("fit")
+
+
 def test_measurements_are_refused_as_classes(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [("film", 0.5), ("film", 1.5)])
     with pytest.raises(ValueError, match="holds double; labels are whole numbers, strings or booleans"):

@@ -187,6 +187,14 @@ def test_a_file_that_is_there_is_refused_before_the_model_runs_unless_it_is_to_b
     assert len(pd.read_parquet(path)) == ROWS
 
 
+def test_a_folder_is_never_overwritten(rows, tmp_path: Path) -> None:
+    mine = tmp_path / "predictions.parquet" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(ValueError, match="predictions.parquet is a folder. Give another --predictions.path"):
+        predict(rows, tmp_path, overwrite=True)
+    assert mine.exists()
+
+
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
 def test_the_command_refuses_to_overwrite_before_it_tokenizes_and_keeps_no_predictions(
     rows, monkeypatch: pytest.MonkeyPatch

@@ -154,6 +154,20 @@ def test_patterns_lists_and_lists_by_split_are_read_in_order(tmp_path: Path) -> 
     assert "is not there" in refusal([files[0], str(tmp_path / "none.parquet")])
 
 
+def test_a_file_that_is_given_twice_also_under_another_name_is_told(write) -> None:
+    first, copy, other = write("a.csv", as_csv(ROWS)), write("b.csv", as_csv(ROWS)), write("c.csv", as_csv(ROWS[:2]))
+    with pytest.warns(UserWarning, match="b.csv of the split 'test' has the same content as .*a.csv of .* 'train'"):
+        read({"train": [first, other], "test": copy})
+    with pytest.warns(UserWarning, match="a.csv of the split 'train' has the same content as .*a.csv of .* 'train'"):
+        assert read([first, first]) == ROWS + ROWS
+
+
+def test_the_working_directory_is_a_folder_of_files(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("train.csv", as_csv(ROWS))
+    monkeypatch.chdir(tmp_path)
+    assert read(".") == ROWS
+
+
 def test_a_file_whose_name_is_a_pattern_is_that_file(write) -> None:
     write("part1.csv", as_csv(ROWS[:1]))
     assert read(write("part[1].csv", as_csv(ROWS))) == ROWS
@@ -399,7 +413,10 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
         ),
         ({"names": ["text"], "header": 0}, "line 2 of .* has 2 fields, but there are 1 columns"),
         ({"names": "text"}, "give a list with a name for each column"),
-        ({"names": 2}, "reader_kwargs is {'names': 2}, which has an invalid value"),
+        ({"names": 2}, "names is 2 in reader_kwargs; give a list with a name for each column"),
+        # as YAML reads [no, text] and [1e3, text]
+        ({"names": [False, "text"], "header": 0}, "names is .False, 'text'. in .* In YAML, put quotes around names"),
+        ({"names": [1000.0, "text"], "header": 0}, "names is .1000.0, 'text'. in .* In YAML, put quotes around names"),
         ({"quoting": "minimal"}, "reader_kwargs is .* which has an invalid value: .*'minimal'. Correct it"),
         (
             {"quotechar": "''"},
@@ -432,6 +449,11 @@ def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write,
     assert "saved, which is not read from files" in refusal(str(tmp_path / "saved"), reader_kwargs={"sep": ";"})
 
 
+def test_a_tab_may_be_given_as_it_is_typed_in_a_shell(write) -> None:
+    path = write("a.csv", as_csv(ROWS).replace(",", "\t"))
+    assert read(path, reader_kwargs={"sep": "\\t"}) == read(path, reader_kwargs={"sep": "\t"})
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(write) -> None:
     path = write("a.csv", "\ufeff" + as_csv(ROWS))
     assert read(path) == read(path, reader_kwargs={"encoding": "UTF8"}) == ROWS
@@ -460,6 +482,9 @@ def test_json_arrays_and_rows_under_a_key_are_read_as_they_stand(write) -> None:
     path = write("b.json", json.dumps({"data": rows}))
     assert "{field: KEY}" in refusal(path)
     assert read(path, reader_kwargs={"field": "data"}) == expected
+    assert "field is 'rows' in reader_kwargs, but" in refusal(path, reader_kwargs={"field": "rows"})
+    assert "has the keys 'data'. Give one" in refusal(path, reader_kwargs={"field": "rows"})
+    assert "has no keys" in refusal(write("c.json", json.dumps(rows)), reader_kwargs={"field": "data"})
 
 
 @pytest.mark.parametrize("kind", ["array", "field", "lines", "lines with a column of several types"])
@@ -611,7 +636,7 @@ def test_several_text_columns_are_joined_and_two_without_a_separator_are_pairs(w
             r"text_columns is \['text', 'text'\]; give one column, or a list of several",
         ),
         ({"text_columns": "[text, claim"}, r"text_columns is '\[text, claim'; give one column, or a list"),
-        ({"text_columns": 5}, "text_columns is 5; give one column"),
+        ({"text_columns": 5}, "text_columns is 5; give one column, .* In YAML, put quotes around names"),
         ({"text_columns": []}, r"text_columns is \[\]; give one column"),
         ({"text_columns": ["a", "b", "c"]}, "two for pairs of sentences, or set --data.text_separator"),
         ({"text_separator": " "}, "text_separator is ' ', but text_columns is 'text'; give two or more"),
@@ -674,7 +699,15 @@ def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
         (None, "dataset is None; give a name"),
         (5, "dataset is 5; give a name"),
         ([], r"dataset is \[\]; give a name"),
-        ({}, r"dataset is \{\}; give files by split"),
+        ({}, r"dataset is \{\}\. Give a name, a file, or files by split"),
+        # values that YAML does not read as names, files by split or lists
+        ("", "dataset is '', which is no name or file. Give a name"),
+        ("{train:a.csv}", "dataset is '{train:a.csv}', which is no name or file.*with a space after each colon"),
+        ("{train: a[1].csv}", r"dataset is '{train: a\[1\].csv}', which is no name or file.*quotes around names with"),
+        ("[a,b].csv, c.csv]", "which is no name or file"),
+        ({"train": None}, r"dataset is {'train': None}\. Give a name, a file, or files by split"),
+        ({"train": 1}, r"dataset is {'train': 1}\. Give a name"),
+        (["a.csv", None], "dataset is a list with None; give a name"),
         (print, "dataset is of the type builtin_function_or_method; give a name"),
         (np.array(ROWS), "dataset is of the type ndarray; give a name"),
         (FRAME["text"], "dataset is of the type Series; give a name"),
@@ -692,6 +725,12 @@ def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
 def test_objects_that_are_no_data_are_refused(dataset: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(dataset).prepare_data()
+
+
+def test_several_columns_without_brackets_are_answered_with_brackets(write) -> None:
+    data = module(write("a.csv", "title,text,label\na,fine,pos\nb,dull,neg\n"), text_columns="title, text")
+    with pytest.raises(ValueError, match=r"'title, text' is not in .* For several columns, write '\[title, text\]'.$"):
+        data.prepare_data()
 
 
 @pytest.mark.parametrize(

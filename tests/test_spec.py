@@ -55,7 +55,7 @@ def test_a_budget_of_a_samples_tokens_trains_batches_of_that_width() -> None:
         ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
         ({"max_tokens_per_batch": -5}, "max_tokens_per_batch is -5; give 1 or more"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0; give 1 or more"),
-        ({"jitter": math.nan}, "jitter is nan; give a number of tokens, 0 or more, or 'auto'"),
+        ({"jitter": math.nan}, "jitter is nan; give a number of tokens from 0 to 1,000,000, or 'auto'"),
         ({"jitter": math.inf}, "jitter is inf; give a number of tokens"),
         ({"jitter": -1.0}, "jitter is -1.0; give a number of tokens"),
         ({"jitter": "much"}, "jitter is much; give a number of tokens"),

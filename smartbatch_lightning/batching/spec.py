@@ -1,6 +1,5 @@
 """The limits and the cost of a batch, used by everything that plans, builds or counts batches."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from smartbatch_lightning.batching.arrays import Int64s, round_up
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 
 _DEFAULT_BATCH_SIZE = 16
+_MOST_JITTER = 1_000_000  # as good as none of the order by length
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class BatchSpec:
             raise UsageError("padding is 'max_length', but max_length is None; set it to the width in tokens.")
         if self.window_pooling and self.max_length is None:
             raise UsageError("samples are windows, but max_length is None; set it to the tokens in a window.")
-        if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter < math.inf):
-            raise UsageError(f"jitter is {self.jitter}; give a number of tokens, 0 or more, or 'auto'.")
+        if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= _MOST_JITTER):
+            raise UsageError(f"jitter is {self.jitter}; give a number of tokens from 0 to {_MOST_JITTER:,}, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:
             object.__setattr__(self, "batch_size", _DEFAULT_BATCH_SIZE)
         check_at_least(0, seed=self.seed)

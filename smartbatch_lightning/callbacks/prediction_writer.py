@@ -22,7 +22,7 @@ from smartbatch_lightning.data.resume import data_digest
 from smartbatch_lightning.data.sampler import SmartBatchSampler
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError, did_you_mean_columns, join_quoted
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
@@ -84,7 +84,9 @@ class PredictionWriter(BasePredictionWriter):
         self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
-        """Refuses to overwrite a file."""
+        """Refuses to overwrite a file, and always a folder."""
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder. Give another --predictions.path.")
         if self.path.exists() and not self.overwrite:
             raise UsageError(f"{self.path} already exists. {_REMEDY}")
 
@@ -228,6 +230,7 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
         raise UsageError(
             f"predictions.columns has {join_quoted(missing)}, but the split to predict has "
             f"{join_quoted(rows.column_names)}. Give some of these."
+            + did_you_mean_columns(missing[0], rows.column_names)
         )
     taken = [name for name in columns if name in ("index", "prediction") or name.startswith("probability_")]
     if taken or len(set(columns)) < len(columns):

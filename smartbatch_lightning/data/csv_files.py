@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
-from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, check_at_least, join_quoted
 
 OPTIONS = (
     "sep", "delimiter", "names", "column_names", "header", "encoding", "encoding_errors", "quoting", "quotechar",
@@ -67,11 +67,17 @@ class _Format:
         sep = options.get("sep") or options.get("delimiter") or ("\t" if tabs else ",")
         names = options.get("names") or options.get("column_names")
         header = options.get("header", "infer")
+        sep = "\t" if sep == r"\t" else sep  # as it is written in a shell
         if not isinstance(sep, str) or len(sep) != 1:
             raise UsageError(f"sep is {sep!r} in reader_kwargs; give one character.")
-        if names is not None and (isinstance(names, str) or len(set(map(str, names))) < len(names)):
+        if names is not None and (
+            not isinstance(names, list | tuple)
+            or not all(type(name) in (str, int) for name in names)
+            or len(set(map(str, names))) < len(names)
+        ):
             raise UsageError(
-                f"names is {names!r} in reader_kwargs; give a list with a name for each column, each once."
+                f"names is {names!r} in reader_kwargs; give a list with a name for each column, each once. "
+                f"{QUOTE_NAMES}"
             )
         if header not in ("infer", 0, None) or (header is None and names is None):
             raise UsageError(

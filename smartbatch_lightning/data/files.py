@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DownloadConfig, DownloadManager, Features, Value, concatenate_datasets
 from datasets.data_files import DataFilesList
 from datasets.load import import_main_class
+from lightning.pytorch.utilities import rank_zero_warn
 from xxhash import xxh3_64, xxh3_128
 
 from smartbatch_lightning.data import csv_files
@@ -111,8 +112,10 @@ def read_files(
     for file_format in formats:
         _check_reader_kwargs(reader_kwargs, str(file_format))
     loaded = {}
+    seen: dict[str, str] = {}
     for split, of_split in by_split.items():
         local = [file for name in of_split for file in _local_files(name)]
+        _warn_of_repeated(local, split, seen)
         if given is not files:
             _check_is_one_split(local)
         dataset = _concatenated([(file, _read(file, reader_kwargs, wanted)) for file in local], wanted)
@@ -247,6 +250,17 @@ def _check_is_one_split(files: Sequence[_File]) -> None:
         )
 
 
+def _warn_of_repeated(files: Sequence[_File], split: str, seen: dict[str, str]) -> None:
+    """Warns of files with the same content as an earlier one, described in `seen` by digest."""
+    for file in files:
+        described = f"{file.name} of the split {split!r}"
+        if (earlier := seen.setdefault(file.digest, described)) is not described:
+            rank_zero_warn(
+                f"{described} has the same content as {earlier}. Results on samples that are trained on say nothing "
+                "about others; unless that is meant, leave one of the files out."
+            )
+
+
 def _digest(path: str, name: str) -> str:
     digest = xxh3_128()
     try:
@@ -345,7 +359,7 @@ def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -
     encoding = options.get("encoding", "utf-8-sig")
     with open(file.path, encoding=encoding) as content:
         if "field" in options:
-            return _dataset_of(json.load(content)[options["field"]], file)
+            return _dataset_of(_under_key(json.load(content), options["field"], file), file)
         beginning = content.read(_BYTES_READ).lstrip("\ufeff \t\r\n")
         content.seek(0)
         if not beginning:
@@ -368,6 +382,14 @@ def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -
         with open(file.path, encoding=encoding) as lines:
             return _dataset_of([json.loads(line) for line in lines if line.strip()], file)
     return dataset
+
+
+def _under_key(content: Any, field: Any, file: _File) -> Any:
+    keys = list(content) if isinstance(content, dict) else []
+    if field not in keys:
+        has = f"the keys {join_quoted(keys)}" if keys else "no keys"
+        raise UsageError(f"field is {field!r} in reader_kwargs, but {file.name} has {has}. Give one, or leave it out.")
+    return content[field]
 
 
 def _check_holds_rows(content: TextIO, file: _File) -> None:

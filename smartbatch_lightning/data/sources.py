@@ -1,6 +1,7 @@
 """A data set by name, or as a Python object -> `DatasetDict`."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -28,6 +29,12 @@ from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
 _MOST_FILES_NAMED = 5
+# A mapping or a list that is not valid YAML, and is therefore a text.
+_LIKE_YAML = re.compile(r"\{.*|\[.*\]", re.DOTALL)
+_AS_YAML = (
+    "Give a name, a file, or files by split, as in '{train: a.csv, test: [b.csv, c.csv]}', with a space after each "
+    "colon and quotes around names with brackets, commas or colons."
+)
 
 
 def plain_source(dataset: Any) -> Any:
@@ -37,12 +44,14 @@ def plain_source(dataset: Any) -> Any:
         ValueError: It is none of these.
     """
     if isinstance(dataset, str | os.PathLike):
-        return os.fspath(dataset)
+        name = os.fspath(dataset)
+        if not name or (_LIKE_YAML.fullmatch(name) and not Path(name).exists()):
+            raise UsageError(f"dataset is {name!r}, which is no name or file. {_AS_YAML}")
+        return name
     if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
-        plain = {str(split): plain_source(value) for split, value in dataset.items()}
-        if not plain or any(isinstance(value, Mapping) for value in plain.values()):
-            raise UsageError(f"dataset is {dataset!r}; give files by split, as in {{train: a.csv, test: b.csv}}.")
-        return plain
+        if not dataset or any(isinstance(value, dict | int | float | None) for value in dataset.values()):
+            raise UsageError(f"dataset is {dataset!r}. {_AS_YAML}")
+        return {str(split): plain_source(value) for split, value in dataset.items()}
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(one, str | os.PathLike) for one in dataset):
         return [os.fspath(one) for one in dataset]
     if not _is_table(dataset):
@@ -112,7 +121,7 @@ def read_dataset(
     path = Path(dataset).expanduser()
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
-    name = str(path) if path.is_dir() else dataset
+    name = str(path if path.name else path.resolve()) if path.is_dir() else dataset  # `datasets` needs a name
     try:
         if saved:
             return splits_of(load_from_disk(name))
@@ -277,5 +286,7 @@ def _is_list_of_names(value: Any) -> bool:
 
 
 def _describe(data: Any) -> str:
+    if odd := [one for one in data if not isinstance(one, str | Mapping)] if isinstance(data, list) else []:
+        return f"a list with {odd[0]!r}"
     short = data is None or isinstance(data, int | float | str) or (isinstance(data, list) and not data)
     return f"{data!r}" if short else f"of the type {type(data).__name__}"

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from smartbatch_lightning.batching.arrays import Int64s, argsort
 from smartbatch_lightning.data.encoding import check_texts
-from smartbatch_lightning.errors import UsageError, did_you_mean, join_quoted, nearest
+from smartbatch_lightning.errors import UsageError, did_you_mean_columns, join_quoted
 from smartbatch_lightning.tasks import Task
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
@@ -115,7 +115,7 @@ def find_split(
         raise UsageError(f"the split {split!r} of {source} has no samples. Give data with at least one.")
     for column in text_columns:
         if column not in dataset.column_names:
-            hint = did_you_mean(map(repr, nearest(column, dataset.column_names)))
+            hint = did_you_mean_columns(column, dataset.column_names)
             if not hint and dataset.info.builder_name == "csv":
                 columns = dataset.column_names  # perhaps a text and a label
                 names = "text, label" if len(columns[0]) > len(columns[-1]) else "label, text"
@@ -169,7 +169,7 @@ def stratified_split(strata: ArrayLike, share: float, seed: int = 0) -> tuple[In
     if not 0 < share < 1 or not 0 < round(num_samples * share) < num_samples:
         raise UsageError(
             f"setting aside {share} of {num_samples} samples leaves one part of the split empty. Give a fraction "
-            "between 0 and 1 that leaves samples in both, or name a split."
+            "between 0 and 1 that leaves samples in both, name a split, or set --data.validation_split=null."
         )
     stratum, sizes = np.unique(classes, return_inverse=True, return_counts=True)[1:]
     pool = np.flatnonzero(sizes[stratum] > 1)

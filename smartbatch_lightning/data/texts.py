@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, find_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, join_quoted
 from smartbatch_lightning.families import reads_last_eos, setting
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
@@ -404,7 +404,13 @@ class TextDataModule(L.LightningDataModule):
     def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
         train, share = self._labelled(self.train_split), self._names.validation_share(self.splits)
         if not share:
-            return train, [self._labelled(split) for split in self._names.validated(self.splits)]
+            validated = self._names.validated(self.splits)
+            if self.train_split in validated:
+                rank_zero_warn(
+                    f"The split {self.train_split!r} is trained on and validated on, so the validation says nothing "
+                    "about other samples. Unless that is meant, set --data.validation_split."
+                )
+            return train, [self._labelled(split) for split in validated]
         loaded = self._load()
         assert loaded.task is not None  # or `_labelled` would have refused
         assert loaded.train_labels is not None
@@ -455,7 +461,7 @@ def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]
     if not named or not columns or len(set(columns)) < len(columns) or columns[0].startswith("["):
         raise UsageError(
             f"text_columns is {text_columns!r}; give one column, or a list of several, each once, as in '[title, "
-            "text]'."
+            f"text]'. {QUOTE_NAMES}"
         )
     if len(columns) > 2 and text_separator is None:
         raise UsageError(

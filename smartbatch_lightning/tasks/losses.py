@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, join_quoted
 
 Weights = Literal["balanced"] | Mapping[Any, float] | None
 
@@ -199,7 +199,7 @@ def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[fl
     if unknown := [name for name in given if name not in names]:
         raise UsageError(
             f"{argument} has {join_quoted(unknown)}, which is none of the labels: {join_quoted(names)}. Correct the "
-            "name."
+            f"name. {QUOTE_NAMES}"
         )
     return tuple(given.get(name, 1.0) for name in names)
 

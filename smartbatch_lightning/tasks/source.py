@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from smartbatch_lightning.errors import UsageError, did_you_mean, join_quoted, nearest
+from smartbatch_lightning.errors import UsageError, did_you_mean_columns, join_quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ class LabelSource:
         Raises:
             ValueError: There is no column, or one is repeated; or the delimiter is empty, or there are several columns.
         """
-        columns = (column,) if isinstance(column, str) else tuple(column)
+        columns = (column,) if isinstance(column, str) else tuple(column or ())
         if not columns or len(set(columns)) < len(columns):
             raise UsageError(f"label_column is {column!r}; give one column or several, each once.")
         if delimiter == "" or (delimiter is not None and len(columns) > 1):
@@ -101,7 +101,7 @@ class LabelSource:
                 raise UsageError(
                     f"the label column {column!r} is not in the split {split!r}, which has "
                     f"{join_quoted(dataset.column_names)}. Set --data.label_column."
-                    + did_you_mean(map(repr, nearest(column, dataset.column_names)))
+                    + did_you_mean_columns(column, dataset.column_names)
                 )
         table = dataset.select_columns(list(self.columns)).with_format("arrow")[:]
         only = len(self.columns) == 1 and self.delimiter is None
