@@ -13,11 +13,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import lightning as L
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import Namespace, auto_cli, set_dumper
+from jsonargparse import Namespace, auto_cli, get_loader, set_dumper, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -219,6 +219,33 @@ _ConfigDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
 set_dumper("yaml", partial(yaml.dump, Dumper=_ConfigDumper, sort_keys=False, allow_unicode=True))
 
 
+def _check_keys(node: yaml.Node | None) -> None:
+    """Refuses a key that is given twice in a mapping, of which YAML would silently drop the first.
+
+    Raises:
+        YAMLError: There is one.
+    """
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+        parts = [value for _, value in node.value]
+    for part in parts:
+        _check_keys(part)
+
+
+def _load_config(text: str) -> Any:
+    """Reads YAML as jsonargparse does, with each key once."""
+    _check_keys(yaml.compose(text, yaml.SafeLoader))
+    return _load_yaml(text)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", _load_config, (yaml.YAMLError,))
+
+
 class ConfigSaver(SaveConfigCallback):
     """Saves the config next to the logs, and never overwrites another one.
 
@@ -357,9 +384,16 @@ class SmartBatchCLI(LightningCLI):
         self._args = args
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        for name in self._parser(command).callback_keys if command else ():
+        if not command:
+            return
+        for name in self._parser(command).callback_keys:
             if self.config[command].get(name, {}) is None:
                 raise UsageError(f"{name} is null in the config. Leave it out, or give its options.")
+        for name, of in self._classes.items():
+            given = self.config[command].get(name) or Namespace()
+            for argument, value in (given.get("init_args") or Namespace()).items():
+                if value is None and not _takes_null(of, argument):
+                    raise UsageError(f"--{name}.{argument} is null. Leave it out, or give a value.")
 
     def _parse_ckpt_path(self) -> None:
         """Takes the model arguments that are not given from a local checkpoint, and always its architecture.
@@ -368,6 +402,8 @@ class SmartBatchCLI(LightningCLI):
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
+        if path in ("", "best"):  # such as of a shell's variable that is not set; `best` is of a run in this process
+            raise UsageError(f"ckpt_path is {path!r}; give the path of a checkpoint, such as runs/reviews/best.ckpt.")
         if not path or Path(path).is_dir() or _NO_FILE.match(str(path)):
             return
         if command in ("prepare", "report") and not Path(path).exists():
@@ -435,8 +471,17 @@ class SmartBatchCLI(LightningCLI):
             )
 
 
+def _takes_null(of: type, argument: str) -> bool:
+    """Whether an argument of a class, or of one that it passes it on to, may be None; jsonargparse takes it for all."""
+    for one in of.__mro__:
+        accepted = get_type_hints(one.__init__).get(argument)
+        if accepted is not None:
+            return accepted is Any or not {Any, type(None)}.isdisjoint(get_args(accepted))
+    return True
+
+
 # Checkpoints that Lightning resolves itself: keywords, URLs and its registry.
-_NO_FILE = re.compile(r"(last|best|hpc)$|\w+://|(?i:registry)(:|$)")
+_NO_FILE = re.compile(r"(last|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
 # Warnings that a user cannot act on.
 _IGNORED_WARNINGS = (

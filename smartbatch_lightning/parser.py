@@ -1,13 +1,14 @@
 """The command line's parser: help that fits on a screen, and one-line errors that suggest the nearest option."""
 
 import argparse
+import os
 import re
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from smartbatch_lightning.errors import did_you_mean, nearest
+from smartbatch_lightning.errors import QUOTE_NAMES, did_you_mean, nearest
 
 # jsonargparse's messages for an unknown option, at three levels.
 _NOT_ACCEPTED = re.compile(r"(?:Group '(?P<group>.+)' does not accept o|does not accept o|O)ption '(?P<name>[^']+)'")
@@ -17,6 +18,10 @@ _UNION = re.compile(
     r"\s+Errors:\s+- (?P<first>[^\n]*)\n.*?Given value: ",
     re.DOTALL,
 )
+# Text among the types in a message, and a value that YAML does not read as text, alone or in a list.
+_TEXT = re.compile(r"list\[str\]|(?<![\w\[])str\b")
+_FIRST = {"data": "dataset", "model": "pretrained"}
+_NOT_TEXT = re.compile(r"Got value: (\[.+\]|[\d+-][\w.+-]*|True|False|None|datetime\..*)$")
 
 
 class Parser(LightningArgumentParser):
@@ -44,6 +49,17 @@ class Parser(LightningArgumentParser):
         self.more_commands = more_commands
         if most_used:
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
+
+    def parse_args(self, *args: Any, **options: Any) -> Namespace:
+        """The parsed arguments, in which `~/` is the home folder, as in a shell, which does not see it after a `=`."""
+        try:
+            return _in_home_folder(super().parse_args(*args, **options))
+        except UnicodeDecodeError as error:
+            self.error(f"--config: {error}. Save the file as UTF-8.", error)
+
+    def parse_object(self, *args: Any, **options: Any) -> Namespace:
+        """As `parse_args`, of a dictionary."""
+        return _in_home_folder(super().parse_object(*args, **options))
 
     def options(self) -> dict[str, argparse.Action]:
         """All options by name, including those of subcommands, without help flags and keys that only group others."""
@@ -95,8 +111,18 @@ class Parser(LightningArgumentParser):
             commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
             meant = did_you_mean(nearest(command[1], commands))
             return f"There is no command {command[1]!r}.{meant} The commands are {', '.join(commands)}."
+        if unexpected := re.match(r"Unexpected config: ?([^\n]*)", message):
+            what = repr(unexpected[1][:60]) if unexpected[1] else "nothing"
+            return f"--config: a config holds groups of options, as in 'data: {{batch_size: 8}}', but here is {what}."
+        if missing := re.match(r"the following arguments are required: (.+)", message):
+            names = [f"--{name.strip().rpartition('.')[2]}" for name in missing[1].split(",")]
+            return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required."
         if unrecognized := re.match(r"unrecognized arguments: --([\w.]+)", message):
             return self._unknown(unrecognized[1])
+        if alone := re.match("unrecognized arguments: ([^ ]+)", message):
+            value = alone[1]
+            option = "config=" if value.endswith((".yaml", ".yml")) else "" if value.startswith("-") else "OPTION="
+            return f"{value!r} is no option. Write --{option}{value.lstrip('-')}, and quotes around spaces."
         keys, inner = re.findall(r'Parser key "(.+?)"', message), message.rpartition('Parser key "')[2]
         if unknown := _NOT_ACCEPTED.search(inner):
             return self._unknown(".".join([*keys, *filter(None, unknown.groups())]))
@@ -113,13 +139,19 @@ class Parser(LightningArgumentParser):
             .replace("NoneType", "null")
             .replace("Expected a ", "expected ")
         )
-        if "subclass of" in described and keys[-1] in self.classes:
-            described += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
-        return " ".join(f"--{'.'.join(keys)}: {described}".split())
+        if keys[-1] in self.classes:
+            if "subclass of" in described:
+                described += ". For other classes call SmartBatchCLI(MyModel, MyData) in a script of your own"
+            elif "dot import path" in described:  # a value of its first option, the data set or the model
+                described = f"expected a class, or options such as --{keys[-1]}.{_FIRST.get(keys[-1], 'OPTION')}=..."
+        line = " ".join(f"--{'.'.join(keys)}: {described}".split())
+        return f"{line}. {QUOTE_NAMES}" if _TEXT.search(line) and _NOT_TEXT.search(line) else line
 
     def _unknown(self, name: str) -> str:
         name = name.replace("init_args.", "")
         options = list(self.options())
+        if name in options:  # of a command, while what precedes the command is parsed
+            return f"--{name} is an option of a command. Write it, or the --config that holds it, after the command."
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]
         near = same or nearest(name, options)
@@ -131,6 +163,20 @@ def _expected(union: re.Match[str]) -> str:
     if re.search("subclass|dot import", union["first"]):
         return re.sub(r".*callable class: |\.? Got value: .*", "", union["first"]) + ". Got value: "
     return f"expected one of {union['types']}. Got value: "
+
+
+def _in_home_folder(value: Any) -> Any:
+    """The value with every text in it that begins with `~/` as a path in the home folder."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
+    if isinstance(value, Namespace):
+        for key, one in list(value.items()):
+            value[key] = _in_home_folder(one)
+    elif type(value) is dict:
+        return {key: _in_home_folder(one) for key, one in value.items()}
+    elif type(value) is list:
+        return [_in_home_folder(one) for one in value]
+    return value
 
 
 class _HelpAll(argparse._HelpAction):

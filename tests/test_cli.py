@@ -287,6 +287,13 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
             ["--model.pretrained=./nor/folder"],
             "error: the model './nor/folder' was not found locally or on the Hub: FileNotFoundError: there is no such folder.",
         ),
+        # jsonargparse takes null for every argument
+        (["--model.warmup_steps=null"], "error: --model.warmup_steps is null. Leave it out, or give a value."),
+        slow(["--data.label_column=null"], "error: --data.label_column is null. Leave it out, or give a value."),
+        # as of a variable of the shell that is not set
+        (["--ckpt_path="], "error: ckpt_path is ''; give the path of a checkpoint"),
+        slow(["--export_model.folder="], "error: the name of the folder to write to is empty."),
+        slow(["--ckpt_path=best"], "error: ckpt_path is 'best'; give the path of a checkpoint"),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
@@ -342,7 +349,15 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         (["fit", "--model.learning_rate=abc"], "--model.learning_rate: expected .*float.*, null. Got value: abc"),
         slow(["fit", "--data.max_length=abc"], "--data.max_length: expected int. Got value: abc"),
         slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
-        slow(["fit", "--model=Nope"], "--model: expected dot import path string: Nope. Got value: Nope"),
+        slow(["fit", "--model=Nope"], "--model: expected a class, or options such as --model.pretrained=..."),
+        # not the content of the file
+        slow(["fit", "--data=trainer.yaml"], "--data: expected a class, or options such as --data.dataset=..."),
+        (
+            ["fit", "--config=twice.yaml"],
+            "Problems parsing config: the key 'data' is given twice .* line 2, column 1.*",
+        ),
+        slow(["fit", "--config=latin.yaml"], "--config: 'utf-8' codec can't decode .*. Save the file as UTF-8."),
+        slow(["fit", "--config=text.yaml"], "--config: a config holds groups of options.* here is 'hello'."),
         slow(["fit", "--model.class_path=no.Model"], "--model: Problem with .* 'no.Model': No module named 'no'"),
         slow(
             ["fit", "--model=torch.nn.Linear"],
@@ -360,7 +375,17 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         slow(["fit", "--config=trainer.yaml"], r"There is no option --trainer.max_epoch. .* --trainer.max_epochs\?"),
         slow(["fit", "--model.nothing_like_it=9"], "There is no option --model.nothing_like_it."),
         slow(["evaluat"], "There is no command 'evaluat'. Did you mean evaluate. The commands are fit, .*, cache."),
-        slow(["fit", "stray"], "unrecognized arguments: stray"),
+        (["fit", "stray"], "'stray' is no option. Write --OPTION=stray, and quotes around spaces."),
+        slow(["--config=home.yaml", "fit"], "--data.cache_dir is .* or the --config that holds it, after the command."),
+        slow(["fit", "run.yaml"], "'run.yaml' is no option. Write --config=run.yaml, and quotes around spaces."),
+        slow(["fit", "-data.seed=1"], "'-data.seed=1' is no option. Write --data.seed=1, and quotes around spaces."),
+        (["export"], "--ckpt_path is required."),
+        (
+            ["fit", "--data.label_names=[no, yes]"],
+            "--data.label_names: .* .False, True.. In YAML, put quotes around .*",
+        ),
+        slow(["fit", "--data.label_names=[1, 2]"], "--data.label_names: .*. In YAML, put quotes around names .*"),
+        slow(["fit", "--config=numbers.yaml"], "--data.label_column: .* Got value: 1. In YAML, put quotes .*"),
     ],
 )
 def test_an_unknown_option_or_a_value_of_another_type_is_told_in_one_line(
@@ -368,6 +393,11 @@ def test_an_unknown_option_or_a_value_of_another_type_is_told_in_one_line(
 ) -> None:
     (tmp_path / "misspelt.yaml").write_text("data: {dataset: demo, max_lenght: 9}")
     (tmp_path / "trainer.yaml").write_text("trainer: {max_epoch: 9}")
+    (tmp_path / "twice.yaml").write_text("data: {batch_size: 4}\ndata: {max_length: 9}")
+    (tmp_path / "latin.yaml").write_text("data: {text_columns: é}", encoding="latin-1")
+    (tmp_path / "home.yaml").write_text("data: {cache_dir: ~/cache}")
+    (tmp_path / "text.yaml").write_text("hello")
+    (tmp_path / "numbers.yaml").write_text("data: {label_column: 1}")
     monkeypatch.setattr(sys, "argv", ["smartbatch", *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as stop:
@@ -548,6 +578,19 @@ def test_a_timer_of_lightning_can_be_given_on_the_command_line(tmp_path: Path) -
     run = cli("fit", *FAST, *duration, f"--trainer.default_root_dir={tmp_path}")
     assert run.trainer.global_step == 2
     assert run.config.fit.trainer.callbacks[0].init_args.interval == "step"
+
+
+def test_paths_may_begin_with_the_home_folder_in_flags_and_configs(tmp_path: Path, monkeypatch) -> None:
+    """Which a shell replaces only at the beginning of a word."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "run.yaml").write_text("data: {cache_dir: ~/cache, dataset: demo}\n")
+    run = cli("fit", "--config=run.yaml", *FAST, "--export_model.folder=~/reviewer", "--checkpoint.dirpath=~/saved")
+    assert run.config.fit.data.init_args.cache_dir == str(home / "cache")
+    assert {path.name for path in home.iterdir()} >= {"cache", "reviewer", "saved"}
+    cli("predict", "--data.max_length=24", "--ckpt_path=~/saved/last.ckpt", "--predictions.path=~/p.csv")
+    assert len(pd.read_csv(home / "p.csv")) == run.trainer.datamodule.splits["test"].num_rows
+    assert not Path("~").exists()
 
 
 def test_a_config_with_null_for_a_callback_of_every_run_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
