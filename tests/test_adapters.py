@@ -256,6 +256,12 @@ def test_the_best_adapters_are_kept_and_exported(tmp_path: Path) -> None:
         (PrefixTuningConfig(num_virtual_tokens=3), "peft_config is 'PREFIX_TUNING'; choose one of"),
         ({"class_path": "peft.VeraConfig"}, "'peft.VeraConfig', which is not supported. Give one of 'LORA', "),
         ({"class_path": "peft.NoSuch"}, "peft_config is 'peft.NoSuch', which cannot be imported"),
+        ({**LORA, "layer_replication": [[0, 1], [0, 1]]}, "'layer_replication', which is not supported. Leave it out"),
+        pytest.param(
+            {**LORA, "alora_invocation_tokens": [5]},
+            "'alora_invocation_tokens', which is not supported. Leave it out",
+            marks=pytest.mark.filterwarnings("ignore:aLoRA"),
+        ),
         ({"peft_type": "LORA", "rank": 8}, "unexpected keyword argument 'rank'. Correct it"),
     ],
 )
@@ -270,6 +276,10 @@ def test_what_is_no_configuration_of_an_adapter_that_was_tried_is_refused_at_onc
         (
             {"peft_config": {**LORA, "target_modules": ["q_proj"]}},
             "q_proj.* does not fit BertForSequenceClassification: ",
+        ),
+        (
+            {"peft_config": {**LORA, "modules_to_save": ["embedings"]}},
+            "modules_to_save has 'embedings', which BertForSequenceClassification does not have. Correct the names",
         ),
         ({"peft_config": {**LORA, "init_lora_weights": "pissa"}}, "which changes the pretrained weights.*to true"),
         ({"model_kwargs": {"quantization_config": {"load_in_4bit": True}}}, "bitsandbytes"),

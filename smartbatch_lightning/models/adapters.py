@@ -23,6 +23,8 @@ FINGERPRINT = "base_fingerprint"  # buffer that identifies the weights left out 
 # Types with which training, saving, merging and loading by transformers were tested. Others add tokens, depend on the
 # training step, or give wrong results when merged.
 _TRIED = ("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA")
+# Options of LoRA for text generation: more layers than the configuration says, and adapters from some token on.
+_OF_GENERATION = ("layer_replication", "alora_invocation_tokens")
 _NUMBERS = 1024  # values of each weight that go into the fingerprint
 
 
@@ -65,7 +67,13 @@ class Adapters:
         if not merged_for:
             return detached
         expected = _logits(detached, merged_for)
-        merged = detached.merge_and_unload()
+        try:
+            merged = detached.merge_and_unload()
+        except Exception as error:  # peft has many kinds of layers
+            raise UsageError(
+                f"the adapters cannot be merged into the weights: {root_cause_message(error)} Export only the adapters "
+                "with adapter=true."
+            ) from error
         difference = (_logits(merged, merged_for) - expected).abs() / (1 + expected.abs())
         if difference.max() > torch.finfo(expected.dtype).eps ** 0.5:
             raise UsageError(
@@ -103,6 +111,8 @@ def read_peft_config(given: Any) -> Any:
         raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
     if config.peft_type.value not in _TRIED:
         raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(_TRIED)}.")
+    if met := [name for name in _OF_GENERATION if getattr(config, name, None)]:
+        raise UsageError(f"peft_config has {join_quoted(met)}, which is not supported. Leave it out.")
     return config
 
 
@@ -138,6 +148,12 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
             config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
             config.exclude_modules = _odd_linear_layers(model) or None
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if unknown := [name for name in config.modules_to_save or [] if name.rpartition(".")[2] not in modules]:
+        raise UsageError(
+            f"modules_to_save has {join_quoted(unknown)}, which {type(model).__name__} does not have. Correct the "
+            "names."
+        )
     config.modules_to_save = [*(config.modules_to_save or []), *_trained_modules(model, fresh)]
     before = {*model.parameters()}
     of_base = {*model.base_model.parameters()}
