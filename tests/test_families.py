@@ -452,6 +452,20 @@ def test_packed_samples_have_the_logits_and_gradients_of_each_by_itself(family: 
     assert all(mine < 1.5 * theirs + 0.05 for mine, theirs in zip(packed, padded, strict=True)), (packed, padded)
 
 
+@pytest.mark.parametrize("family", ["roberta", slow("esm"), slow("xmod")])
+def test_a_packed_text_that_spells_the_padding_token_has_the_positions_of_the_text_by_itself(family: str) -> None:
+    config, _ = tiny_config(family)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    pad = config.pad_token_id
+    rows = [[5, 6, pad, 7, 8], [pad, 9, 10], [11, 12, pad, pad], [13, 14, 15]]
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([row]), torch.ones(1, len(row))).logits for row in rows])
+        enable_packing(model)
+        packed = model(**PackCollator(pad)([{"input_ids": row} for row in rows])).logits
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", NOT_PACKED)
 def test_families_that_cannot_be_packed_are_refused(family: str) -> None:
