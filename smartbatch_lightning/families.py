@@ -90,7 +90,16 @@ def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
         config.attention_type == "original_full" or max_length <= (5 + 2 * blocks) * config.block_size
     ):
         return None  # full attention, which BigBird uses for short texts in any case
+    for rope in _rotary_settings(config):
+        if rope.get("rope_type") == "longrope" and max_length > (limit := rope["original_max_position_embeddings"]):
+            return f"rotary frequencies that change for a whole batch if one of its texts has more than {limit} tokens"
     return _DEPEND_ON_WIDTH.get(config.model_type)
+
+
+def _rotary_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """How a model's rotary frequencies are scaled, for each type of its layers."""
+    rope = setting(config.get_text_config(), "rope_parameters") or {}
+    return [rope, *(of_type for of_type in rope.values() if isinstance(of_type, dict))]
 
 
 def drop_caches(config: PretrainedConfig) -> None:

@@ -400,6 +400,33 @@ def test_a_family_that_reads_padding_is_named_with_the_remedy(family: str, tmp_p
     assert max(found.values()) > 1e-4  # else the warning would be a false one
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0, 3.0, 2.0, 1.0],
+}
+
+
+def test_rotary_frequencies_that_depend_on_the_longest_text_are_named_with_the_remedy(tmp_path: Path) -> None:
+    make_tiny("llama", tmp_path / "base")
+    texts = [text for text in TEXTS if text]
+    model_kwargs = {"rope_parameters": LONGROPE}
+    run = trainer(tmp_path, max_steps=1)
+    model = SequenceClassifier(str(tmp_path / "base"), model_kwargs=model_kwargs)
+    with pytest.warns(UserWarning, match="a whole batch if one of its texts has more than 16 tokens.*=max_length"):
+        run.fit(model, GivenTexts(texts, max_length=MAX_LENGTH, batch_size=4))
+    data = GivenTexts(texts, max_length=MAX_LENGTH, padding="max_length", batch_size=4)
+    predicted = probabilities(run, model, data)
+    export_model(model, data, tmp_path / "wide")
+    alone = one_at_a_time(tmp_path / "wide", texts, padding="max_length")
+    torch.testing.assert_close(predicted, alone, atol=1e-5, rtol=0)
+    said = by_pipeline(tmp_path / "wide", texts, 1)
+    assert (said - alone).abs().max() > 1e-2  # else the warning would be a false one
+
+
 # --- packed ---
 
 Errors = tuple[float, float]  # of logits and of gradients, each over the largest
