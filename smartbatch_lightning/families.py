@@ -61,7 +61,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | 
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     candidates = [wanted] if wanted in special else []
     candidates += [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return next((int(candidate) for candidate in candidates if candidate is not None), None)
+    unfit = (None, None if config is None else end_token_read(config))  # padding would be read as the end of the text
+    return next((int(candidate) for candidate in candidates if candidate not in unfit), None)
 
 
 def padding_side(config: PretrainedConfig) -> str:
@@ -79,9 +80,20 @@ def takes_token_types(config: PretrainedConfig) -> bool:
     return "token_type_ids" in inspect.signature(model_class.forward).parameters
 
 
-def reads_last_eos(config: PretrainedConfig) -> bool:
-    """Whether the head reads the last end token, and needs the same number of them in all samples."""
-    return config.model_type in _READ_LAST_EOS
+def end_token_read(config: PretrainedConfig) -> int | None:
+    """The end token whose last occurrence the head reads, and of which all samples need the same number; else None.
+
+    Raises:
+        ValueError: The head reads it, but the configuration does not name it.
+    """
+    if config.model_type not in _READ_LAST_EOS:
+        return None
+    if config.eos_token_id is None:
+        raise UsageError(
+            f"{config.model_type} models read the end token of a text, but the configuration has none. Set "
+            "--model.model_kwargs.eos_token_id to the tokenizer's."
+        )
+    return int(config.eos_token_id)
 
 
 def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:

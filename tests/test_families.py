@@ -629,6 +629,63 @@ def test_a_text_that_spells_the_end_token_is_told_by_its_row_where_the_head_coun
 
 
 @pytest.mark.parametrize(
+    ("model_kwargs", "message"),
+    [
+        ({"eos_token_id": 4}, "reads the last '<mask>' of a text, token 4, but the tokenizer adds none.*eos_token_id"),
+        (
+            {"eos_token_id": None},
+            "bart models read the end token .* but the configuration has none. Set --model.model_kw",
+        ),
+        ({"decoder_start_token_id": None}, "BartForSequenceClassification fails on a text: TypeError.*model_kwargs"),
+    ],
+)
+def test_tokens_that_an_encoder_and_decoder_need_are_asked_for(model_kwargs, message: str, tmp_path: Path) -> None:
+    make_tiny("bart", tmp_path / "base")
+    refused(tmp_path, message, model_kwargs=model_kwargs)
+
+
+def test_the_end_token_that_a_head_reads_is_not_used_as_padding(tmp_path: Path) -> None:
+    make_tiny("bart", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base", pad_token="</s>")
+    options = {"max_length": MAX_LENGTH, "batch_size": 4}
+    model = SequenceClassifier(str(tmp_path / "base"), model_kwargs={"pad_token_id": tokenizer.eos_token_id})
+    run = trainer(tmp_path, max_steps=1)
+    with pytest.raises(UsageError, match="no token to pad with except its end token, which the model reads. Give"):
+        run.fit(model, GivenTexts(SENTENCES, tokenizer=tokenizer, **options))
+    tokenizer.unk_token = "<unk>"
+    data = GivenTexts(SENTENCES, tokenizer=tokenizer, **options)
+    run.fit(model, data)
+    export_model(model, data, tmp_path / "told")
+    alone = one_at_a_time(tmp_path / "told", SENTENCES)
+    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", slow("esm"), slow("rembert"), slow("megatron-bert")])
+def test_an_encoder_that_reads_from_the_left_and_classifies_the_first_token_is_refused(
+    family: str, tmp_path: Path
+) -> None:
+    make_tiny(family, tmp_path / "base")
+    message = "reads only the first token of a text, with is_decoder=true in its configuration. Set .*is_decoder=false"
+    refused(tmp_path, message, model_kwargs={"is_decoder": True})
+
+
+def test_a_padding_token_for_which_the_model_has_no_embedding_is_refused(tmp_path: Path) -> None:
+    config, tokenizer = tiny_config("llama")
+    config.vocab_size = len(tokenizer)
+    AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    size = config.vocab_size
+    refused(tmp_path, f"has {size + 1} tokens, but the model has {size}. .*without the tokens that were added to it")
+
+
+def test_attention_without_dropout_is_refused_for_a_model_that_trains_with_it(tmp_path: Path) -> None:
+    make_tiny("bert", tmp_path / "base")
+    options = {"attn_implementation": "flex_attention"}
+    refused(tmp_path, "flex_attention, which has no dropout, .*Leave it out, or set", model_kwargs=options)
+
+
+@pytest.mark.parametrize(
     ("family", "longest"),
     [("gpt2", 64), ("ibert", 64), ("yoso", 66), ("mra", 66), ("roberta", 64), slow("gemma3", 64)],
 )

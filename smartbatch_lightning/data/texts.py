@@ -25,7 +25,7 @@ from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, 
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, join_quoted
-from smartbatch_lightning.families import reads_last_eos, setting
+from smartbatch_lightning.families import end_token_read, setting
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -312,8 +312,8 @@ class TextDataModule(L.LightningDataModule):
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
         model = self._load().model
-        same_end_tokens = model is not None and reads_last_eos(model.config)
-        table.check(partial(check_tokens, encoder=self.text_encoder, same_end_tokens=same_end_tokens))
+        end_token = None if model is None else end_token_read(model.config)
+        table.check(partial(check_tokens, encoder=self.text_encoder, end_token=end_token))
         return table
 
     # --- Lightning's hooks ---

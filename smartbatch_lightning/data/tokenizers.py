@@ -13,7 +13,7 @@ from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.data.encoding import TextEncoder, tokenized_sample
 from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
-from smartbatch_lightning.families import pad_token_id, padding_side, takes_token_types
+from smartbatch_lightning.families import end_token_read, pad_token_id, padding_side, takes_token_types
 from smartbatch_lightning.hub import hub_or_cache
 
 _FEWEST_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
@@ -116,9 +116,12 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     """
     pad = pad_token_id(tokenizer, config)
     if pad is None:
+        what = "neither a padding token nor an end token"
+        if end_token_read(config) is not None:
+            what = "no token to pad with except its end token, which the model reads"
         raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} has neither a padding token nor an end token. Give the data "
-            "module a tokenizer with a pad_token that is in its vocabulary."
+            f"the tokenizer {tokenizer.name_or_path} has {what}. Give the data module a tokenizer with a pad_token "
+            "that is in its vocabulary."
         )
     names = list(tokenizer.model_input_names)
     if "token_type_ids" in names and not takes_token_types(config):
@@ -152,14 +155,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: Mapping[str, An
         )
 
 
-def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, same_end_tokens: bool) -> None:
+def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, end_token: int | None) -> None:
     """Refuses samples that the model does not take.
 
     Args:
         table: The samples.
         rows: Their row numbers, for messages.
         encoder: The encoder whose tokenizer, `max_length` and truncation they have to fit.
-        same_end_tokens: Whether the model's head needs the same number of end tokens in all samples.
+        end_token: Token that the model's head reads, and of which it needs the same number in all samples.
 
     Raises:
         ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
@@ -171,12 +174,16 @@ def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder
             f"{encoder.max_length}. Cut them, or set --data.max_length."
         )
     table.check_ids(encoder.vocabulary_size)
-    if same_end_tokens:
-        check_end_tokens(table, rows, encoder.tokenizer, -(-table.lengths // encoder.max_length))
+    if end_token is not None:
+        check_end_tokens(table, rows, encoder.tokenizer, end_token, -(-table.lengths // encoder.max_length))
 
 
 def check_end_tokens(
-    table: TokenTable, rows: Sequence[int], tokenizer: PreTrainedTokenizerBase, windows: NDArray[np.integer]
+    table: TokenTable,
+    rows: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token: int,
+    windows: NDArray[np.integer],
 ) -> None:
     """Refuses samples without an end token, or with more of them than others, for example because a text contains one.
 
@@ -185,20 +192,27 @@ def check_end_tokens(
     Args:
         table: The samples.
         rows: Their row numbers, for messages.
-        tokenizer: The tokenizer, for its end token.
+        tokenizer: The tokenizer, for the names of tokens.
+        end_token: The token that the head reads.
         windows: Number of windows of each sample. Shape (num_samples,).
 
     Raises:
         ValueError: There is one.
     """
-    if tokenizer.eos_token_id is None or not len(table):
+    if not len(table):
         return
-    counts = table.counts(tokenizer.eos_token_id)
+    counts, name = table.counts(end_token), tokenizer.convert_ids_to_tokens(end_token)
     usual = int(np.bincount(counts // windows).argmax())
+    if not usual:
+        raise UsageError(
+            f"the model reads the last {name!r} of a text, token {end_token}, but the tokenizer adds none. Give the "
+            "data module a tokenizer that ends texts with it; or, if it ends them with another token, set "
+            "--model.model_kwargs.eos_token_id to that."
+        )
     odd = np.flatnonzero((counts != usual * windows) | (counts == 0))
     if len(odd):
         raise UsageError(
-            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {tokenizer.eos_token!r}, of which "
+            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {name!r}, of which "
             f"the model reads the last, but other rows have {usual}; {len(odd):,} rows are affected. A text that "
             "contains the token has one too many: drop the row, or change the text."
         )

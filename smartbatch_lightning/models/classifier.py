@@ -60,6 +60,7 @@ from smartbatch_lightning.models.optimizer import (
 )
 from smartbatch_lightning.models.packing import (
     TRANSFORMERS_OWN,
+    attention_dropout,
     enable_packing,
     packed_attention,
     skip_unread_tokens,
@@ -430,7 +431,7 @@ class SequenceClassifier(L.LightningModule):
     # --- training ---
 
     def on_fit_start(self) -> None:
-        """Refuses to monitor metrics that are not logged; says what computes attention for packed batches on a GPU."""
+        """Refuses what cannot be trained or monitored; says what computes attention for packed batches on a GPU."""
         for callback in callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping):
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
@@ -440,6 +441,11 @@ class SequenceClassifier(L.LightningModule):
             raise UsageError(
                 "the model's weights are in 8 or 4 bits and cannot be trained. Set --model.peft_config, such as "
                 "{peft_type: LORA}."
+            )
+        if self.model_kwargs.get("attn_implementation") == "flex_attention" and attention_dropout(self._transformer):
+            raise UsageError(
+                "attn_implementation is flex_attention, which has no dropout, but the model drops attention weights. "
+                "Leave it out, or set the model's attention dropout to 0 by --model.model_kwargs."
             )
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)

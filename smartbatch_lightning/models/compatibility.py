@@ -4,15 +4,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import TextData
-from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.families import depends_on_width, pad_token_of, setting, vocabulary_size
-from smartbatch_lightning.models.packing import check_packing
+from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
+from smartbatch_lightning.families import depends_on_width, end_token_read, pad_token_of, setting, vocabulary_size
+from smartbatch_lightning.models.packing import can_be_tried, check_packing, logits_of
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
+
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tried
+_NO_DIFFERENCE = 1e-5  # between logits, compared with what another first token changes
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -70,9 +74,20 @@ def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
     Args:
         config: The model's configuration; changed in place.
         tokenizer: The tokenizer with which batches are padded; None if unknown.
+
+    Raises:
+        ValueError: The tokenizer has more tokens than the model.
     """
+    if tokenizer is None:
+        return
+    known = setting(config.get_text_config(), "vocab_size")  # CANINE hashes characters
+    if known is not None and (needed := vocabulary_size(tokenizer)) > known:
+        raise UsageError(
+            f"the tokenizer {tokenizer.name_or_path} has {needed} tokens, but the model has {known}. Give the data "
+            "module the model's own tokenizer; if that is the one, without the tokens that were added to it."
+        )
     before = pad_token_of(config)
-    if tokenizer is None or tokenizer.pad_token_id in (None, before):
+    if tokenizer.pad_token_id in (None, before):
         return
     config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     rank_zero_info(
@@ -82,9 +97,10 @@ def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
 
 
 def check_inputs(model: PreTrainedModel, data: TextData) -> None:
-    """Refuses packed batches for a model without support, and data for which the embedding tables lack rows.
+    """Refuses data that a model does not take, and a model that reads nothing of a text.
 
-    On a GPU, the latter would fail in a kernel assertion. Warns of a model whose results depend on the batch.
+    On a GPU, an id without a row in an embedding table would fail in a kernel assertion. Warns of a model whose results
+    depend on the batch.
     """
     if data.packed:
         check_packing(model)
@@ -94,12 +110,6 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
             f"max_length is {data.max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
             f"{longest} or less."
         )
-    known = setting(model.config.get_text_config(), "vocab_size")  # CANINE hashes characters
-    if known is not None and (needed := vocabulary_size(data.tokenizer)) > known:
-        raise UsageError(
-            f"the tokenizer {data.tokenizer.name_or_path} has {needed} tokens, but the model has {known}. Give the "
-            "data module the model's own tokenizer."
-        )
     if model.config.model_type == "xmod" and model.config.default_language is None:
         raise UsageError(
             f"the model has adapters for the languages {join_quoted(model.config.languages)}. Set "
@@ -108,12 +118,42 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     if model.config.model_type == "reformer":
         _check_reformer_width(model.config, data)
     reason = depends_on_width(model.config, data.max_length)
-    if reason is not None and not data.spec.fixed_width:
+    if reason is None:
+        _check_reads_texts(model)
+    elif not data.spec.fixed_width:
         rank_zero_warn(
             f"{model.config.model_type} models have {reason}, so their result for a text depends on the other texts in "
             "its batch. To get the same result in every batch, set --data.padding=max_length, and call the pipeline of "
             "the exported model with padding='max_length'."
         )
+
+
+def _check_reads_texts(model: PreTrainedModel) -> None:
+    """Refuses a model that fails on a text, or of which only the first token makes a difference.
+
+    It is called with a few tokens, unless its weights are not loaded yet or sharded.
+    """
+    if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
+        return
+    end, size = end_token_read(model.config), setting(model.config.get_text_config(), "vocab_size", _MOST_TOKENS)
+    tokens = [token for token in range(min(size, _MOST_TOKENS)) if token not in (end, pad_token_of(model.config))]
+    if len(tokens) < _FEWEST_TOKENS:
+        return
+    (one, other), text, another = tokens[:2], tokens[2::2], tokens[3::2]
+    rows = [[one, *text], [one, *another[: len(text)], *text[len(another) :]], [other, *text]]
+    ids = torch.tensor([[*row, *([] if end is None else [end])] for row in rows], device=model.device)
+    try:
+        logits = logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    except Exception as error:  # there are many kinds of models
+        raise UsageError(
+            f"{type(model).__name__} fails on a text: {root_cause_message(error)} Correct its configuration, for "
+            "example by --model.model_kwargs."
+        ) from error
+    by_others, by_first = ((logits[0] - logits[row]).abs().max() for row in (1, 2))
+    if by_others < _NO_DIFFERENCE * by_first:
+        causal = setting(model.config.get_text_config(), "is_decoder")
+        how = ", with is_decoder=true in its configuration. Set --model.model_kwargs.is_decoder=false" if causal else ""
+        raise UsageError(f"{type(model).__name__} reads only the first token of a text{how or '. Use another model'}.")
 
 
 def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:

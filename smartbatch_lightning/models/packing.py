@@ -62,10 +62,10 @@ def enable_packing(model: PreTrainedModel) -> None:
     if TAKES_PACKED_BATCHES in model.__dict__:
         return
     check_packing(model)
-    if not _can_be_tried(model) or (_has_other_attention(model) and model.device.type == "cpu"):
+    if not can_be_tried(model):
         supply_attention(model, one_token=False)
     else:
-        expected = torch.cat([_logits(model, _padded([sample], 0)) for sample in _samples(model)])
+        expected = torch.cat([logits_of(model, _padded([sample], 0)) for sample in _samples(model)])
         for one_token in (True, False):
             supply_attention(model, one_token=one_token)
             if not (problem := _difference(model, _packed(_samples(model)), expected)):
@@ -82,11 +82,11 @@ def skip_unread_tokens(model: PreTrainedModel) -> None:
     The last layer then computes only the tokens that the head reads, unless hidden states or attention weights are
     requested. A model that gives different results for two short samples, or cannot be tested on them, is not changed.
     """
-    if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not _can_be_tried(model):
+    if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not can_be_tried(model):
         return
     with suppress(Exception):  # there are many kinds of models
         batch = _padded(_samples(model), pad_token_of(model.config) or 0)
-        expected = _logits(model, batch)
+        expected = logits_of(model, batch)
         supply_attention(model, one_token=True)
         if not _difference(model, batch, expected):
             return
@@ -285,8 +285,10 @@ def _cannot_be_packed(model: PreTrainedModel, reason: str) -> UsageError:
     )
 
 
-def _can_be_tried(model: PreTrainedModel) -> bool:
-    """Whether a model can be called: its weights are loaded and not sharded."""
+def can_be_tried(model: PreTrainedModel) -> bool:
+    """Whether a model can be called: its weights are loaded and not sharded, and its attention needs no GPU."""
+    if _has_other_attention(model) and model.device.type == "cpu":
+        return False
     return not any(weight.is_meta or isinstance(weight, DTensor) for weight in model.parameters())
 
 
@@ -321,7 +323,7 @@ def _packed(samples: list[Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+def logits_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """Logits in evaluation mode, uncompiled; the modules' modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     compiled = any(module._compiled_call_impl is not None for module, _ in modes)
@@ -338,7 +340,7 @@ def _logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 def _difference(model: PreTrainedModel, batch: dict[str, Any], expected: Tensor) -> str:
     """What is wrong with a model's logits for a batch, within its precision; empty if nothing."""
     try:
-        given = _logits(model, batch)
+        given = logits_of(model, batch)
     except Exception as error:
         return f"fail on them: {root_cause_message(error)}"
     half = model.dtype in (torch.float16, torch.bfloat16)
