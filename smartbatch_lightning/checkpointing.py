@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, and read only if undamaged and made of weights and plain values."""
 
 import zipfile
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from os import SEEK_END
@@ -143,6 +143,26 @@ def verified_checkpoint(path: _PATH) -> str:
             )
         raise _unusable(path, what) from error
     return local
+
+
+def check_asks_for_no_code(path: _PATH, model_kwargs: Mapping[str, Any] | None) -> None:
+    """Refuses a checkpoint whose arguments would have transformers run a model's own code, which only users may do.
+
+    Args:
+        path: Path of a checkpoint that was verified.
+        model_kwargs: What the user has given as the argument of `SequenceClassifier`.
+
+    Raises:
+        ValueError: The checkpoint asks for it, and the user does not.
+    """
+    arguments = torch.load(path, map_location="meta", weights_only=True, mmap=True).get("hyper_parameters", {})
+    asks = (arguments.get("model_kwargs") or {}).get("trust_remote_code")
+    if asks and not (model_kwargs or {}).get("trust_remote_code"):
+        raise UsageError(
+            f"the checkpoint {path} is of a model with its own Python code, which is not run unless you trust it. Read "
+            "it, then set --model.model_kwargs.trust_remote_code=true, or in Python give load_from_checkpoint "
+            "model_kwargs={'trust_remote_code': True}."
+        )
 
 
 def _unusable(path: _PATH, what: str) -> UsageError:

@@ -35,7 +35,7 @@ from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, check_asks_for_no_code, verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.contract import TEXT_ENCODING, callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -410,6 +410,7 @@ class SmartBatchCLI(LightningCLI):
             return
         verified_checkpoint(path)
         given = self.config
+        check_asks_for_no_code(path, given[command].model.get("init_args", {}).get("model_kwargs"))
         super()._parse_ckpt_path()
         saved = self.config
         if saved is given:

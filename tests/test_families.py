@@ -174,6 +174,14 @@ class Model(BertForSequenceClassification):
     config_class = Config
 """
 
+# Logits that no model of transformers' own gives.
+DOUBLED = """
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+"""
+
 
 def special(kind: str) -> list[str]:
     return {
@@ -744,6 +752,40 @@ def test_code_that_a_model_brings_is_not_run_unless_it_is_trusted(
     with pytest.raises(UsageError, match="the weights of .* were not found"):
         trainer(tmp_path).fit(model, GivenTexts(TEXTS, max_length=24))
     assert ran.exists()
+
+
+@pytest.mark.parametrize("peft_config", [None, slow({"peft_type": "LORA", "r": 4})])
+@pytest.mark.parametrize("model_type", ["mine", slow("bert")])
+def test_a_model_with_trusted_code_is_loaded_from_its_checkpoint_and_its_export(
+    model_type: str, peft_config: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny("bert", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    kinds = {"AutoConfig": "mine.Config", "AutoModelForSequenceClassification": "mine.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type, "auto_map": kinds}))
+    code = REMOTE_CODE.replace("mine", model_type) + DOUBLED
+    (tmp_path / "base" / "mine.py").write_text(code)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4)
+    trusted = {"trust_remote_code": True}
+    model = SequenceClassifier(
+        str(tmp_path / "base"), model_kwargs=trusted, peft_config=peft_config, learning_rate=0.01
+    )
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, data)
+    predicted = probabilities(run, model, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UsageError, match="a model with its own Python code, which is not run unless you trust it"):
+        SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt", model_kwargs=trusted)
+    assert torch.equal(probabilities(run, again, data), predicted)
+    resumed = SequenceClassifier(
+        str(tmp_path / "base"), model_kwargs=trusted, peft_config=peft_config, learning_rate=0.01
+    )
+    trainer(tmp_path, max_steps=3).fit(resumed, data, ckpt_path=tmp_path / "a.ckpt")
+    export_model(model, data, tmp_path / "told")
+    said = by_pipeline(tmp_path / "told", SENTENCES, 8, trust_remote_code=True)
+    torch.testing.assert_close(said, predicted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

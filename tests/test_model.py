@@ -32,6 +32,7 @@ from transformers import (
 from smartbatch_lightning import BatchSpec, PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.callbacks.checkpoint_preflight import CheckpointPreflight
 from smartbatch_lightning.data.tokenizers import load_tokenizer
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks import Regression, SingleLabelClassification
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -542,6 +543,48 @@ def test_weights_that_are_not_whole_or_do_not_fit_are_refused_in_one_line(
         (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         SequenceClassifier(str(folder), num_labels=2, model_kwargs=model_kwargs).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_kwargs", "message"),
+    [
+        (
+            {"hidden_dropout_prob": None},
+            {},
+            "the configuration of .* cannot be used: .*hidden_dropout_prob.*config.json",
+        ),
+        ({"id2label": {"a": "0"}}, {}, "the configuration of .* cannot be used: ValueError.*Correct its config.json"),
+        (
+            {},
+            {"hidden_dropout_prob": None},
+            "cannot be used, with model_kwargs .*hidden_dropout_prob.*Correct these, or",
+        ),
+        (
+            {},
+            {"device_map": "cpu"},
+            "has 'device_map', which the configuration .* none of 'revision', .*or leave it out",
+        ),
+        ({}, {"torch_dtype": "bfloat16"}, "'torch_dtype', which transformers now calls dtype. Rename it"),
+        ({}, {"id2label": {0: "no", 1: "yes"}}, "has 'id2label', but the classes are those of the data.*label_names"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(
+    changes, model_kwargs, message: str, base: str, tmp_path: Path
+) -> None:
+    path = copied(base, tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UsageError, match=message):
+        SequenceClassifier(str(path.parent), num_labels=2, model_kwargs=model_kwargs).configure_model()
+
+
+def test_a_checkpoint_is_loaded_whatever_its_model_was_told_to_return(data, tmp_path: Path) -> None:
+    model = SequenceClassifier(model_kwargs={"return_dict": False})
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    for one, other in zip(run.predict(model, data), run.predict(again, data), strict=True):
+        torch.testing.assert_close(one["probabilities"], other["probabilities"])
 
 
 def test_weights_of_something_else_are_no_pretrained_model(base: str, tmp_path: Path) -> None:

@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MetricCollection
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
+from smartbatch_lightning.checkpointing import (
+    AtomicCheckpointIO,
+    check_asks_for_no_code,
+    forget_objects,
+    verified_checkpoint,
+)
 from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, callbacks_of, fingerprint_in, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
@@ -654,7 +659,7 @@ class SequenceClassifier(L.LightningModule):
         self.hparams.update({name: hyperparameters.get(name) for name in self.loss_options.to_balance})
         saved = hyperparameters.get("architecture")
         if saved is not None and self.model is not None:
-            config = AutoConfig.for_model(**saved)
+            config = self._source.checkpoint_config(saved)
             check_labels("the checkpoint", config, self.label_names, self.model.config.to_dict())
         elif saved is not None:  # a subclass may not have this argument
             self.architecture = saved
@@ -681,11 +686,14 @@ class SequenceClassifier(L.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
         """Lightning's method with `weights_only` always true, since loading a checkpoint could otherwise run code.
 
+        For a model with its own code, give `model_kwargs={"trust_remote_code": True}` here again.
+
         Raises:
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
         """
         if isinstance(checkpoint_path, str | Path):
             checkpoint_path = verified_checkpoint(checkpoint_path)
+            check_asks_for_no_code(checkpoint_path, options.get("model_kwargs"))
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -108,9 +110,26 @@ class ModelSource:
 
     def config(self) -> PretrainedConfig:
         """Configuration of a checkpoint's model, else of the pretrained one."""
-        if self.architecture is not None:
-            return AutoConfig.for_model(**self.architecture)
-        return self._pretrained_config()
+        return self._pretrained_config() if self.architecture is None else self.checkpoint_config(self.architecture)
+
+    def checkpoint_config(self, architecture: dict[str, Any]) -> PretrainedConfig:
+        """The configuration that a checkpoint has as a dictionary.
+
+        Raises:
+            ValueError: transformers does not know it, and it does not come with trusted code.
+        """
+        if "auto_map" in architecture and self.model_kwargs.get("trust_remote_code"):
+            pretrained = self._pretrained_config()
+            config = type(pretrained).from_dict({**architecture, "auto_map": pretrained.auto_map})  # only trusted code
+            config._name_or_path = self._path  # where transformers looks for it
+            return config
+        if (kind := architecture["model_type"]) not in CONFIG_MAPPING:
+            raise UsageError(
+                f"transformers {version('transformers')} does not know the checkpoint's {kind} model. Upgrade it; or, "
+                "if the model came with its own Python code that you trust, set "
+                "--model.model_kwargs.trust_remote_code=true."
+            )
+        return AutoConfig.for_model(**architecture)
 
     @property
     def location(self) -> dict[str, Any]:
@@ -123,21 +142,24 @@ class ModelSource:
 
     def _model_for_checkpoint(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, set[str]]:
         """The checkpoint's model before its weights are loaded, with changes from `model_kwargs`, such as dropout."""
-        config = AutoConfig.for_model(**self.architecture or {})
+        config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        changed = {name: value for name, value in self.model_kwargs.items() if name not in (*_WHERE, *_NOT_IN_CONFIG)}
+        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # which only a folder can lack
+        changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
         config.update(changed)
         adopt_padding(config, tokenizer)
+        drop_caches(config)
         if not self.adapted:
             if self.pretrained not in ("demo", made_from := config.name_or_path):
                 rank_zero_warn(
                     f"the model is the checkpoint's, made from {made_from}; {self.pretrained} plays no part but for "
                     "its tokenizer. Leave --model.pretrained out."
                 )
-            options = {name: value for name, value in self.model_kwargs.items() if name in _NOT_IN_CONFIG}
+            passed = (*_NOT_IN_CONFIG, "trust_remote_code")
+            options = {name: value for name, value in self.model_kwargs.items() if name in passed}
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
                 config, **options
             )
@@ -150,18 +172,31 @@ class ModelSource:
         return self._pretrained_model(config)
 
     def _pretrained_config(self) -> PretrainedConfig:
+        if of_data := sorted({"num_labels", "id2label", "label2id"} & self.model_kwargs.keys()):
+            raise UsageError(
+                f"model_kwargs has {join_quoted(of_data)}, but the classes are those of the data. Leave that out; to "
+                "name the classes, set --data.label_names."
+            )
+        if "torch_dtype" in self.model_kwargs:
+            raise UsageError("model_kwargs has 'torch_dtype', which transformers now calls dtype. Rename it.")
         options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
         try:
             with hub_or_cache(self._path):
                 config, unknown = AutoConfig.from_pretrained(
                     self._path, return_unused_kwargs=True, **{"trust_remote_code": False, **options}
                 )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # configurations check their fields in many ways
             check_trusted(self.pretrained, error)
             if (Path(self._path) / "adapter_config.json").is_file():
                 raise UsageError(
                     f"{self.pretrained!r} holds only adapters, without the weights of their base model. Give a folder "
                     "with all weights, as export writes it with adapter=false; or the checkpoint, by --ckpt_path."
+                ) from error
+            if not isinstance(error, OSError) or (Path(self._path) / "config.json").is_file():
+                how = f", with model_kwargs {self.model_kwargs}" if self.model_kwargs else ""
+                raise UsageError(
+                    f"the configuration of {self.pretrained!r} cannot be used{how}: {root_cause_message(error)} "
+                    f"Correct {'these, or ' if how else ''}its config.json."
                 ) from error
             raise UsageError(
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
@@ -217,6 +252,6 @@ class ModelSource:
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:
     return UsageError(
-        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know. Correct the "
-        "name."
+        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know, and which is "
+        f"none of {join_quoted((*_WHERE, *_NOT_IN_CONFIG))}. Correct the name, or leave it out."
     )
