@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -585,6 +586,23 @@ def test_a_checkpoint_is_loaded_whatever_its_model_was_told_to_return(data, tmp_
     again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
     for one, other in zip(run.predict(model, data), run.predict(again, data), strict=True):
         torch.testing.assert_close(one["probabilities"], other["probabilities"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_weights_of_the_layers_for_which_the_model_has_no_place_are_named(base: str, tmp_path: Path) -> None:
+    folder = copied(base, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    harmless = {"cls.predictions.bias": torch.zeros(3)}
+    harmless["encoder.layer.0.attention.self.bias"] = torch.ones(9, 9)  # a causal mask, as old versions saved it
+    of_layer = {"encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(127, 16)}
+    save_file({**weights, **harmless, **of_layer}, folder / "model.safetensors", {"format": "pt"})
+    message = r"has 'encoder.layer.0.attention.self.distance_embedding.weight', for which Bert.* has no place"
+    with pytest.warns(UserWarning, match=message):
+        SequenceClassifier(str(folder), num_labels=2).configure_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        save_file({**weights, **harmless}, folder / "model.safetensors", {"format": "pt"})
+        SequenceClassifier(str(folder), num_labels=2).configure_model()
 
 
 def test_weights_of_something_else_are_no_pretrained_model(base: str, tmp_path: Path) -> None:

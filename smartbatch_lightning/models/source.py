@@ -23,6 +23,7 @@ from smartbatch_lightning.families import check_has_head, drop_caches
 from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.models.compatibility import adopt_padding, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
+from smartbatch_lightning.models.layers import find_layers
 from smartbatch_lightning.tasks import Task
 from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
@@ -245,9 +246,33 @@ class ModelSource:
                 f"none of the weights in {self._path!r} belongs to {type(model).__name__}, which its configuration "
                 "names. Give a folder written by save_pretrained."
             )
+        if unused := _inside_layers(model, found["unexpected_keys"]):
+            rank_zero_warn(
+                f"{self._path!r} has {join_quoted(unused)}, for which {type(model).__name__} has no place, so it "
+                "computes something else than the model that was pretrained. Choose a model that this version of "
+                "transformers supports in full."
+            )
         if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):
             model.config.architectures = None  # otherwise `is_fine_tuned` would consider the head trained
         return model, missing
+
+
+def _inside_layers(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Names of weights that belong to the model's layers, such as BERT's relative positions, not to another head.
+
+    Not those of causal masks, which old versions of transformers saved as `bias` of an attention layer.
+    """
+    layers, base = [*(find_layers(model) or ())], f"{model.base_model_prefix}."
+    modules = {name.removeprefix(base): module for name, module in model.named_modules()}
+    prefixes = tuple(f"{name}." for name, module in modules.items() if module in layers)
+
+    def is_weight(name: str) -> bool:
+        of, _, kind = name.rpartition(".")
+        return kind == "weight" or (kind == "bias" and hasattr(modules.get(of), "weight"))
+
+    return sorted(
+        name for name in names if name.removeprefix(base).startswith(prefixes) and is_weight(name.removeprefix(base))
+    )
 
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:
