@@ -351,7 +351,7 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
         slow(["fit", "--model=Nope"], "--model: expected a class, or options such as --model.pretrained=..."),
         # not the content of the file
-        slow(["fit", "--data=trainer.yaml"], "--data: expected a class, or options such as --data.dataset=..."),
+        slow(["fit", "--data=texts.csv"], "--data: expected a class, or options such as --data.dataset=..."),
         (
             ["fit", "--config=twice.yaml"],
             "Problems parsing config: the key 'data' is given twice .* line 2, column 1.*",
@@ -395,6 +395,7 @@ def test_an_unknown_option_or_a_value_of_another_type_is_told_in_one_line(
     (tmp_path / "trainer.yaml").write_text("trainer: {max_epoch: 9}")
     (tmp_path / "twice.yaml").write_text("data: {batch_size: 4}\ndata: {max_length: 9}")
     (tmp_path / "latin.yaml").write_text("data: {text_columns: é}", encoding="latin-1")
+    (tmp_path / "texts.csv").write_text("text,label\nfine,pos\n")
     (tmp_path / "home.yaml").write_text("data: {cache_dir: ~/cache}")
     (tmp_path / "text.yaml").write_text("hello")
     (tmp_path / "numbers.yaml").write_text("data: {label_column: 1}")
