@@ -109,6 +109,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
         ([{"class_path": "F1Score", "args": {}}], "give a name, or class_path and init_args"),
         (["f1", "f1"], "the name 'f1', which appears twice"),
         ({"loss": "f1"}, "the name 'loss', which is reserved"),
+        ([""], "the name '', which cannot name a metric"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_anything_is_loaded(metrics, message: str) -> None:

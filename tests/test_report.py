@@ -123,6 +123,12 @@ def test_of_very_many_classes_the_table_names_the_first(tmp_path: Path, minilm: 
     assert max(map(len, printed.splitlines())) <= 110
 
 
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_a_report_for_no_ranks_is_refused(ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"ranks is {ranks}; give 1 or more"):
+        PaddingReport.from_datamodule(SmartBatchDataModule(), ranks)
+
+
 def test_data_of_other_labels_than_a_fine_tuned_model_has_are_reported(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n" + "fine indeed,yes\nbad,no\n" * 20)
     cli("report", f"--data.dataset={tmp_path / 'train.csv'}", f"--model.pretrained={demo.model_dir()}", "--ranks=1")

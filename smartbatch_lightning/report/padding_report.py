@@ -14,7 +14,7 @@ from smartbatch_lightning.batching.jitter import JitterPoint, measure_jitter
 from smartbatch_lightning.batching.planner import with_jitter
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.report import tables
 from smartbatch_lightning.report.measure import (
     Split,
@@ -72,6 +72,7 @@ class PaddingReport:
         Raises:
             ValueError: The data cannot be used; the message says what to do.
         """
+        check_at_least(1, ranks=ranks)
         data.prepare_data()
         data.setup("fit")
         planned = data.train_data.lengths

@@ -68,8 +68,9 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
             metric, options = metric["class_path"], dict(metric.get("init_args") or {})
         name = name or str(metric).rpartition(".")[2]
         if name in specs or name == "loss" or not str(name).isidentifier():
+            wrong = "appears twice" if name in specs else "is reserved" if name == "loss" else "cannot name a metric"
             raise UsageError(
-                f"metrics has the name {name!r}, which {'appears twice' if name in specs else 'is reserved'}. Give "
+                f"metrics has the name {name!r}, which {wrong}. Give "
                 "them other names, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
             )
         specs[name] = (str(metric), options)
