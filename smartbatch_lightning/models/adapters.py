@@ -111,7 +111,7 @@ def read_peft_config(given: Any) -> Any:
         raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
     if config.peft_type.value not in _TRIED:
         raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(_TRIED)}.")
-    if met := [name for name in _OF_GENERATION if getattr(config, name, None)]:
+    if met := [name for name in _OF_GENERATION if config.to_dict().get(name)]:
         raise UsageError(f"peft_config has {join_quoted(met)}, which is not supported. Leave it out.")
     return config
 

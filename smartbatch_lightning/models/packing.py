@@ -125,7 +125,7 @@ def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
     layers, pooling = find_layers(model), head_pooling(model)
     layer = _one_token_layer(model) if one_token else None
     parents = [module for module in model.base_model.modules() if any(child is layers for child in module.children())]
-    before_model = partial(_before_model, _names(model), pooling, _padding_position(model), layer is not None)
+    before_model = partial(_before_model, _names(model), pooling, _padding_idx(model), layer is not None)
     model.__dict__[_HOOKS] = [
         model.register_forward_pre_hook(before_model, with_kwargs=True),
         model.base_model.register_forward_pre_hook(
@@ -181,27 +181,27 @@ def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
     return layers[-1] if head_pooling(model) in ("first", "last") else None
 
 
-def _padding_position(model: PreTrainedModel) -> int | None:
+def _padding_idx(model: PreTrainedModel) -> int | None:
     """The position of padding in RoBERTa and models like it, which is the padding token's id; None in others."""
     embeddings = dict(model.base_model.named_modules()).get("embeddings.position_embeddings")
     padding_idx: int | None = getattr(embeddings, "padding_idx", None)
     return padding_idx
 
 
-def _positions(input_ids: Tensor, position_ids: Tensor, padding: int | None) -> Tensor:
+def _positions(input_ids: Tensor, position_ids: Tensor, padding_idx: int | None) -> Tensor:
     """Positions in a row of samples as RoBERTa counts them: from its position of padding on, without padding tokens.
 
     Args:
         input_ids: (1, tokens).
         position_ids: Positions that restart at 0 in each sample, (1, tokens).
-        padding: The padding token's id, and its position; None for models that count all tokens from 0.
+        padding_idx: The padding token's id, and its position; None for models that count all tokens from 0.
     """
-    if padding is None:
+    if padding_idx is None:
         return position_ids
-    counted = (input_ids != padding).long()
+    counted = (input_ids != padding_idx).long()
     count = counted.cumsum(1)
     starts = torch.arange(count.shape[1], device=count.device) - position_ids
-    return (count - (count - counted).gather(1, starts)) * counted + padding
+    return (count - (count - counted).gather(1, starts)) * counted + padding_idx
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -218,7 +218,7 @@ def _remove(model: PreTrainedModel) -> None:
 def _before_model(
     names: list[str],
     pooling: str,
-    padding: int | None,
+    padding_idx: int | None,
     one_token: bool,
     model: Any,
     args: Any,
@@ -237,7 +237,7 @@ def _before_model(
             return (), inputs
     else:
         assert input_ids is not None, "packed batches hold input_ids"
-        inputs["position_ids"] = _positions(input_ids, inputs["position_ids"], padding)
+        inputs["position_ids"] = _positions(input_ids, inputs["position_ids"], padding_idx)
     if pooling in ("first", "last"):
         assert input_ids is not None
         tokens = tokens_read(pooling, input_ids, pad_token_of(model.config), cu_seq_lens)
