@@ -475,7 +475,7 @@ class SmartBatchCLI(LightningCLI):
 def _takes_null(of: type, argument: str) -> bool:
     """Whether an argument of a class, or of one that it passes it on to, may be None; jsonargparse takes it for all."""
     for one in of.__mro__:
-        accepted = get_type_hints(one.__init__).get(argument)
+        accepted = get_type_hints(vars(one).get("__init__", object)).get(argument)
         if accepted is not None:
             return accepted is Any or not {Any, type(None)}.isdisjoint(get_args(accepted))
     return True
