@@ -530,7 +530,7 @@ def test_a_plateau_without_validation_or_with_a_metric_that_is_not_logged_is_ref
     ):
         fit(tmp_path, plateau([1.0], monitor="val_accurac"), rates, limit_val_batches=1, num_sanity_val_steps=1)
     assert not rates.rates
-    model, module = plateau([1.0], monitor="val_loss"), data(validation_split=["train", "test"])
+    model, module = plateau([1.0], monitor="val_loss"), data(validation_split=["test", "train"])
     run = trainer(tmp_path, limit_val_batches=1)
     with pytest.raises(ValueError, match="monitors 'val_loss', but validation logs .*'val_loss/test'"):
         run.fit(model, module)

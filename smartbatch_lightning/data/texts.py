@@ -405,7 +405,7 @@ class TextDataModule(L.LightningDataModule):
         train, share = self._labelled(self.train_split), self._names.validation_share(self.splits)
         if not share:
             validated = self._names.validated(self.splits)
-            if self.train_split in validated:
+            if validated[:1] == [self.train_split]:  # the set that decides which weights are best
                 rank_zero_warn(
                     f"The split {self.train_split!r} is trained on and validated on, so the validation says nothing "
                     "about other samples. Unless that is meant, set --data.validation_split."
