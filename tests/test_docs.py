@@ -30,6 +30,7 @@ NOT_RUN = Counter(
         "it sets up an environment": 1,
         "classes that are not here": 1,
         "the folder is not here": 1,
+        "it needs a GPU; tests/test_benchmarks.py runs these dry": 2,
         "it loads from the Hub; tests/test_glue.py runs these configs": 1,
     }
 )
