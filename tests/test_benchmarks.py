@@ -3,6 +3,7 @@
 import argparse
 import faulthandler
 import json
+import subprocess
 import sys
 import warnings
 from importlib import import_module
@@ -59,3 +60,13 @@ def test_every_part_of_the_gpu_benchmark_has_a_dry_run(part: str, capsys: pytest
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(row["part"] == part and "error" not in row for row in rows)
     assert rows or part in ("attention", "waits", "profile")  # which have no meaning on a CPU
+
+
+@pytest.mark.parametrize("options", [[], ["--sharded"]], ids=["DDP", "FSDP2"])
+def test_the_benchmark_of_ranks_has_a_dry_run(options: list[str], lengths: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "benchmarks.ranks"]
+    tiny = ["--device=cpu", f"--lengths={lengths}", "--max_tokens_per_batch=100", "--steps=2"]
+    ended = subprocess.run([*torchrun, *tiny, *options], cwd=ROOT, check=True, capture_output=True, text=True)
+    row = json.loads(ended.stdout.splitlines()[-1])
+    assert (row["ranks"], row["steps"], row["strategy"] == "FSDP2") == (2, 2, bool(options))
+    assert row["slowest_rank_over_mean"] >= 1
