@@ -390,8 +390,8 @@ class SmartBatchCLI(LightningCLI):
             if self.config[command].get(name, {}) is None:
                 raise UsageError(f"{name} is null in the config. Leave it out, or give its options.")
         for name, of in self._classes.items():
-            given = self.config[command].get(name) or Namespace()
-            for argument, value in (given.get("init_args") or Namespace()).items():
+            given = self.config[command].get(name) or {}
+            for argument, value in (given.get("init_args") or {}).items():
                 if value is None and not _takes_null(of, argument):
                     raise UsageError(f"--{name}.{argument} is null. Leave it out, or give a value.")
 

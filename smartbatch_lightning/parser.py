@@ -50,14 +50,14 @@ class Parser(LightningArgumentParser):
         if most_used:
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
 
-    def parse_args(self, *args: Any, **options: Any) -> Namespace:
+    def parse_args(self, *args: Any, **options: Any) -> Any:
         """The parsed arguments, in which `~/` is the home folder, as in a shell, which does not see it after a `=`."""
         try:
             return _in_home_folder(super().parse_args(*args, **options))
         except UnicodeDecodeError as error:
             self.error(f"--config: {error}. Save the file as UTF-8.", error)
 
-    def parse_object(self, *args: Any, **options: Any) -> Namespace:
+    def parse_object(self, *args: Any, **options: Any) -> Any:
         """As `parse_args`, of a dictionary."""
         return _in_home_folder(super().parse_object(*args, **options))
 
