@@ -69,7 +69,9 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str]) ->
 
 
 def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Sets a model's padding token to that of the batches, since heads look for the last token that is not padding.
+    """Refuses a tokenizer with more tokens than a model, and makes its padding token the model's.
+
+    Heads look for the last token that is not padding.
 
     Args:
         config: The model's configuration; changed in place.

@@ -154,7 +154,7 @@ class ModelSource:
         adopt_padding(config, tokenizer)
         drop_caches(config)
         if not self.adapted:
-            if self.pretrained not in ("demo", made_from := config.name_or_path):
+            if str(self.pretrained) not in ("demo", made_from := config.name_or_path):
                 rank_zero_warn(
                     f"the model is the checkpoint's, made from {made_from}; {self.pretrained} plays no part but for "
                     "its tokenizer. Leave --model.pretrained out."
