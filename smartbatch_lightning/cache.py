@@ -184,5 +184,5 @@ def _bytes(size: str, name: str) -> int:
     except ValueError:
         given = -1
     if given < 0:
-        raise UsageError(f"{name} is {size!r}; give bytes, such as 50GB.")
+        raise UsageError(f"{name} is {size!r}; give a whole number of bytes, such as 50GB or 1500MB.")
     return given

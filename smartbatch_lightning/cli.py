@@ -386,6 +386,9 @@ class SmartBatchCLI(LightningCLI):
         command = self.config.get("subcommand")
         if not command:
             return
+        seed = self.config[command].get("seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise UsageError(f"--seed_everything is {seed}; give a number from 0 to {2**32 - 1}.")
         for name in self._parser(command).callback_keys:
             if self.config[command].get(name, {}) is None:
                 raise UsageError(f"{name} is null in the config. Leave it out, or give its options.")

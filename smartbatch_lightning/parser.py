@@ -117,6 +117,9 @@ class Parser(LightningArgumentParser):
         if missing := re.match(r"the following arguments are required: (.+)", message):
             names = [f"--{name.strip().rpartition('.')[2]}" for name in missing[1].split(",")]
             return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required."
+        if without := re.match(r"argument --([\w.]+): expected one argument", message):
+            option = without[1] if without[1] in self.options() else f"{without[1]}.OPTION"
+            return f"an option has no value; write --{option}=VALUE."
         if unrecognized := re.match(r"unrecognized arguments: --([\w.]+)", message):
             return self._unknown(unrecognized[1])
         if alone := re.match("unrecognized arguments: ([^ ]+)", message):
@@ -127,7 +130,7 @@ class Parser(LightningArgumentParser):
         if unknown := _NOT_ACCEPTED.search(inner):
             return self._unknown(".".join([*keys, *filter(None, unknown.groups())]))
         if not keys:
-            return " ".join(message.split())
+            return " ".join(message.split()).replace(' in "<unicode string>",', ":")
         if len(keys) > 1:  # the rest is about the class that holds the option
             inner = inner.partition("- Expected a <class 'NoneType'>\n  Given value")[0]
         problem = re.search(r"Problem with given class_path '.+?':\s+.+?(?=\n\s+- |\Z)", inner, re.DOTALL)

@@ -237,9 +237,9 @@ def test_no_size_or_none_that_is_one_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("SMARTBATCH_CACHE_MAX_SIZE", raising=False)
     with pytest.raises(UsageError, match="no size limit is given. Set --max_size"):
         prune_cache(folder=str(tmp_path))
-    with pytest.raises(UsageError, match="--max_size is 'lots'; give bytes, such as 50GB"):
+    with pytest.raises(UsageError, match="--max_size is 'lots'; give a whole number of bytes, such as 50GB"):
         prune_cache("lots", str(tmp_path))
-    with pytest.raises(UsageError, match="--max_size is '-5GB'; give bytes, such as 50GB"):
+    with pytest.raises(UsageError, match="--max_size is '-5GB'; give a whole number of bytes, such as 50GB"):
         prune_cache("-5GB", str(tmp_path))
     assert size_limit() is None
     monkeypatch.setenv("SMARTBATCH_CACHE_MAX_SIZE", "2 gb")

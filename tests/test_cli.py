@@ -294,6 +294,12 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
         (["--ckpt_path="], "error: ckpt_path is ''; give the path of a checkpoint"),
         slow(["--export_model.folder="], "error: the name of the folder to write to is empty."),
         slow(["--ckpt_path=best"], "error: ckpt_path is 'best'; give the path of a checkpoint"),
+        slow(["--seed_everything=-3"], "error: --seed_everything is -3; give a number from 0 to 4294967295."),
+        slow(["--model.architecture={a: 1}"], "error: architecture is {'a': 1}, which has no model_type. Leave it out"),
+        slow(
+            ["--model.metrics=.nan"],
+            "error: metrics is '.nan', which cannot be imported: Empty module name. Check the path.",
+        ),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
@@ -347,14 +353,14 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
     ("arguments", "message"),
     [
         (["fit", "--model.learning_rate=abc"], "--model.learning_rate: expected .*float.*, null. Got value: abc"),
-        slow(["fit", "--data.max_length=abc"], "--data.max_length: expected int. Got value: abc"),
+        slow(["fit", "--data.max_length=abc"], "--data.max_length: expected one of int, null. Got value: abc"),
         slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
         slow(["fit", "--model=Nope"], "--model: expected a class, or options such as --model.pretrained=..."),
         # not the content of the file
         slow(["fit", "--data=texts.csv"], "--data: expected a class, or options such as --data.dataset=..."),
         (
             ["fit", "--config=twice.yaml"],
-            "Problems parsing config: the key 'data' is given twice .* line 2, column 1.*",
+            "Problems parsing config: the key 'data' is given twice: line 2, column 1.*",
         ),
         slow(["fit", "--config=latin.yaml"], "--config: 'utf-8' codec can't decode .*. Save the file as UTF-8."),
         slow(["fit", "--config=text.yaml"], "--config: a config holds groups of options.* here is 'hello'."),
@@ -374,6 +380,8 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         slow(["fit", "--config=misspelt.yaml"], r"There is no option --data.max_lenght. .* --data.max_length\?"),
         slow(["fit", "--config=trainer.yaml"], r"There is no option --trainer.max_epoch. .* --trainer.max_epochs\?"),
         slow(["fit", "--model.nothing_like_it=9"], "There is no option --model.nothing_like_it."),
+        slow(["fit", "--data.batch_size"], "an option has no value; write --data.OPTION=VALUE."),
+        slow(["fit", "--ckpt_path"], "an option has no value; write --ckpt_path=VALUE."),
         slow(["evaluat"], "There is no command 'evaluat'. Did you mean evaluate. The commands are fit, .*, cache."),
         (["fit", "stray"], "'stray' is no option. Write --OPTION=stray, and quotes around spaces."),
         slow(["--config=home.yaml", "fit"], "--data.cache_dir is .* or the --config that holds it, after the command."),

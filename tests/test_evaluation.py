@@ -452,6 +452,13 @@ def test_a_table_gives_what_its_arrays_give(evaluation: Evaluation, ending: str,
     assert found.results.summary == evaluation.results.summary
 
 
+@pytest.mark.parametrize("ending", ["tsv", "csv.gz", "TSV.bz2"])
+def test_tables_are_read_whatever_separates_and_compresses_them(ending: str, tmp_path: Path) -> None:
+    evaluation, path = single(3), tmp_path / f"predictions.{ending}"
+    labelled(evaluation).to_pandas().to_csv(path, index=False, sep="," if "csv" in ending else "\t")
+    same(Evaluation.from_table(path), evaluation)
+
+
 def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
     evaluation, folder = single(3), tmp_path / "predictions"
     folder.mkdir()

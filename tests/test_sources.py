@@ -190,6 +190,13 @@ def test_a_url_is_fetched(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "/none.csv cannot be fetched: ClientResponseError: 404" in message
 
 
+@pytest.mark.parametrize("name", ["a b.csv", "a%20b.csv", "ü.csv", "a?.csv"])
+def test_a_file_url_is_the_file_that_it_stands_for(name: str, write) -> None:
+    path = Path(write(name, as_csv(ROWS)))
+    assert read(path.as_uri()) == read(path.as_uri().replace("file:", "FILE:")) == ROWS
+    assert read(f"file://{path}") == ROWS  # as it is often written
+
+
 @pytest.mark.parametrize("name", ["hf://datasets/a/b/*.parquet", "s3://bucket/a.csv", "https://example.org/a.csv"])
 def test_a_url_that_cannot_be_reached_is_named(name: str) -> None:
     assert refusal(name).startswith(f"{name} cannot be fetched: ")
@@ -770,6 +777,13 @@ def test_labels_to_train_and_validate_on_are_checked_before_anything_is_tokenize
     data.tokenize = None  # type: ignore[method-assign, assignment]
     with pytest.raises(ValueError, match="row 0 .* of the split 'dev' has the label 'good'"):
         trainer(tmp_path).fit(SequenceClassifier(str(demo.model_dir())), data)
+
+
+@pytest.mark.parametrize("blank", [["", ""], ["", " \t"]])
+def test_nothing_is_learned_from_a_column_without_a_word(blank: list[str], write, tmp_path: Path) -> None:
+    path = write("a.csv", as_csv(list(zip(blank, ("pos", "neg"), strict=True))))
+    with pytest.raises(ValueError, match="all texts in the split 'train' are empty: 'text'. Set --data.text_columns"):
+        trainer(tmp_path).fit(SequenceClassifier(str(demo.model_dir())), module(path))
 
 
 def test_a_hundred_thousand_rows_are_checked_and_read_in_a_second_or_two(write) -> None:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.data.truncation import Truncation
-from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.families import vocabulary_size
 from smartbatch_lightning.tasks.source import first_true, is_text
 
@@ -199,6 +199,23 @@ def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
                     f"the text column {name!r} has no text in row {start + first_true(texts.is_null())} (counted from "
                     "0). Drop such rows, or fill them with an empty text."
                 )
+
+
+def check_not_blank(dataset: Dataset, text_columns: Sequence[str], split: str) -> None:
+    """Refuses a split without a word in any text, from which nothing can be learned.
+
+    Raises:
+        ValueError: It is one.
+    """
+    columns = dataset.select_columns(list(text_columns)).with_format("arrow")
+    for start in range(0, len(columns), _ROWS_PER_CHECK):
+        for texts in columns[start : start + _ROWS_PER_CHECK].columns:
+            if pc.max(pc.utf8_length(pc.utf8_trim_whitespace(texts))).as_py():
+                return
+    raise UsageError(
+        f"all texts in the split {split!r} are empty: {join_quoted(text_columns)}. Set --data.text_columns to the "
+        "columns with the texts."
+    )
 
 
 def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_length: int) -> EncodedText:

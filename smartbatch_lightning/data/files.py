@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+from urllib.request import url2pathname
 
 import datasets
 import pyarrow as pa
@@ -130,7 +131,7 @@ def read_files(
 def _expanded(names: Sequence[str]) -> list[str]:
     """The files given by names and patterns; URLs and existing files are returned unchanged."""
     found: list[str] = []
-    for name in names:
+    for name in map(_of_scheme, names):
         path = Path(name).expanduser()
         if _URL.match(name):
             matching = _expanded_url(name) if glob.has_magic(urlsplit(name).path) else [name]
@@ -147,6 +148,17 @@ def _expanded(names: Sequence[str]) -> list[str]:
     if not found:
         raise UsageError("dataset has a split without files. Set --data.dataset to one or more files for each split.")
     return found
+
+
+def _of_scheme(name: str) -> str:
+    """A URL with a lower-case scheme, or the path that a `file://` URL stands for; other names are unchanged."""
+    if not _URL.match(name):
+        return name
+    scheme, _, rest = name.partition("://")
+    if scheme.lower() != "file":
+        return f"{scheme.lower()}://{rest}"
+    literal, decoded = url2pathname(quote(rest)), url2pathname(rest)
+    return literal if Path(literal).exists() else decoded
 
 
 def _expanded_url(name: str) -> list[str]:

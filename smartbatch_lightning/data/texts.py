@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_model_of
-from smartbatch_lightning.data.encoding import TextEncoder
+from smartbatch_lightning.data.encoding import TextEncoder, check_not_blank
 from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
@@ -327,6 +327,8 @@ class TextDataModule(L.LightningDataModule):
         datasets = [self._split(split) for split in self.used_splits]
         for split in self._labelled_splits():
             self._labels(split)
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_not_blank(self._split(self.train_split), self.text_columns, self.train_split)
         for dataset in datasets:
             self.token_table(dataset)
 

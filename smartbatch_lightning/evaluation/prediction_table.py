@@ -42,7 +42,7 @@ def read_predictions(
     `prediction`, a list in the order of `label_column` if there are several targets; and columns of the input.
 
     Args:
-        path: A Parquet or CSV file, or a folder of Parquet files.
+        path: A Parquet, CSV or TSV file, or a folder of Parquet files.
         label_column: Label column; or several, one for each label or target.
         label_delimiter: Separator for several labels in one string.
         label_names: Class names in the order of the integer ids in the label column; needed if that column has ids
@@ -102,7 +102,7 @@ class _Table:
                 table = pyarrow.parquet.read_table(path, columns=columns)
         except (OSError, pa.ArrowException) as error:
             raise UsageError(
-                f"the predictions {path} cannot be read: {error}. Give a Parquet or CSV file written by predict."
+                f"the predictions {path} cannot be read: {error}. Give a Parquet, CSV or TSV file with predictions."
             ) from error
         if not len(table):
             raise UsageError(f"{path} has no rows. Give predictions of one sample or more.")
@@ -223,13 +223,23 @@ class _Table:
             )
 
 
+def _ending(path: Path) -> str:
+    """The extension, in lower case; that before it if it is of a compression that pyarrow undoes in CSV files."""
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if ending in (".gz", ".bz2", ".zst", ".lz4") else ending
+
+
 def _is_csv(path: Path) -> bool:
-    return path.suffix.lower() == ".csv"
+    return _ending(path) in (".csv", ".tsv")
+
+
+def _separators(path: Path, **options: Any) -> pyarrow.csv.ParseOptions:
+    return pyarrow.csv.ParseOptions(delimiter="\t" if _ending(path) == ".tsv" else ",", **options)
 
 
 def _column_names(path: Path) -> list[str]:
     if _is_csv(path):
-        with pyarrow.csv.open_csv(path) as reader:
+        with pyarrow.csv.open_csv(path, parse_options=_separators(path)) as reader:
             return list(reader.schema.names)
     return list(pyarrow.parquet.ParquetDataset(path).schema.names)
 
@@ -239,7 +249,7 @@ def _read_csv(path: Path, columns: list[str], source: LabelSource, label_names: 
     as_text = labels if len(source.columns) == 1 and label_names is None and _are_words(columns) else []
     table = pyarrow.csv.read_csv(
         path,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        parse_options=_separators(path, newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
             include_columns=columns, column_types=dict.fromkeys(as_text, pa.string())
         ),

@@ -124,7 +124,11 @@ class ModelSource:
             config = type(pretrained).from_dict({**architecture, "auto_map": pretrained.auto_map})  # only trusted code
             config._name_or_path = self._path  # where transformers looks for it
             return config
-        if (kind := architecture["model_type"]) not in CONFIG_MAPPING:
+        if (kind := architecture.get("model_type")) is None:
+            raise UsageError(
+                f"architecture is {architecture!r}, which has no model_type. Leave it out; it is set by checkpoints."
+            )
+        if kind not in CONFIG_MAPPING:
             raise UsageError(
                 f"transformers {version('transformers')} does not know the checkpoint's {kind} model. Upgrade it; or, "
                 "if the model came with its own Python code that you trust, set "
