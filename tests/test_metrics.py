@@ -102,6 +102,11 @@ def test_several_labels_and_targets_have_theirs() -> None:
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
+        # as an untrusted checkpoint could have it
+        (
+            [{"class_path": "os.system", "init_args": {"command": "exit"}}],
+            "'os.system', which is no torchmetrics.Metric",
+        ),
         (["f2"], "metrics has 'f2', which is none of 'accuracy'"),
         (["matthews"], "metrics has 'matthews', .*'matthews_correlation'"),
         ("f1,accuracy", r"metrics is 'f1,accuracy'; give several as a list, \[f1,accuracy\]"),

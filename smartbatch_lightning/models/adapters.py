@@ -105,6 +105,8 @@ def read_peft_config(given: Any) -> Any:
     options = options.pop("init_args", options) or {}
     makers = {name: peft.PEFT_TYPE_TO_CONFIG_MAPPING[name] for name in _TRIED}
     make = look_up(kind, makers | {maker.__name__: maker for maker in makers.values()}, "peft_config")
+    if not (isinstance(make, type) and issubclass(make, peft.PeftConfig)):  # a checkpoint may name it
+        raise UsageError(f"peft_config is {kind!r}, which is no peft.PeftConfig. Give one of {join_quoted(_TRIED)}.")
     try:
         config: Any = make(**{**options, "task_type": "SEQ_CLS", "inference_mode": False})
     except Exception as error:  # peft checks arguments in many ways

@@ -97,7 +97,10 @@ def build_metrics(metrics: MetricSpecs, task: Task) -> MetricCollection:
 def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabel", "")) -> list[type[Metric]]:
     """Classes that a name may refer to, the likeliest first."""
     if "." in metric:
-        return [look_up(metric, {}, "metrics")]
+        kind: Any = look_up(metric, {}, "metrics")
+        if not (inspect.isclass(kind) and issubclass(kind, Metric)):  # a checkpoint may name it, and may not run code
+            raise UsageError(f"metrics has {metric!r}, which is no torchmetrics.Metric. Give a class that is one.")
+        return [kind]
     name = _NAMES[metric][0] if metric in _NAMES else metric
     places = (torchmetrics.classification, torchmetrics.regression, torchmetrics)
     found = [vars(place).get(prefix + name) for prefix in prefixes for place in places]
