@@ -602,7 +602,7 @@ def test_what_a_table_lacks_is_told_in_one_line(table: pa.Table, options: dict, 
 @pytest.mark.parametrize("path", ["nothing.parquet", "nothing.csv", "text.parquet"])
 def test_a_file_that_is_no_table_is_told_in_one_line(path: str) -> None:
     Path("text.parquet").write_text("hello")
-    with pytest.raises(ValueError, match=f"the predictions {path} cannot be read: .* Give a Parquet or CSV file"):
+    with pytest.raises(ValueError, match=f"the predictions {path} cannot be read: .* Give a Parquet, CSV or TSV file"):
         Evaluation.from_table(path)
 
 

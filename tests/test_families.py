@@ -677,6 +677,22 @@ def test_an_encoder_that_reads_from_the_left_and_classifies_the_first_token_is_r
     refused(tmp_path, message, model_kwargs={"is_decoder": True})
 
 
+def test_a_model_that_was_trained_to_say_nearly_the_same_of_all_texts_predicts_them(tmp_path: Path) -> None:
+    make_tiny("bert", tmp_path / "base")
+    data, model = GivenTexts(SENTENCES, max_length=24), SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    bert = model.model.bert
+    first, second, *rest = [token for token in range(8) if token != model.model.config.pad_token_id]
+    with torch.no_grad():
+        hidden = bert.eval()(torch.tensor([[first, *rest], [second, *rest]]))[0][:, 0]
+        way = 1e6 * (hidden[1] - hidden[0])
+        bert.pooler.dense.weight[:] = way  # and then a tanh, which is 1 or -1
+        bert.pooler.dense.bias[:] = -way @ hidden.mean(0)
+    found = probabilities(run, model, data)
+    assert len(found.unique(dim=0)) <= 2
+
+
 def test_a_padding_token_for_which_the_model_has_no_embedding_is_refused(tmp_path: Path) -> None:
     config, tokenizer = tiny_config("llama")
     config.vocab_size = len(tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from smartbatch_lightning.contract import TextData
@@ -16,7 +17,7 @@ from smartbatch_lightning.tasks.config import check_problem_type, label_names_fr
 from smartbatch_lightning.tasks.standardization import Standardization
 
 _FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tried
-_NO_DIFFERENCE = 1e-5  # between logits, compared with what another first token changes
+_NO_DIFFERENCE = 1e-5  # compared with what another first token changes
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -133,7 +134,8 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
 def _check_reads_texts(model: PreTrainedModel) -> None:
     """Refuses a model that fails on a text, or of which only the first token makes a difference.
 
-    It is called with a few tokens, unless its weights are not loaded yet or sharded.
+    It is called with a few tokens, unless its weights are not loaded yet or sharded. The first token's hidden states
+    have to be the same too, since a head trained to an extreme says nearly the same of all texts.
     """
     if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
         return
@@ -144,6 +146,13 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
     (one, other), text, another = tokens[:2], tokens[2::2], tokens[3::2]
     rows = [[one, *text], [one, *another[: len(text)], *text[len(another) :]], [other, *text]]
     ids = torch.tensor([[*row, *([] if end is None else [end])] for row in rows], device=model.device)
+    compared: list[Tensor] = []
+
+    def keep(base: nn.Module, args: Any, output: Any) -> None:
+        if output[0].ndim > 2:
+            compared.append(output[0][:, 0].float())
+
+    hook = model.base_model.register_forward_hook(keep)
     try:
         logits = logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     except Exception as error:  # there are many kinds of models
@@ -151,8 +160,10 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
             f"{type(model).__name__} fails on a text: {root_cause_message(error)} Correct its configuration, for "
             "example by --model.model_kwargs."
         ) from error
-    by_others, by_first = ((logits[0] - logits[row]).abs().max() for row in (1, 2))
-    if by_others < _NO_DIFFERENCE * by_first:
+    finally:
+        hook.remove()
+    by_others, by_first = ([(rows[0] - rows[row]).abs().max() for rows in (logits, *compared)] for row in (1, 2))
+    if all(others < _NO_DIFFERENCE * first for others, first in zip(by_others, by_first, strict=True)):
         causal = setting(model.config.get_text_config(), "is_decoder")
         how = ", with is_decoder=true in its configuration. Set --model.model_kwargs.is_decoder=false" if causal else ""
         raise UsageError(f"{type(model).__name__} reads only the first token of a text{how or '. Use another model'}.")
