@@ -97,6 +97,7 @@ def test_the_saved_config_runs_again(tmp_path: Path) -> None:
     assert again.trainer.callback_metrics["val_loss"] == first.trainer.callback_metrics["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_config_of_the_users_is_never_replaced(tmp_path: Path) -> None:
     """Without a logger, and with one that logs to the working directory."""
     written = "# my notes\ndata: {max_length: 24, batch_size: 64}\n"
@@ -136,6 +137,7 @@ def test_every_stage_saves_its_config_beside_its_logs(tmp_path: Path, monkeypatc
     assert [saved[name]["limit_test_batches"] for name in ("config-test.yaml", "config-test-v1.yaml")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_is_logged_to_tensorboard_and_csv_and_what_a_start_logged_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +323,7 @@ def smartbatch(*arguments: str) -> None:
     main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("logger", "made"),
     [
@@ -589,6 +592,7 @@ def test_a_timer_of_lightning_can_be_given_on_the_command_line(tmp_path: Path) -
     assert run.config.fit.trainer.callbacks[0].init_args.interval == "step"
 
 
+@pytest.mark.slow
 def test_paths_may_begin_with_the_home_folder_in_flags_and_configs(tmp_path: Path, monkeypatch) -> None:
     """Which a shell replaces only at the beginning of a word."""
     home = tmp_path / "home"

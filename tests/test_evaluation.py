@@ -825,6 +825,7 @@ def test_each_of_several_test_sets_has_a_report(tmp_path: Path) -> None:
         assert told["summary"]["accuracy"] == pytest.approx(measured[number][f"test_accuracy/{name}"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", ["several", slow("number")])
 def test_several_labels_and_regressions_are_reported(labels: str, minilm: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)

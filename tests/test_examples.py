@@ -49,6 +49,7 @@ def run_on_ranks(name: str, ranks: int, arguments: list[str]) -> None:
         torch.save(run.lightning_module.state_dict(), "weights.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["packed", slow("longest")])
 def test_a_module_of_ones_own_learns_the_demo(padding: str) -> None:
     run = example("own_module").main(padding, **TRAINER)

@@ -37,7 +37,7 @@ from smartbatch_lightning.export import export_model
 from smartbatch_lightning.families import drop_caches, pad_token_of, setting
 from smartbatch_lightning.models.packing import enable_packing
 
-QUICK = ("bert", "roberta", "xlnet", "gpt2", "llama", "modernbert")
+QUICK = ("bert", "roberta", "xlnet", "llama")
 
 SENTENCES = [
     "The plot is thin, but the actors carry it.",
@@ -703,6 +703,7 @@ def test_a_padding_token_for_which_the_model_has_no_embedding_is_refused(tmp_pat
     refused(tmp_path, f"has {size + 1} tokens, but the model has {size}. .*without the tokens that were added to it")
 
 
+@pytest.mark.slow
 def test_attention_without_dropout_is_refused_for_a_model_that_trains_with_it(tmp_path: Path) -> None:
     make_tiny("bert", tmp_path / "base")
     options = {"attn_implementation": "flex_attention"}

@@ -71,6 +71,7 @@ def test_overfit_batches_trains_the_same_batches_every_epoch(seen, tmp_path: Pat
     assert len(seen.epochs[0]) == 2
 
 
+@pytest.mark.slow
 def test_reloading_the_loader_goes_on_with_the_next_epoch(seen, tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=3, reload_dataloaders_every_n_epochs=1, limit_val_batches=1, callbacks=[seen])
     run.fit(Frozen(), data())

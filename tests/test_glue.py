@@ -66,6 +66,7 @@ def options(task: str, folder: Path, model: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [task if task == "mrpc" else slow(task) for task in TASKS])
 def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(
     task: str, untrained: Path, tmp_path: Path

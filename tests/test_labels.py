@@ -274,6 +274,7 @@ def test_numbers_in_a_csv_are_numbered_by_their_value(tmp_path: Path) -> None:
     assert data.label_names == [str(number) for number in range(12)]
 
 
+@pytest.mark.slow
 def test_one_data_module_serves_models_of_two_vocabularies(minilm: str, tmp_path: Path) -> None:
     """Nothing is kept from the first model: ids and classes are those of the second."""
     data = SmartBatchDataModule(max_length=16, batch_size=8)

@@ -539,6 +539,7 @@ def test_training_goes_on_with_the_batch_size_that_lightning_found(tmp_path: Pat
     assert model.seen[1:] == [6, 12, 12, 12]  # the loader of the first trial was made before Lightning set its size
 
 
+@pytest.mark.slow
 def test_the_rate_falls_to_zero_at_the_last_step_of_the_batch_size_that_lightning_found(tmp_path: Path) -> None:
     watch, finder = Watch(), BatchSizeFinder(steps_per_trial=1, init_val=40, max_trials=1)
     run = trainer(tmp_path, callbacks=[finder, watch], max_epochs=2, limit_val_batches=0)

@@ -195,6 +195,7 @@ def test_a_folder_is_never_overwritten(rows, tmp_path: Path) -> None:
     assert mine.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
 def test_the_command_refuses_to_overwrite_before_it_tokenizes_and_keeps_no_predictions(
     rows, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +271,7 @@ def test_a_run_that_was_killed_goes_on_and_no_row_is_lost_or_twice(
         assert "2 shards are in" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_shards_were_joined_joins_them_without_the_model(
     rows, uninterrupted, tmp_path: Path
 ) -> None:

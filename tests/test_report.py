@@ -38,6 +38,7 @@ def test_the_splits_are_counted_by_class(demo_report: PaddingReport) -> None:
     assert sum(test.classes.values()) == 600
 
 
+@pytest.mark.slow
 def test_the_share_that_is_cut_is_told(own_cache: Path) -> None:
     data = SmartBatchDataModule(validation_split=None, seed=1)
     told = PaddingReport.from_datamodule(data).splits[0].truncated

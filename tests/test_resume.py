@@ -203,7 +203,7 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
             assert_same(resumed, weights)
 
 
-@pytest.mark.parametrize("again", [(1, 2), slow((2, 3))])
+@pytest.mark.parametrize("again", [slow((1, 2)), slow((2, 3))])
 @pytest.mark.parametrize("first", ["last batch", slow("epoch end")])
 def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(first: str, again, tmp_path: Path) -> None:
     class EpochEnd(SaveAndStop):
@@ -270,7 +270,7 @@ def test_what_was_set_aside_without_a_seed_is_what_the_checkpoint_is_validated_o
     assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
 
 
-@pytest.mark.parametrize("how", ["ckpt_path", slow("loaded")])
+@pytest.mark.parametrize("how", [slow("ckpt_path"), slow("loaded")])
 def test_samples_that_a_checkpoint_may_have_been_trained_on_are_not_validated_on(how: str, tmp_path: Path) -> None:
     first = data()
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=first)
@@ -327,6 +327,7 @@ def test_the_table_of_a_run_that_was_stopped_within_an_epoch_is_the_same_after_a
     assert [counts.samples for counts, _ in again[0].epochs] == [sum(map(len, trained[0]))]
 
 
+@pytest.mark.slow
 def test_early_stopping_without_patience_that_has_not_stopped_yet_goes_on_after_a_resume(tmp_path: Path) -> None:
     class Improves(Callback):
         def on_validation_end(self, trainer, pl_module) -> None:
@@ -362,6 +363,7 @@ def test_a_run_that_was_stopped_early_trains_no_further_when_it_is_started_again
     assert [len(epoch) for epoch in seen] == [0, 0, STEPS]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_SILENCE", 0.1)
     monkeypatch.setattr(storage, "_ENDING", 0.2)
@@ -415,9 +417,11 @@ def test_a_renamed_data_module_goes_on_by_lightnings_count_with_a_warning(tmp_pa
         ({"batch_size": 16}, "batch_size was 32, now 16"),
         slow({"seed": 6}, r"data \(.*\) was .*seed was 5, now 6"),
         slow({"batching": "random"}, "batching was smart, now random"),
-        ({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
+        slow({"max_tokens_per_batch": 512}, "max_tokens_per_batch was None, now 512"),
         slow({"jitter": 2.0}, "jitter was 1.0, now 2.0"),
-        ({"max_length": 17}, r"data \(texts, labels, tokenizer, tokenization, max_length, truncation or split\) was"),
+        slow(
+            {"max_length": 17}, r"data \(texts, labels, tokenizer, tokenization, max_length, truncation or split\) was"
+        ),
     ],
 )
 def test_a_checkpoint_of_other_data_seed_or_batching_is_refused(options: dict, message: str, tmp_path: Path) -> None:
@@ -512,7 +516,7 @@ class Validations(Callback):
 
 @pytest.mark.parametrize(
     ("at", "interval"),
-    [((1, 5), 3), slow((0, STEPS - 1), 1.0), slow((2, STEPS - 1), 3)]
+    [slow((1, 5), 3), slow((0, STEPS - 1), 1.0), slow((2, STEPS - 1), 3)]
     + [slow(at, 1.0) for at in ((0, 2), (1, 5), (2, STEPS - 1))]
     + [slow(at, 3) for at in ((0, 2), (0, STEPS - 1))],
 )
@@ -545,6 +549,7 @@ def test_what_is_logged_after_a_validation_that_is_made_up_for_has_the_same_step
     assert before | run(ckpt_path=tmp_path / "a.ckpt") == expected
 
 
+@pytest.mark.slow
 def test_validations_that_are_counted_over_epochs_fall_on_the_same_steps_after_a_save_in_an_accumulation(
     tmp_path: Path,
 ) -> None:

@@ -46,7 +46,7 @@ def linear(steps: int, first: int = 0) -> list[float]:
     return [PEAK * (1 - step / steps) for step in range(first, steps)]
 
 
-@pytest.mark.parametrize("before", [1, 4])
+@pytest.mark.parametrize("before", [slow(1), 4])
 def test_after_another_accumulation_the_rate_goes_on_at_the_same_share_and_ends_at_zero(before, tmp_path) -> None:
     steps_of_epoch = math.ceil(STEPS / before)
     fit(tmp_path, Rates(tmp_path / "a.ckpt", steps_of_epoch), max_epochs=3, accumulate_grad_batches=before)
@@ -57,6 +57,7 @@ def test_after_another_accumulation_the_rate_goes_on_at_the_same_share_and_ends_
     assert run.optimizers[0].param_groups[0]["lr"] == 0
 
 
+@pytest.mark.slow
 def test_after_other_limits_the_rate_goes_on_at_the_same_share_and_ends_at_zero(tmp_path: Path) -> None:
     fit(tmp_path, Rates(tmp_path / "a.ckpt", STEPS), max_epochs=2)
     rates, _ = fit(tmp_path, max_epochs=2, limit_train_batches=4, ckpt_path=tmp_path / "a.ckpt")
@@ -86,6 +87,7 @@ def test_accumulation_that_changes_by_epoch_is_counted(tmp_path: Path) -> None:
     assert rates == pytest.approx(linear(STEPS + 2 + 2))
 
 
+@pytest.mark.slow
 def test_accumulation_that_changes_by_epoch_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     schedule = {0: 1, 1: 4}
     saver = Rates(tmp_path / "a.ckpt", STEPS + 1)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import lightning as L
@@ -56,6 +57,7 @@ FLOORS = [
 ]
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
@@ -109,13 +111,8 @@ def test_the_sampler_imports_torch_and_numpy_alone() -> None:
 
 def mentions(tree: ast.Module, word: str) -> bool:
     """Whether code uses a name: as a variable, attribute, argument or keyword; prose does not count."""
-    for node in ast.walk(tree):
-        found = {
-            ast.Name: lambda n: n.id, ast.Attribute: lambda n: n.attr, ast.arg: lambda n: n.arg, ast.keyword: lambda n: n.arg
-        }.get(type(node))  # fmt: skip
-        if found and found(node) == word:
-            return True
-    return False
+    names = {ast.Name: "id", ast.Attribute: "attr", ast.arg: "arg", ast.keyword: "arg"}
+    return any(getattr(node, names[type(node)]) == word for node in ast.walk(tree) if type(node) in names)
 
 
 @pytest.mark.parametrize(("word", "most"), [("max_tokens_per_batch", 3), ("padding", 4)])
@@ -169,6 +166,7 @@ def test_a_new_task_is_one_line_in_the_registry(monkeypatch: pytest.MonkeyPatch,
         assert set(predicted[0]) == {"index", "expected"}
 
 
+@pytest.mark.slow
 def test_a_new_padding_mode_is_its_width_and_its_collator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def power_of_two(spec, longest):
         return 2 ** np.ceil(np.log2(longest)).astype(np.int64)
@@ -257,6 +255,7 @@ def test_tokenize_that_loses_samples_or_tokens_is_refused(rows: list, message: s
         Own().setup("fit")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_may_be_an_object_and_its_added_tokens_are_exported(tmp_path: Path) -> None:
     from smartbatch_lightning.export import export_model
 
