@@ -103,16 +103,17 @@ def read_peft_config(given: Any) -> Any:
     options = dict(given)
     kind = options.pop("class_path", None) or options.pop("peft_type")
     options = options.pop("init_args", options) or {}
-    makers = {name: peft.PEFT_TYPE_TO_CONFIG_MAPPING[name] for name in _TRIED}
+    known = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    makers = {name: known[name] for name in _TRIED if name in known}  # older versions have fewer
     make = look_up(kind, makers | {maker.__name__: maker for maker in makers.values()}, "peft_config")
     if not (isinstance(make, type) and issubclass(make, peft.PeftConfig)):  # a checkpoint may name it
-        raise UsageError(f"peft_config is {kind!r}, which is no peft.PeftConfig. Give one of {join_quoted(_TRIED)}.")
+        raise UsageError(f"peft_config is {kind!r}, which is no peft.PeftConfig. Give one of {join_quoted(makers)}.")
     try:
         config: Any = make(**{**options, "task_type": "SEQ_CLS", "inference_mode": False})
     except Exception as error:  # peft checks arguments in many ways
         raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
     if config.peft_type.value not in _TRIED:
-        raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(_TRIED)}.")
+        raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(makers)}.")
     if met := [name for name in _OF_GENERATION if config.to_dict().get(name)]:
         raise UsageError(f"peft_config has {join_quoted(met)}, which is not supported. Leave it out.")
     return config
