@@ -41,7 +41,7 @@ from smartbatch_lightning.models.adapters import (
     is_quantized,
     plain_peft_config,
 )
-from smartbatch_lightning.models.compatibility import adopt_padding, check_inputs, check_labels, is_fine_tuned
+from smartbatch_lightning.models.compatibility import adopt_tokenizer, check_inputs, check_labels, is_fine_tuned
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
 from smartbatch_lightning.models.finite import REMEDY, TrainingLosses, check_weights
@@ -354,7 +354,7 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
-        adopt_padding(self.model.config, data.tokenizer)  # also if the model was built for other data
+        adopt_tokenizer(self.model.config, data.tokenizer)  # also if the model was built for other data
         check_inputs(self.model, data)
         if data.encoding and self.trainer.state.fn == TrainerFn.FITTING:
             setattr(self.model.config, TEXT_ENCODING, data.encoding)

@@ -69,7 +69,7 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str]) ->
         )
 
 
-def adopt_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuses a tokenizer with more tokens than a model, and makes its padding token the model's.
 
     Heads look for the last token that is not padding.

@@ -21,7 +21,7 @@ from smartbatch_lightning import demo
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
 from smartbatch_lightning.families import check_has_head, drop_caches
 from smartbatch_lightning.hub import hub_or_cache
-from smartbatch_lightning.models.compatibility import adopt_padding, check_head, is_fine_tuned
+from smartbatch_lightning.models.compatibility import adopt_tokenizer, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
 from smartbatch_lightning.models.layers import find_layers
 from smartbatch_lightning.tasks import Task
@@ -76,7 +76,7 @@ class ModelSource:
             return self._model_for_checkpoint(tokenizer)
         config, standardization = self._pretrained_config(), None
         check_has_head(config)
-        adopt_padding(config, tokenizer)  # before the model is built, since embeddings also use the padding token
+        adopt_tokenizer(config, tokenizer)  # before the model is built, since embeddings also use the padding token
         drop_caches(config)
         if task is not None:
             if num_labels not in (None, len(task.label_names)):
@@ -155,7 +155,7 @@ class ModelSource:
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
         config.update(changed)
-        adopt_padding(config, tokenizer)
+        adopt_tokenizer(config, tokenizer)
         drop_caches(config)
         if not self.adapted:
             if str(self.pretrained) not in ("demo", made_from := config.name_or_path):
