@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.common import BATCH_SIZE, SEED, Row, imdb_lengths, report
 from smartbatch_lightning import BatchSpec, plan_epoch
@@ -47,6 +47,7 @@ def grouped(lengths: NDArray[np.integer]) -> Callable[[int], Batches]:
 
 def rebalanced(lengths: NDArray[np.integer], ranks: int) -> Callable[[int], Batches]:
     """Transformers' `batch_rebalance`."""
+    from transformers.trainer_pt_utils import BatchRebalanceSampler  # since 5.20
 
     def batches(epoch: int) -> Batches:
         shares = []

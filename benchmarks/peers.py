@@ -67,7 +67,7 @@ from transformers import (
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.common import (
     BATCH_SIZE,
@@ -326,6 +326,8 @@ def grouped(lengths: Int64s, batch_size: int = BATCH_SIZE) -> list[Int64s]:
 
 def rebalanced(lengths: Int64s) -> list[Int64s]:
     """`batch_rebalance`, on one rank without accumulation."""
+    from transformers.trainer_pt_utils import BatchRebalanceSampler  # since 5.20
+
     sampler = BatchRebalanceSampler(lengths.tolist(), BATCH_SIZE, dp_size=1, grad_accum=1, seed=SEED, rank=0)
     return [np.array(batch) for batch in sampler]
 
