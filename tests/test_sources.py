@@ -762,6 +762,9 @@ def test_a_misspelt_column_is_answered_with_the_nearest(columns: str, message: s
         ("sentence,label\nfine,pos\n", "the text column 'text' is not in the split 'test'"),
         ("a fine film,pos\ndull,neg\n", "names: [text, label]"),
         ("pos,a fine film\nneg,dull\n", "names: [label, text]"),
+        ("pos,1,a fine film\nneg,2,dull\n", "names: [label, column_2, text]"),
+        ("7,a fine film,neg,pos\n8,dull,pos,neg\n", "names: [label, text, column_3, column_4]"),
+        ("a fine film\ndull\n", "names: [text]"),
         ("text,label\nfine,pos\ndull\n", "line 3 of"),
     ],
 )

@@ -117,11 +117,9 @@ def find_split(
         if column not in dataset.column_names:
             hint = did_you_mean_columns(column, dataset.column_names)
             if not hint and dataset.info.builder_name == "csv":
-                columns = dataset.column_names  # perhaps a text and a label
-                names = "text, label" if len(columns[0]) > len(columns[-1]) else "label, text"
+                names = ", ".join(_names_of_a_row(dataset.column_names))
                 hint = (
-                    f" If the first line is a row, name all {len(columns)} columns with "
-                    f"--data.reader_kwargs='{{names: [{names}]}}'."
+                    f" If the first line is a row, name its columns with --data.reader_kwargs='{{names: [{names}]}}'."
                 )
             raise UsageError(
                 f"the text column {column!r} is not in the split {split!r} of {source}, which has "
@@ -129,6 +127,17 @@ def find_split(
             )
     check_texts(dataset, text_columns)
     return dataset
+
+
+def _names_of_a_row(values: Sequence[str]) -> list[str]:
+    """A name for each value of a row: `text` for the longest, and `label` for the first or last, if it is another."""
+    names = [f"column_{number}" for number in range(1, len(values) + 1)]
+    longest = max(range(len(values)), key=lambda number: len(values[number]))
+    names[longest] = "text"
+    if len(values) > 1:
+        ends = [number for number in (0, len(values) - 1) if number != longest]
+        names[min(ends, key=lambda number: len(values[number]))] = "label"
+    return names
 
 
 def train_and_validation_rows(task: Task, labels: NDArray[Any], share: float, seed: int) -> tuple[Int64s, Int64s]:
