@@ -323,6 +323,23 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
         assert "but a pipeline reads only the" in card
 
 
+def test_a_trained_model_that_reads_texts_in_another_way_says_so(tmp_path: Path, caplog) -> None:
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    run.fit(model := SequenceClassifier(MODEL), module("packed", truncation="head_tail", head_tokens=6))
+
+    def said(**options) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            trainer(tmp_path, limit_predict_batches=1).predict(model, module("packed", **options))
+        return [one for one in caplog.messages if "was trained with" in one]
+
+    assert said(max_length=None) == said(truncation="head_tail", head_tokens=6) == []
+    assert said(max_length=20, truncation="windows", stride=5) == [
+        "The model was trained with max_length 24, truncation head_tail, head_tokens 6; "
+        "this run has max_length 20, truncation windows, stride 5."
+    ]
+
+
 def test_a_fit_on_windows_is_resumed_exactly_and_refuses_another_pooling(tmp_path: Path) -> None:
     options = {"limit_val_batches": 0, "max_steps": 4}
     data = {"truncation": "windows", "stride": 5, "max_windows": 3, "max_tokens_per_batch": 300}

@@ -349,6 +349,7 @@ class TextDataModule(L.LightningDataModule):
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
         if stage == "fit" and self.task is not None:
             rank_zero_info(f"Learning {self.task.description}.")
+        self._tell_of_other_truncation()
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
         """The data sets that `setup` created for a stage."""
@@ -381,6 +382,16 @@ class TextDataModule(L.LightningDataModule):
             encoder = TextEncoder(tokenizer, self.text_columns, self.text_separator, max_length, truncation)
             self._loaded = _Loaded(splits, model, encoder, train_labels, task)
         return self._loaded
+
+    def _tell_of_other_truncation(self) -> None:
+        """Says so if a trained model's texts are cut otherwise than in its training, as is possible on purpose."""
+        model = text_model_of(self.trainer)
+        known = setting(model.trained_config, TEXT_ENCODING, {}) if model and model.trained_config else {}
+        if known:
+            before = Truncation(**known["truncation"]).settings(known["max_length"])
+            now = self.truncation_in_use.settings(self.max_length)
+            if before != now:
+                rank_zero_info(f"The model was trained with {before}; this run has {now}.")
 
     @property
     def _loads_by_itself(self) -> bool:

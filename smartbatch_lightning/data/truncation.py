@@ -71,6 +71,10 @@ class Truncation:
         """The options that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def settings(self, max_length: int) -> str:
+        """The options that are set, and `max_length`, as text for messages."""
+        return ", ".join(f"{name} {value}" for name, value in {"max_length": max_length, **self.to_dict()}.items())
+
     @property
     def pooling(self) -> str | None:
         """How the logits of a text's windows become one prediction; None without windows."""
