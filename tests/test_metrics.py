@@ -115,6 +115,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
         (["f1", "f1"], "the name 'f1', which appears twice"),
         ({"loss": "f1"}, "the name 'loss', which is reserved"),
         ([""], "the name '', which cannot name a metric"),
+        ("[{class_path:F1Score}]", "put a blank after each colon and comma"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_anything_is_loaded(metrics, message: str) -> None:
@@ -142,6 +143,11 @@ def test_a_metric_that_does_not_fit_the_task_is_refused_in_one_line(task, metric
     with pytest.raises(ValueError, match="does not fit|which is none of") as refused:
         build_metrics([metric], task)
     assert "\n" not in str(refused.value)
+
+
+def test_a_metric_for_classes_is_said_to_be_for_classes_where_numbers_are_predicted() -> None:
+    with pytest.raises(ValueError, match="does not fit regression with 1 output: it is for classes or labels. Give"):
+        build_metrics(["f1"], SCORE)
 
 
 def data(**options) -> SmartBatchDataModule:

@@ -11,6 +11,7 @@ import torchmetrics
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification.base import _ClassificationTaskWrapper
 
 from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.registry import look_up
@@ -55,6 +56,8 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
         ValueError: One is none of these, or two have the same name.
     """
     if isinstance(metrics, str):
+        if metrics.startswith(("[", "{")):  # which YAML did not take for a list, as in [{class_path:F1Score}]
+            raise UsageError(f"metrics is the text {metrics!r}; in YAML, put a blank after each colon and comma.")
         if "," in metrics:
             raise UsageError(f"metrics is {metrics!r}; give several as a list, [{metrics}].")
         metrics = [metrics]
@@ -132,9 +135,13 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
             built = kind(**options)
             _try(built, task, problem_type)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        outputs = f"{num_labels} output{'s' if num_labels > 1 else ''}"
+        cause = root_cause_message(error)
+        if issubclass(kind, _ClassificationTaskWrapper):  # chooses among classes for classes or labels
+            cause = "it is for classes or labels."
         raise UsageError(
-            f"the metric {name} is {kind.__name__}, which does not fit {problem_type} with {num_labels} outputs: "
-            f"{root_cause_message(error)} Give another, or other init_args."
+            f"the metric {name} is {kind.__name__}, which does not fit {problem_type} with {outputs}: "
+            f"{cause} Give another, or other init_args."
         ) from error
     return built
 
