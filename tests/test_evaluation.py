@@ -606,6 +606,12 @@ def test_a_file_that_is_no_table_is_told_in_one_line(path: str) -> None:
         Evaluation.from_table(path)
 
 
+@pytest.mark.parametrize("path", ["nothing.parquet", "nothing.csv"])
+def test_a_table_that_is_not_there_is_said_to_be_missing(path: str) -> None:
+    with pytest.raises(ValueError, match=f"the predictions {path} cannot be read: there is no such file. Give a"):
+        Evaluation.from_table(path)
+
+
 def test_arrays_of_other_shapes_are_refused() -> None:
     task = SingleLabelClassification.from_names(["a", "b"])
     with pytest.raises(ValueError, match=r"labels has the shape \(2,\); give \(3,\), for 2 outputs"):
@@ -683,6 +689,12 @@ def test_predict_takes_thresholds_and_evaluate_reads_what_it_wrote(data, tmp_pat
     assert not Path("x.parquet").exists()
 
 
+def test_thresholds_that_are_not_there_are_refused_before_the_data_is_loaded(monkeypatch) -> None:
+    with pytest.raises(SystemExit, match="error: the thresholds nothing.json cannot be read: .* Create them with"):
+        smartbatch(monkeypatch, "predict", "--model.pretrained=not/there", "--data.dataset=nothing.csv",
+                   "--predictions.thresholds=nothing.json")  # fmt: skip
+
+
 # --- the command ---
 
 
@@ -709,6 +721,19 @@ def test_the_command_prints_tables_and_writes_a_page_json_figures_and_thresholds
     smartbatch(monkeypatch, "evaluate", "--predictions=predictions.parquet", "--thresholds=told", "--folder=again")
     again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
     assert [one["f1"] for one in again["classes"]] == pytest.approx([one["best_f1"] for one in told["classes"]])
+
+
+def test_a_refused_label_names_the_options_of_evaluate(monkeypatch) -> None:
+    evaluation = several(3)
+    ids = [",".join(str(number) for number in range(3) if row[number]) for row in evaluation.labels]
+    pq.write_table(table_of(evaluation, label=ids), "p.parquet")
+    command = ("evaluate", "--predictions=p.parquet", "--label_delimiter=,")
+    with pytest.raises(SystemExit, match="If integers are class ids, set --label_names") as stop:
+        smartbatch(monkeypatch, *command)
+    assert "--data." not in str(stop.value.code)
+    smartbatch(monkeypatch, *command, "--label_names=[class 0, class 1, class 2]")
+    told = json.loads(Path("evaluation/evaluation.json").read_text())
+    assert [one["support"] for one in told["classes"]] == evaluation.labels.sum(axis=0).tolist()
 
 
 @pytest.mark.slow

@@ -53,16 +53,19 @@ def evaluate(
         raise UsageError(
             "model_folder is given, but no thresholds to write there. Set --thresholds=best, or leave it out."
         )
-    evaluation = Evaluation.from_table(
-        predictions,
-        label_column=label_column,
-        label_delimiter=label_delimiter,
-        label_names=label_names,
-        text_column=text_column,
-        thresholds=None if thresholds == "best" else thresholds,
-        temperature=temperature,
-        title=title,
-    )
+    try:
+        evaluation = Evaluation.from_table(
+            predictions,
+            label_column=label_column,
+            label_delimiter=label_delimiter,
+            label_names=label_names,
+            text_column=text_column,
+            thresholds=None if thresholds == "best" else thresholds,
+            temperature=temperature,
+            title=title,
+        )
+    except UsageError as error:  # the other commands take the label's options with the data's
+        raise UsageError(str(error).replace("--data.label_", "--label_")) from error
     if thresholds == "best" and not evaluation.task.names_with_threshold:
         raise UsageError(
             "thresholds=best needs a multi-label task or two classes, but here the outputs are "

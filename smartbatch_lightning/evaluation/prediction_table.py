@@ -92,6 +92,8 @@ class _Table:
     @classmethod
     def read(cls, path: Path, source: LabelSource, text_columns: list[str], label_names: list[str] | None) -> "_Table":
         try:
+            if not path.exists():
+                raise FileNotFoundError("there is no such file")
             names = _column_names(path)
             wanted = {_INDEX, _PREDICTION, *source.columns, *text_columns}
             columns = [name for name in names if name in wanted or name.startswith(_PROBABILITY)]

@@ -12,15 +12,14 @@ from smartbatch_lightning.tasks.task import Task
 THRESHOLDS_FILE = "thresholds.json"
 
 
-def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
-    """Reads thresholds by label.
+def load_thresholds(path: str | Path) -> dict[str, float]:
+    """Reads thresholds by label, of any task.
 
     Args:
         path: The file, or a folder with a `thresholds.json`.
-        task: The task whose labels they are for.
 
     Raises:
-        ValueError: The file cannot be read, has a label without a threshold in this task, or a value not in [0, 1].
+        ValueError: The file cannot be read, or has a value not in [0, 1].
     """
     path = Path(path) / THRESHOLDS_FILE if Path(path).is_dir() else Path(path)
     try:
@@ -31,10 +30,6 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
         ) from error
     if not isinstance(thresholds, dict):
         raise UsageError(f"the thresholds {path} hold {type(thresholds).__name__}; give numbers by label.")
-    names = task.names_with_threshold
-    if unknown := [name for name in thresholds if name not in names]:
-        known = f"here to {join_quoted(names)}" if names else "only to several labels or the second of two classes"
-        raise UsageError(f"the thresholds {path} are for {join_quoted(unknown)}, but thresholds apply {known}.")
     for name, value in thresholds.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not 0 <= value <= 1:
@@ -42,6 +37,24 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
                 f"the thresholds {path} have {value!r} for {join_quoted([name])}; give a number from 0 to 1."
             )
     return {name: float(value) for name, value in thresholds.items()}
+
+
+def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
+    """Reads thresholds by label for a task.
+
+    Args:
+        path: The file, or a folder with a `thresholds.json`.
+        task: The task whose labels they are for.
+
+    Raises:
+        ValueError: The file cannot be read, has a label without a threshold in this task, or a value not in [0, 1].
+    """
+    thresholds = load_thresholds(path)
+    names = task.names_with_threshold
+    if unknown := [name for name in thresholds if name not in names]:
+        known = f"here to {join_quoted(names)}" if names else "only to several labels or the second of two classes"
+        raise UsageError(f"the thresholds {path} are for {join_quoted(unknown)}, but thresholds apply {known}.")
+    return thresholds
 
 
 def write_thresholds(thresholds: Mapping[str, float], path: Path) -> None:
