@@ -181,7 +181,8 @@ def test_the_command_line_keeps_names_tests_and_exports_the_best_by_macro_f1(
     best = scores.index(max(scores))
     saved = torch.load(saver.best_model_path, weights_only=True)
     assert saved["epoch"] == best
-    assert f"Checkpoint: {saver.best_model_path}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Checkpoint: {saver.best_model_path}\nLast checkpoint: {saver.last_model_path}\n" in printed
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     for name, weight in exported.items():
         assert torch.equal(weight, saved["state_dict"][f"model.{name}"]), name

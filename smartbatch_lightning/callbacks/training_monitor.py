@@ -100,7 +100,7 @@ class TrainingMonitor(Callback):
             name = (
                 torch.cuda.get_device_name(device)
                 if device.type == "cuda"
-                else f"{torch.get_num_threads()} CPU threads"
+                else f"{(threads := torch.get_num_threads())} CPU thread{'s' if threads > 1 else ''}"
             )
             echo(f"Training on {name}" + (f", one of {trainer.world_size} ranks" if trainer.world_size > 1 else ""))
 
@@ -212,6 +212,8 @@ class TrainingMonitor(Callback):
             best, last = saver.best_model_path, saver.last_model_path
             if path := (best or last) if saver.monitor else (last or best):
                 echo(f"Checkpoint: {path}")
+            if path != last and last:
+                echo(f"Last checkpoint: {last}")
 
     @property
     def epochs(self) -> list[tuple[Counts, dict[str, float]]]:
