@@ -159,6 +159,17 @@ def test_a_run_that_goes_on_by_another_metric_is_stopped_by_that_one_alone() -> 
     assert (stopping.wait_count, float(stopping.best_score)) == (0, float("inf"))
 
 
+@pytest.mark.parametrize(("stop", "expected"), [((), ("val_loss", "min")), (("val_f1",), ("val_f1", "max"))])
+def test_early_stopping_watches_the_metric_of_the_best_weights_unless_another_is_given(
+    stop: tuple[str, ...], expected: tuple[str, str], tmp_path: Path
+) -> None:
+    stopping, saver = EarlyStop(2, *stop), BestCheckpoint("val_loss", dirpath=str(tmp_path / "kept"))
+    run = trainer(tmp_path, callbacks=[stopping, saver], enable_checkpointing=True, limit_train_batches=1,
+                  limit_val_batches=1)  # fmt: skip
+    run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16))
+    assert (stopping.monitor, stopping.mode) == expected
+
+
 def test_without_patience_nothing_is_stopped(tmp_path: Path) -> None:
     _, run = planned(tmp_path, EarlyStop(), enable_checkpointing=False)
     assert run.current_epoch == 3
@@ -200,7 +211,7 @@ def test_the_command_line_stops_early_by_one_option_and_takes_another_metric() -
     saver = fitted.trainer.checkpoint_callback
     assert (saver.monitor, saver.mode) == ("val_loss", "min")
     [stopping] = fitted.trainer.early_stopping_callbacks
-    assert (stopping.monitor, stopping.mode) == ("val_f1", "max")
+    assert (stopping.monitor, stopping.mode) == ("val_loss", "min")
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `list` across ranks")  # which the command leaves out

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from smartbatch_lightning.contract import text_data_of
+from smartbatch_lightning.contract import callbacks_of, text_data_of
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.metrics import Mode, check_logged
@@ -47,7 +47,7 @@ class BestCheckpoint(ModelCheckpoint):
             check_at_least(1, every_n_train_steps=every_n_train_steps)
         # a run resumed after a kill overwrites its own files in a folder of its own
         super().__init__(dirpath, "best", monitor, enable_version_counter=dirpath is None)
-        self._given = (monitor, mode)
+        self.given = (monitor, mode)
         self._steps_between = every_n_train_steps
 
     @property
@@ -68,7 +68,7 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
             self.best_model_score, self.last_model_path = None, ""
         self._save_on_train_epoch_end = _at_epoch_end(trainer)
-        found = _monitored(trainer, pl_module, *self._given)
+        found = _monitored(trainer, pl_module, *self.given)
         self.monitor, self.mode = found or (None, "min")
         self.save_top_k = 1 if found else 0
         self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
@@ -137,7 +137,7 @@ class EarlyStop(EarlyStopping):
 
     Args:
         patience: Consecutive validations without improvement before training stops; None for no early stopping.
-        monitor: Logged name of the metric; by default as for `BestCheckpoint`.
+        monitor: Logged name of the metric; by default the one of the run's `BestCheckpoint`.
         mode: `min` or `max`; by default the metric's own.
         min_delta: Smallest change that counts as an improvement.
 
@@ -170,7 +170,11 @@ class EarlyStop(EarlyStopping):
             ValueError: There is no such metric, or no validation.
         """
         if stage == "fit" and self.patience is not None:
-            found = _monitored(trainer, pl_module, *self._given)
+            monitor, mode = self._given
+            if monitor is None:
+                for saver in callbacks_of(trainer, BestCheckpoint):
+                    monitor, mode = saver.given[0], mode or saver.given[1]
+            found = _monitored(trainer, pl_module, monitor, mode)
             if found is None:
                 raise UsageError(
                     "early stopping is on, but there is no validation. Set --data.validation_split, or leave out "
