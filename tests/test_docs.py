@@ -100,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in range(20)
         for word, stars in (("good", 5), ("bad", 1))
     ]
-    for name in ("train.csv", "test.csv", "new.csv"):
+    for name in ("train.csv", "test.csv", "new.csv", "validation.csv"):
         with (folder / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
@@ -118,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start = ["smartbatch", "fit", "--config=CONFIG.yaml", *QUIET]
         smartbatch(start, patch)
         shutil.copy("runs/reviews/best.ckpt", "PATH.ckpt")
-        for name in ("predictions", "validation", "test"):
+        for name in ("predictions", "test"):
             path = f"--predictions.path={name}.parquet"
             columns = "--predictions.columns=[label, text]"
             predict = ["predict", "--config=CONFIG.yaml", "--ckpt_path=PATH.ckpt", "--data.dataset=new.csv"]
