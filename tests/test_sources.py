@@ -444,6 +444,13 @@ def test_options_that_cannot_be_are_refused(options: dict, message: str, write) 
         read(write("a.csv", as_csv(ROWS)), reader_kwargs=options)
 
 
+@pytest.mark.parametrize("header", ["label,text", "Text,Label", "text, label"])
+def test_a_header_in_another_order_or_case_is_not_read_as_a_row(header: str, write) -> None:
+    path = write("a.csv", f"{header}\nfine,pos\ndull,neg\n")
+    message = refusal(path, reader_kwargs={"names": ["text", "label"]})
+    assert message.endswith("already has the names given in reader_kwargs. Leave names out.")
+
+
 def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="reader_kwargs has 'sep', which json files do not have; give some of 'encoding'"

@@ -234,11 +234,9 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
                 f"{join_quoted(columns)}. Put quotes around text that contains {form.sep!r}, and remove anything extra "
                 "at the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
             )
-        if count == 0 and form.header is None and tuple(row) == form.names:
-            raise UsageError(
-                f"the first line of {name} already has the names given in reader_kwargs. Add header: 0, or leave names "
-                "out."
-            )
+        if count == 0 and form.header is None and _unordered(row) == _unordered(form.names or ()):
+            same = "Add header: 0, or leave names out." if tuple(row) == form.names else "Leave names out."
+            raise UsageError(f"the first line of {name} already has the names given in reader_kwargs. {same}")
         count += 1
     return count
 
@@ -284,6 +282,11 @@ def _check_header(header: list[str], name: str, form: _Format) -> None:
 
 def _written(separator: str) -> str:
     return '"\\t"' if separator == "\t" else f'"{separator}"'
+
+
+def _unordered(names: Iterable[str]) -> list[str]:
+    """Names in a form in which those of another order or case are the same."""
+    return sorted(name.strip().lower() for name in names)
 
 
 def _column_names(header: list[str]) -> tuple[str, ...]:
