@@ -497,15 +497,20 @@ _IGNORED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
 )
 
+# The same of lines, by logger.
+_IGNORED_LINES = {
+    "lightning.pytorch.utilities.rank_zero": "Tip: ",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": "`weights_only` was not set",  # at every save
+}
+
 
 @contextmanager
 def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Suppresses warnings that a user cannot act on, and reports a user's mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip: " not in record.getMessage()
-    )
+    for logger, message in _IGNORED_LINES.items():
+        logging.getLogger(logger).addFilter(lambda record, message=message: message not in record.getMessage())
     try:
         yield
     except Exception as error:
