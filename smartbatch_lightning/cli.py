@@ -504,13 +504,17 @@ _IGNORED_LINES = {
 }
 
 
+def _lacks(message: str, record: logging.LogRecord) -> bool:
+    return message not in record.getMessage()
+
+
 @contextmanager
 def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Suppresses warnings that a user cannot act on, and reports a user's mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     for logger, message in _IGNORED_LINES.items():
-        logging.getLogger(logger).addFilter(lambda record, message=message: message not in record.getMessage())
+        logging.getLogger(logger).addFilter(partial(_lacks, message))
     try:
         yield
     except Exception as error:
