@@ -11,7 +11,7 @@ A step is the sum of four parts, each at a rate that was measured on an H200 by 
   lowering for a pretended H100 had it (3.6 GB a layer of BERT-base at 32,768 tokens), at the bandwidth of a copy
 - AdamW and clipping: 40 bytes a parameter
 
-Utilisation counts the operations that are needed, as `training_flops` does, over the peak of 989 TFLOP/s.
+Utilization counts the operations that are needed, as `training_flops` does, over the peak of 989 TFLOP/s.
 """
 
 import math
@@ -38,7 +38,7 @@ def product_seconds(rows: int, columns: int, inner: int) -> float:
 
 
 def step(sizes: dict[str, int], tokens: int, gpu: str) -> tuple[float, float]:
-    """Seconds of a step, and its utilisation."""
+    """Seconds of a step, and its utilization."""
     hidden, inner, layers = (sizes[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     samples = tokens / MEAN_LENGTH
     products = 0.0
@@ -60,7 +60,7 @@ def step(sizes: dict[str, int], tokens: int, gpu: str) -> tuple[float, float]:
 def main() -> None:
     """Prints the table."""
     print(
-        "| tokens a step | BERT | H100: ms | utilisation | H200: ms | utilisation |\n| ---: | --- "
+        "| tokens a step | BERT | H100: ms | utilization | H200: ms | utilization |\n| ---: | --- "
         + "| ---: " * 4
         + "|"
     )

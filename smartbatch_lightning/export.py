@@ -57,7 +57,7 @@ def export_model(
     `transformers.pipeline("text-classification", folder, truncation=True)` gives the same results as `predict`: the
     tokenizer's maximum length is set to the data's `max_length`, and its truncation side to that of `truncation`. With
     `head_tail` or `windows`, the pipeline reads only the beginning of long texts, and the card says so. The mean and
-    deviation of standardised targets are folded into the last layer, so that outputs are in the data's unit. Adapters
+    deviation of standardized targets are folded into the last layer, so that outputs are in the data's unit. Adapters
     are merged into the weights.
 
     Args:
@@ -74,7 +74,7 @@ def export_model(
     Raises:
         ValueError: As for `check_exportable`, `check_export_folder`, `create_repository` and `push_folder`; or the data
             has other labels than the model, the model is wrapped, weights are not finite, the disk is full, or the mean
-            of standardised targets cannot be folded into the last layer.
+            of standardized targets cannot be folded into the last layer.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_exportable(model, data, adapter)
@@ -148,7 +148,7 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
     tolerance = _MOST_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
     if not ((logits - expected).abs() <= tolerance).all():
         raise UsageError(
-            "the mean and deviation of standardised targets cannot be folded into the last layer of "
+            "the mean and deviation of standardized targets cannot be folded into the last layer of "
             f"{type(model).__name__}: its outputs would differ by {(logits - expected).abs().max():g}. Train with "
             "--data.standardize_targets=false."
         )
@@ -170,7 +170,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
 
     Raises:
         ValueError: This is not a `SequenceClassifier` trained on a `SmartBatchDataModule`; its adapters are missing, or
-            cannot be written or merged as asked; or the mean of standardised targets cannot be folded into its last
+            cannot be written or merged as asked; or the mean of standardized targets cannot be folded into its last
             layer.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):

@@ -1,4 +1,4 @@
-"""Weights of classes, smoothed labels and focal loss: what is minimised, over batches, ranks and accumulation."""
+"""Weights of classes, smoothed labels and focal loss: what is minimized, over batches, ranks and accumulation."""
 
 from pathlib import Path
 

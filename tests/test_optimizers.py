@@ -177,7 +177,7 @@ def test_each_layer_learns_at_a_constant_factor_of_the_rate_of_the_layer_above(f
             expected = 0.5 ** (layers - int(inside[1]))
         elif "embedding" in name:
             expected = 0.5 ** (layers + 1)
-        else:  # pooler, last normalisation and head
+        else:  # pooler, last normalization and head
             expected = 1.0
         assert rates[id(parameter)] == expected, name
         seen.add(expected)

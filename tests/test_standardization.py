@@ -1,4 +1,4 @@
-"""Tests of standardised targets: learnt in standard deviations, given back in the data's unit."""
+"""Tests of standardized targets: learnt in standard deviations, given back in the data's unit."""
 
 import json
 from pathlib import Path
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_other_means_is_refused(trained, base: str, tmp_path: Pa
     for own in (module, standardized):
         data = own({"train": str(folder / "data.csv")}, label_column="price", test_split="train", validation_split=0.5)
         with pytest.raises(
-            ValueError, match="checkpoint has learnt targets standardised by the mean.*but the data has"
+            ValueError, match="checkpoint has learnt targets standardized by the mean.*but the data has"
         ):
             trainer(tmp_path).test(SequenceClassifier(base), data, ckpt_path=folder / "run.ckpt")
 

@@ -69,7 +69,7 @@ class Counts:
 class TrainingMonitor(Callback):
     """Logs training throughput in real tokens and what limits it, every `log_every_n_steps` and every epoch.
 
-    In between, it only counts on the device, without synchronising. During training it logs, for the steps since it
+    In between, it only counts on the device, without synchronizing. During training it logs, for the steps since it
     last logged:
 
     - `throughput/real_tokens_per_second`, over all ranks; padding does not count

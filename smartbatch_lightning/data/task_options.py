@@ -40,7 +40,7 @@ class TaskOptions:
         problem_type: Name or import path of the task; by default inferred from the training labels.
         label_names: Names of the labels; by default those in the data.
         source: Where the labels are in the data.
-        standardize_targets: Standardise the targets of a regression.
+        standardize_targets: Standardize the targets of a regression.
 
     Raises:
         ValueError: There is no such task, or the label names are not valid.

@@ -116,10 +116,10 @@ class SequenceClassifier(L.LightningModule):
         num_labels: Number of classes; by default the data module's.
         learning_rate: Peak learning rate of AdamW, by default 5e-5; not together with `optimizer`.
         adam_epsilon: AdamW's term for numerical stability.
-        weight_decay: AdamW's weight decay; never applied to biases and normalisation layers.
+        weight_decay: AdamW's weight decay; never applied to biases and normalization layers.
         optimizer: Optimizer to use instead of AdamW, by `class_path` and `init_args`, with its own learning rate and
             weight decay; in Python a function of the parameter groups, such as
-            `functools.partial(torch.optim.SGD, lr=0.1)`. Biases and normalisation layers are not decayed here either.
+            `functools.partial(torch.optim.SGD, lr=0.1)`. Biases and normalization layers are not decayed here either.
         lr_scheduler: Learning rate schedule: a transformers name (`lr_scheduler_type`), such as `cosine`,
             `constant_with_warmup` or `reduce_lr_on_plateau`; or a torch class by `class_path` and `init_args`; in
             Python also a function of the optimizer. It steps with the optimizer and ends with training unless its
@@ -228,7 +228,7 @@ class SequenceClassifier(L.LightningModule):
         self.model = None
         self._task: Task | None = None
         self.epoch_metrics = EpochMetrics()
-        self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronise only the gradients of the others
+        self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronize only the gradients of the others
         self._losses = TrainingLosses()
         self._seed = run_seed()
         self._scheduled_steps: float | None = None
@@ -281,7 +281,7 @@ class SequenceClassifier(L.LightningModule):
         return build_metrics(self.metrics, self.task) if self.metrics else self.task.configure_metrics()
 
     def configure_optimizer(self) -> Optimizer:
-        """Returns AdamW or the given `optimizer`; parameters of one dimension (biases, normalisation) are not decayed.
+        """Returns AdamW or the given `optimizer`; parameters of one dimension (biases, normalization) are not decayed.
 
         Frozen parameters are included, and skipped until they are unfrozen, unless a callback such as
         `BackboneFinetuning` adds them later; weight decay then applies to all that it adds.
@@ -383,7 +383,7 @@ class SequenceClassifier(L.LightningModule):
         return model
 
     def _load_model(self) -> tuple[PreTrainedModel, set[str]]:
-        """The model as transformers makes it, and the names of freshly initialised weights."""
+        """The model as transformers makes it, and the names of freshly initialized weights."""
         data = text_data_of(self._trainer)
         task, tokenizer = (None, None) if data is None else (data.task, data.tokenizer)
         return self._source.load(self.num_labels, task, tokenizer, untrained_needs_labels=self._trainer is not None)
@@ -506,7 +506,7 @@ class SequenceClassifier(L.LightningModule):
         """
         if any(parameter.requires_grad for parameter in self._frozen):
             raise UsageError(
-                "parameters were unfrozen while training on several ranks, which do not synchronise gradients of "
+                "parameters were unfrozen while training on several ranks, which do not synchronize gradients of "
                 "parameters that were frozen when fit started. Train on one device; or unfreeze between two fits."
             )
         words = (self._seed, self.current_epoch, batch_idx, self.global_rank)

@@ -55,8 +55,8 @@ def check_labels(source: str, config: PretrainedConfig, label_names: list[str], 
 
 def _described(standardization: Standardization | None) -> str:
     if standardization is None:
-        return "targets that are not standardised"
-    return f"targets standardised by the mean {standardization.mean} and the deviation {standardization.std}"
+        return "targets that are not standardized"
+    return f"targets standardized by the mean {standardization.mean} and the deviation {standardization.std}"
 
 
 def check_head(source: str, config: PretrainedConfig, label_names: list[str]) -> None:

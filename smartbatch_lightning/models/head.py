@@ -19,7 +19,7 @@ def find_output_layer(model: PreTrainedModel) -> nn.Linear:
     layers = [layer for layer in layers if layer.out_features == model.config.num_labels]
     if not layers or layers[-1].bias is None:
         raise UsageError(
-            f"{type(model).__name__} has no last layer with a bias to fold the mean of standardised targets into. "
+            f"{type(model).__name__} has no last layer with a bias to fold the mean of standardized targets into. "
             "Train with --data.standardize_targets=false."
         )
     return layers[-1]

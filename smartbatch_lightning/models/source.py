@@ -67,7 +67,7 @@ class ModelSource:
             untrained_needs_labels: Refuse a model without a trained head if the number of classes is unknown.
 
         Returns:
-            The model, and the names of freshly initialised weights.
+            The model, and the names of freshly initialized weights.
 
         Raises:
             ValueError: The model is not found, does not fit the task, or `model_kwargs` has options that it lacks.

@@ -46,12 +46,12 @@ _STRATA = 10
 class Regression(Task):
     """One or more targets per sample, in one column each or in a column of lists.
 
-    If targets are standardised, so are encoded labels, logits and the loss; scores, metrics and predictions are in the
+    If targets are standardized, so are encoded labels, logits and the loss; scores, metrics and predictions are in the
     data's unit.
 
     Attributes:
         names: Target names in the order of the logits.
-        standardization: Mean and deviation of the targets; None if they are not standardised.
+        standardization: Mean and deviation of the targets; None if they are not standardized.
     """
 
     names: tuple[str, ...]
@@ -65,7 +65,7 @@ class Regression(Task):
     @property
     def description(self) -> str:
         """The target names, in words."""
-        how = "" if self.standardization is None else ", standardised in training, predicted in the data's unit"
+        how = "" if self.standardization is None else ", standardized in training, predicted in the data's unit"
         return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}{how}"
 
     @classmethod
@@ -101,7 +101,7 @@ class Regression(Task):
         return cls(tuple(label_names_from_config(config)), Standardization.from_fields(config.to_dict()))
 
     def standardized(self, columns: LabelColumns, rows: NDArray[np.int64] | None = None) -> "Regression":
-        """The task with targets standardised by their mean and deviation in a split.
+        """The task with targets standardized by their mean and deviation in a split.
 
         Args:
             columns: The split's targets.
@@ -115,7 +115,7 @@ class Regression(Task):
         return replace(self, standardization=Standardization.from_targets(trained, self.names))
 
     def aligned_with(self, trained: Task) -> "Regression":
-        """The task with a model's target names and standardisation, if the number of targets is the same."""
+        """The task with a model's target names and standardization, if the number of targets is the same."""
         names = trained.label_names
         if len(names) != len(self.names):
             raise UsageError(
@@ -131,12 +131,12 @@ class Regression(Task):
         return replace(self, names=tuple(names), standardization=trained.standardization)
 
     def config_fields(self) -> dict[str, Any]:
-        """Target names in both directions, `problem_type`, and the standardisation."""
+        """Target names in both directions, `problem_type`, and the standardization."""
         fields = dict.fromkeys(STANDARDIZATION_FIELDS) if self.standardization is None else self.standardization.fields
         return {**names_in_config(self.names), "problem_type": _PROBLEM_TYPE, **fields}
 
     def encode(self, columns: LabelColumns) -> NDArray[np.float32]:
-        """Targets of each sample, standardised if the task is.
+        """Targets of each sample, standardized if the task is.
 
         Shape (num_samples,), or (num_samples, num_targets) for several.
         """
@@ -192,7 +192,7 @@ class Regression(Task):
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error over samples and targets; in squared standard deviations if targets are standardised."""
+        """Mean squared error over samples and targets; in squared standard deviations if targets are standardized."""
         outputs = self._outputs(logits)
         check_shape(labels, outputs.shape)
         return F.mse_loss(outputs, labels.to(logits.dtype))

@@ -1,4 +1,4 @@
-"""Standardising regression targets by mean and standard deviation, and back."""
+"""Standardizing regression targets by mean and standard deviation, and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ STANDARDIZATION_FIELDS = ("target_mean", "target_std")
 
 @dataclass(frozen=True)
 class Standardization:
-    """Standardisation of targets: `(target - mean) / std`.
+    """Standardization of targets: `(target - mean) / std`.
 
     Attributes:
         mean: Mean of each target, in the data's unit.
@@ -42,7 +42,7 @@ class Standardization:
             std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
             if std == 0 or values.min() == values.max():
                 raise UsageError(
-                    f"the target {name!r} is {values[0]} in every training sample, so it cannot be standardised. Leave "
+                    f"the target {name!r} is {values[0]} in every training sample, so it cannot be standardized. Leave "
                     "it out of --data.label_column, or set --data.standardize_targets=false."
                 )
             means.append(mean)
@@ -51,7 +51,7 @@ class Standardization:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Standardization | None":
-        """Reads the standardisation from a model's configuration; None if its outputs are in the data's unit."""
+        """Reads the standardization from a model's configuration; None if its outputs are in the data's unit."""
         mean, std = (fields.get(name) for name in STANDARDIZATION_FIELDS)
         return None if mean is None or std is None else cls(tuple(mean), tuple(std))
 
@@ -65,7 +65,7 @@ class Standardization:
         return np.asarray((targets - np.array(self.mean)) / np.array(self.std))
 
     def restore(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Standardised values, (num_samples,) or (num_samples, num_targets), in the data's unit."""
+        """Standardized values, (num_samples,) or (num_samples, num_targets), in the data's unit."""
         return np.asarray(np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean))
 
     def restore_tensor(self, values: Tensor) -> Tensor:
