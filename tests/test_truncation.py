@@ -325,19 +325,24 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
 
 def test_a_trained_model_that_reads_texts_in_another_way_says_so(tmp_path: Path, caplog) -> None:
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
-    run.fit(model := SequenceClassifier(MODEL), module("packed", truncation="head_tail", head_tokens=6))
+    run.fit(trained := SequenceClassifier(MODEL), module("packed", truncation="head_tail", head_tokens=6))
+    run.save_checkpoint(tmp_path / "a.ckpt")
 
-    def said(**options) -> list[str]:
+    def said(model: SequenceClassifier = trained, ckpt_path: Path | None = None, **options) -> list[str]:
         caplog.clear()
         with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-            trainer(tmp_path, limit_predict_batches=1).predict(model, module("packed", **options))
+            trainer(tmp_path, limit_predict_batches=1).predict(model, module("packed", **options), ckpt_path=ckpt_path)
         return [one for one in caplog.messages if "was trained with" in one]
 
     assert said(max_length=None) == said(truncation="head_tail", head_tokens=6) == []
-    assert said(max_length=20, truncation="windows", stride=5) == [
+    windows = {"max_length": 20, "truncation": "windows", "stride": 5}
+    told = [
         "The model was trained with max_length 24, truncation head_tail, head_tokens 6; "
         "this run has max_length 20, truncation windows, stride 5."
     ]
+    assert said(**windows) == told
+    again = SequenceClassifier(MODEL, num_labels=2)
+    assert said(again, tmp_path / "a.ckpt", **windows) == told
 
 
 def test_a_fit_on_windows_is_resumed_exactly_and_refuses_another_pooling(tmp_path: Path) -> None:

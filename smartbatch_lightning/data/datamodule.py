@@ -27,7 +27,7 @@ from smartbatch_lightning.data.resume import (
     training_state,
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
-from smartbatch_lightning.data.texts import TextDataModule
+from smartbatch_lightning.data.texts import TextDataModule, encoding_of
 from smartbatch_lightning.data.tokenizers import check_tokenizer
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
@@ -254,6 +254,8 @@ class SmartBatchDataModule(TextDataModule):
                     "same on the data module, or load the model with SequenceClassifier.load_from_checkpoint, which "
                     "knows it."
                 )
+        if not encoding_of(self._load().model):  # else `setup` has done so
+            self._tell_of_other_truncation(trained_on)
         if stage == TrainerFn.VALIDATING:
             self._set_aside_as_trained(state["fingerprint"])
         if stage != TrainerFn.FITTING:

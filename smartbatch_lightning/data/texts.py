@@ -349,7 +349,7 @@ class TextDataModule(L.LightningDataModule):
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
         if stage == "fit" and self.task is not None:
             rank_zero_info(f"Learning {self.task.description}.")
-        self._tell_of_other_truncation()
+        self._tell_of_other_truncation(encoding_of(self._load().model))
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
         """The data sets that `setup` created for a stage."""
@@ -366,7 +366,7 @@ class TextDataModule(L.LightningDataModule):
             wanted = (*self.text_columns, *self.label_source.columns)
             splits, model = splits_of(self.load_dataset(), wanted), text_model_of(self.trainer)
             trained = None if model is None else model.trained_config
-            known = {} if trained is None else setting(trained, TEXT_ENCODING, {})
+            known = encoding_of(model)
             max_length = self._max_length or known.get("max_length", _MAX_LENGTH)
             tokenizer = find_tokenizer(self._given_tokenizer, model, self.source, self.is_demo, max_length)
             check_tokenizer(tokenizer, known)
@@ -383,10 +383,12 @@ class TextDataModule(L.LightningDataModule):
             self._loaded = _Loaded(splits, model, encoder, train_labels, task)
         return self._loaded
 
-    def _tell_of_other_truncation(self) -> None:
-        """Says so if a trained model's texts are cut otherwise than in its training, as is possible on purpose."""
-        model = text_model_of(self.trainer)
-        known = setting(model.trained_config, TEXT_ENCODING, {}) if model and model.trained_config else {}
+    def _tell_of_other_truncation(self, known: dict[str, Any]) -> None:
+        """Says so if texts are cut otherwise than in a model's training, as is possible on purpose.
+
+        Args:
+            known: The settings of its training, as in `TextEncoder.settings`; empty if unknown.
+        """
         if known:
             before = Truncation(**known["truncation"]).settings(known["max_length"])
             now = self.truncation_in_use.settings(self.max_length)
@@ -466,6 +468,11 @@ class TextDataModule(L.LightningDataModule):
 
     def _split(self, split: str) -> Dataset:
         return find_split(self.splits, split, self.text_columns, self.source, self._names.argument(split))
+
+
+def encoding_of(model: TextModel | None) -> dict[str, Any]:
+    """How texts became tokens in a model's training, as in `TextEncoder.settings`; empty if unknown."""
+    return {} if model is None or model.trained_config is None else setting(model.trained_config, TEXT_ENCODING, {})
 
 
 def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]:
