@@ -181,6 +181,7 @@ def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
         run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16, validation_split=None))
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_names_tests_and_exports_the_best_by_macro_f1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

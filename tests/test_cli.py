@@ -252,6 +252,7 @@ def test_a_predictions_file_of_another_kind_is_refused() -> None:
         cli("predict", "--predictions.path=labels.xlsx")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to_do(tmp_path: Path, capsys) -> None:
     config = yaml.safe_load((ROOT / "configs" / "cluster" / "requeue.yaml").read_text())
@@ -453,7 +454,7 @@ def test_the_package_is_a_command_too_and_tells_its_version() -> None:
 
 @pytest.mark.parametrize(
     "config",  # those of GLUE are in test_glue.py
-    [name for name in CONFIGS if not name.startswith("glue")],
+    [slow(name) if name.startswith("cluster") else name for name in CONFIGS if not name.startswith("glue")],
 )
 def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     options = [

@@ -110,6 +110,7 @@ def test_the_config_for_a_csv_of_ones_own_trains_and_keeps_the_best_weights() ->
     assert Path(fit.trainer.checkpoint_callback.best_model_path).name == "best.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_config_for_several_labels_trains_and_predicts_those_above_a_half_for_each_text() -> None:
     fit, _ = run_commands("multi_label.yaml")

@@ -218,6 +218,7 @@ def test_the_command_trains_lazily(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("tokens-*"))
 
 
+@pytest.mark.slow
 def test_the_report_counts_tokens_and_says_what_they_would_be_tokenized_ahead(minilm: str) -> None:
     lazy, ahead = (
         PaddingReport.from_datamodule(data(texts(300), tokenizer=minilm, tokenization=one, jitter=1.0))

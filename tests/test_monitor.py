@@ -140,6 +140,7 @@ def test_the_wait_for_data_is_never_negative_when_the_loader_is_made_again(tmp_p
     assert waited.between(0, 1).all()
 
 
+@pytest.mark.slow
 def test_validation_is_not_counted_as_training_time(tmp_path: Path) -> None:
     class Slow(SequenceClassifier):
         def validation_step(self, batch, batch_idx, dataloader_idx=0) -> None:
