@@ -24,8 +24,10 @@ def look_up(name: str, registry: Mapping[str, _Entry], argument: str) -> _Entry:
         return registry[name]
     module, dot, attribute = str(name).rpartition(".")
     if not dot:
-        names = f"choose one of {join_quoted(registry)}, or " if registry else ""
-        raise UsageError(f"{argument} is {name!r}; {names}give an import path such as package.module.name.")
+        raise UsageError(
+            f"{argument} is {name!r}; choose one of {join_quoted(registry)}, or give an import path such as "
+            "package.module.name."
+        )
     try:
         entry: _Entry = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

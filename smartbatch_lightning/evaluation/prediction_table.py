@@ -14,6 +14,7 @@ import pyarrow.parquet
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from smartbatch_lightning.data.files import ending_of
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.evaluation.samples import Lengths, Texts
@@ -225,18 +226,12 @@ class _Table:
             )
 
 
-def _ending(path: Path) -> str:
-    """The extension, in lower case; that before it if it is of a compression that pyarrow undoes in CSV files."""
-    ending = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if ending in (".gz", ".bz2", ".zst", ".lz4") else ending
-
-
 def _is_csv(path: Path) -> bool:
-    return _ending(path) in (".csv", ".tsv")
+    return ending_of(path.name) in (".csv", ".tsv")
 
 
 def _separators(path: Path, **options: Any) -> pyarrow.csv.ParseOptions:
-    return pyarrow.csv.ParseOptions(delimiter="\t" if _ending(path) == ".tsv" else ",", **options)
+    return pyarrow.csv.ParseOptions(delimiter="\t" if ending_of(path.name) == ".tsv" else ",", **options)
 
 
 def _column_names(path: Path) -> list[str]:
