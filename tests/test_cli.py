@@ -330,9 +330,9 @@ def smartbatch(*arguments: str) -> None:
     [
         # files of the names that a run gives its own, and newer than its start, in the folder where it logs
         ({"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": ""}}, True),
-        slow({"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": "new"}}, False),
-        slow(True, False),
-        slow(False, False),
+        ({"class_path": "TensorBoardLogger", "init_args": {"save_dir": ".", "name": "", "version": "new"}}, False),
+        (True, False),
+        (False, False),
     ],
 )
 def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, made: bool, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_ranks_whose_seeds_differ_train_rank_0s_plan_of_rank_0s_split(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", ["longest", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padding", ["longest", "packed"])
 def test_two_ranks_measure_and_predict_what_one_does(padding: str, tmp_path: Path) -> None:
     """501 reviews, which two ranks cannot share evenly."""
     reviews = load_dataset("parquet", data_files=str(demo.data_dir() / "test.parquet"), split="train").select(

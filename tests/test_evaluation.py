@@ -851,7 +851,7 @@ def test_each_of_several_test_sets_has_a_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["several", slow("number")])
+@pytest.mark.parametrize("labels", ["several", "number"])
 def test_several_labels_and_regressions_are_reported(labels: str, minilm: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"text": [f"film number {one}" for one in range(60)]})

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
-from helpers import ROOT, Fork, cli, finish, slow
+from helpers import ROOT, Fork, cli, finish
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
@@ -50,7 +50,7 @@ def run_on_ranks(name: str, ranks: int, arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padding", ["packed", slow("longest")])
+@pytest.mark.parametrize("padding", ["packed", "longest"])
 def test_a_module_of_ones_own_learns_the_demo(padding: str) -> None:
     run = example("own_module").main(padding, **TRAINER)
     assert run.callback_metrics["val_accuracy"] > 0.6

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from helpers import FAST, ROOT, cli, slow
+from helpers import FAST, ROOT, cli
 from transformers import AutoModel, AutoTokenizer
 
 from smartbatch_lightning import demo
@@ -67,7 +67,7 @@ def options(task: str, folder: Path, model: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [task if task == "mrpc" else slow(task) for task in TASKS])
+@pytest.mark.parametrize("task", TASKS)
 def test_one_command_trains_validates_and_predicts_and_a_test_says_why_not(
     task: str, untrained: Path, tmp_path: Path
 ) -> None:

@@ -203,8 +203,9 @@ def test_every_kind_of_checkpoint_is_resumed_exactly(options: dict, val_check_in
             assert_same(resumed, weights)
 
 
-@pytest.mark.parametrize("again", [slow((1, 2)), slow((2, 3))])
-@pytest.mark.parametrize("first", ["last batch", slow("epoch end")])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("first", ["last batch", "epoch end"])
 def test_a_run_resumed_at_the_end_of_an_epoch_can_be_resumed_again(first: str, again, tmp_path: Path) -> None:
     class EpochEnd(SaveAndStop):
         def on_train_batch_end(self, *args) -> None: ...
@@ -270,7 +271,8 @@ def test_what_was_set_aside_without_a_seed_is_what_the_checkpoint_is_validated_o
     assert second.validation_data[0].rows.tolist() == first.validation_data[0].rows.tolist()
 
 
-@pytest.mark.parametrize("how", [slow("ckpt_path"), slow("loaded")])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ckpt_path", "loaded"])
 def test_samples_that_a_checkpoint_may_have_been_trained_on_are_not_validated_on(how: str, tmp_path: Path) -> None:
     first = data()
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 3), module=first)
@@ -514,11 +516,12 @@ class Validations(Callback):
         self.epoch_ends += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "interval"),
-    [slow((1, 5), 3), slow((0, STEPS - 1), 1.0), slow((2, STEPS - 1), 3)]
-    + [slow(at, 1.0) for at in ((0, 2), (1, 5), (2, STEPS - 1))]
-    + [slow(at, 3) for at in ((0, 2), (0, STEPS - 1))],
+    [((1, 5), 3), ((0, STEPS - 1), 1.0), ((2, STEPS - 1), 3)]
+    + [(at, 1.0) for at in ((0, 2), (1, 5), (2, STEPS - 1))]
+    + [(at, 3) for at in ((0, 2), (0, STEPS - 1))],
 )
 def test_a_validation_that_was_due_when_the_run_ended_is_made_up_for(at, interval, tmp_path: Path) -> None:
     options = {"val_check_interval": interval}

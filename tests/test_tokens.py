@@ -241,7 +241,7 @@ def test_a_damaged_file_is_made_again(tokenize, tmp_path: Path, damage: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [40, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("places", [40, 800])
 def test_no_damaged_file_is_used(places: int, tokenize, tmp_path: Path) -> None:
     """Bits flipped, bytes inserted, taken out and zeroed at random places."""
     rng = random.Random(1)
