@@ -43,6 +43,31 @@ def distributed(bench: Bench, model: Any, *, sharded: bool) -> Any:
     return fully_shard(model, mp_policy=policy)
 
 
+def trained(bench: Bench, config: Any, batches: list[Any], *, sharded: bool) -> tuple[float, float]:
+    """Seconds of the steps after the warm-up ones, and the last loss.
+
+    The model lives in here: DDP's reducer must not be the last to hold the process group, since it waits for gloo's
+    threads with Python's lock, which they may need to end (torch 2.13: the process then hangs at its end).
+    """
+    model = distributed(bench, bench.model(config), sharded=sharded)
+    optimizer = AdamW(model.parameters(), lr=5e-5, fused=not sharded or bench.device == "cuda")
+    started = 0.0
+    for number, batch in enumerate(batches):
+        if number == WARMUPS:
+            bench.wait()
+            dist.barrier()
+            started = perf_counter()
+        with torch.autocast(bench.device, torch.bfloat16, enabled=not sharded):
+            loss, _ = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    bench.wait()
+    dist.barrier()
+    return perf_counter() - started, float(loss.detach())
+
+
 def main() -> None:
     """Trains and reports."""
     parser = argparse.ArgumentParser(description="See the first lines of the file.")
@@ -66,23 +91,7 @@ def main() -> None:
     rows = list(plan.rank_batches(rank))[: WARMUPS + args.steps]
     batches = [bench.tensors(PackCollator(0, spec), one, random) for one in rows]
     config = bench.config(LARGE if args.model == "large" else BASE)
-    model = distributed(bench, bench.model(config), sharded=args.sharded)
-    optimizer = AdamW(model.parameters(), lr=5e-5, fused=not args.sharded or args.device == "cuda")
-    started = 0.0
-    for number, batch in enumerate(batches):
-        if number == WARMUPS:
-            bench.wait()
-            dist.barrier()
-            started = perf_counter()
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.sharded):
-            loss, _ = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    bench.wait()
-    dist.barrier()
-    seconds = perf_counter() - started
+    seconds, loss = trained(bench, config, batches, sharded=args.sharded)
     flops = training_flops(config, one_token=True)
     lengths = [bench.lengths[one] for one in rows[WARMUPS:]]
     mine = {
@@ -104,7 +113,7 @@ def main() -> None:
             "of_each_rank": tokens / seconds / ranks,
             "slowest_rank_over_mean": float(by_step.max(axis=0).sum() / by_step.mean(axis=0).sum()),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
-            "loss": float(loss.detach()),
+            "loss": loss,
         }
         print(json.dumps({"card": card(), **row}), flush=True)
     dist.destroy_process_group()

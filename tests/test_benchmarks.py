@@ -64,9 +64,19 @@ def test_every_part_of_the_gpu_benchmark_has_a_dry_run(part: str, capsys: pytest
 
 @pytest.mark.parametrize("options", [[], ["--sharded"]], ids=["DDP", "FSDP2"])
 def test_the_benchmark_of_ranks_has_a_dry_run(options: list[str], lengths: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "benchmarks.ranks"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "benchmarks.ranks",
+    ]
     tiny = ["--device=cpu", f"--lengths={lengths}", "--max_tokens_per_batch=100", "--steps=2"]
-    ended = subprocess.run([*torchrun, *tiny, *options], cwd=ROOT, check=True, capture_output=True, text=True)
+    ended = subprocess.run(
+        [*torchrun, *tiny, *options], cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
+    )
     row = json.loads(ended.stdout.splitlines()[-1])
     assert (row["ranks"], row["steps"], row["strategy"] == "FSDP2") == (2, 2, bool(options))
     assert row["slowest_rank_over_mean"] >= 1
