@@ -270,11 +270,11 @@ def test_a_run_that_is_requeued_leaves_its_trained_model_and_has_nothing_left_to
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 @pytest.mark.parametrize("command", [slow("validate"), slow("test"), "predict"])
-def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(command: str, minilm: str) -> None:
+def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(command: str, base: str) -> None:
     with pytest.raises(ValueError, match="'demo' has not been trained to classify.*--ckpt_path"):
         cli(command, "--data.max_length=24")
     with pytest.raises(ValueError, match="has not been trained to classify"):
-        cli(command, "--data.max_length=24", f"--model.pretrained={minilm}", "--ckpt_path=last")
+        cli(command, "--data.max_length=24", f"--model.pretrained={base}", "--ckpt_path=last")
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_the_package_is_a_command_too_and_tells_its_version() -> None:
 
 @pytest.mark.parametrize(
     "config",  # those of GLUE are in test_glue.py
-    [slow(name) if name.startswith("cluster") else name for name in CONFIGS if not name.startswith("glue")],
+    [slow(name) if name.startswith(("cluster", "imdb")) else name for name in CONFIGS if not name.startswith("glue")],
 )
 def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     options = [

@@ -312,14 +312,14 @@ def test_names_and_texts_stand_in_the_page_as_they_are_whatever_they_contain(tmp
     [
         (Evaluation(SingleLabelClassification.from_names(names(3)), np.eye(3)[[0, 1, 1]], np.array([0, 1, 0])), "no 2"),
         (Evaluation(SingleLabelClassification.from_names(names(2)), np.array([[0.4, 0.6]]), np.array([0])), "one"),
-        (single(2, 1, temperature="fit"), "one, with a temperature"),
+        slow(single(2, 1, temperature="fit"), "one, with a temperature"),
         (Evaluation(MultiLabelClassification.from_names(names(2)), np.array([[0.4, 0.6]]), np.zeros((1, 2), bool)), ""),
         slow(several(28, 200, temperature="fit", lengths=Lengths(np.full(200, 7))), "28 labels"),
-        (numbers(1, 1), "one number"),
+        slow(numbers(1, 1), "one number"),
         slow(numbers(5, 30, lengths=Lengths(np.arange(30) + 1)), "five targets"),
         (Evaluation(Regression(("y",)), np.full(9, 2.0), np.arange(9.0)), "the same prediction"),
-        (Evaluation(Regression(("y",)), np.arange(9.0), np.full(9, 2.0)), "the same target"),
-        (Evaluation(Regression(("y",)), np.arange(9.0), np.arange(9.0)), "no error"),
+        slow(Evaluation(Regression(("y",)), np.arange(9.0), np.full(9, 2.0)), "the same target"),
+        slow(Evaluation(Regression(("y",)), np.arange(9.0), np.arange(9.0)), "no error"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 @pytest.mark.parametrize("padding", ["longest", slow("packed")])
 def test_the_pipeline_of_an_exported_model_says_what_predict_says(padding: str, tmp_path: Path) -> None:
     """On 100 texts, of which many are cut."""
-    data = SmartBatchDataModule(max_length=64, seed=1, padding=padding)
+    data = SmartBatchDataModule(max_length=24, seed=1, padding=padding)
     model = SequenceClassifier(learning_rate=1e-3)
     folder = tmp_path / "reviewer"
     run = trainer(

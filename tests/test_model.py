@@ -499,11 +499,16 @@ def test_training_without_an_end_is_refused(data, tmp_path: Path) -> None:
         trainer(tmp_path, max_epochs=-1).fit(SequenceClassifier(), data)
 
 
+def long_reviews() -> dict[str, list[dict[str, str]]]:
+    reviews = [{"text": "a fine film " * 200, "label": label} for label in ("negative", "positive")]
+    return {"train": reviews, "validation": reviews}
+
+
 @pytest.mark.parametrize(("family", "longest"), [("bert", 128), ("roberta", 126)])
-def test_samples_longer_than_the_model_takes_are_refused(family: str, longest: int, data, tmp_path: Path) -> None:
+def test_samples_longer_than_the_model_takes_are_refused(family: str, longest: int, tmp_path: Path) -> None:
     config = FAMILIES[family].__class__.from_dict(FAMILIES[family].to_dict() | {"max_position_embeddings": 128})
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "short")
-    data.max_length = 127 if family == "roberta" else 129
+    data = SmartBatchDataModule(long_reviews(), str(demo.model_dir()), max_length=127 if family == "roberta" else 129)
     with pytest.raises(
         ValueError, match=f"but the model takes {longest} tokens at most. Set --data.max_length to {longest}"
     ):
@@ -511,7 +516,7 @@ def test_samples_longer_than_the_model_takes_are_refused(family: str, longest: i
 
 
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(minilm: str, tmp_path: Path) -> None:
-    data = SmartBatchDataModule("demo", minilm)
+    data = SmartBatchDataModule(long_reviews(), minilm)
     with pytest.raises(ValueError, match="has 30522 tokens, but the model has .*the model's own tokenizer"):
         trainer(tmp_path).fit(SequenceClassifier(), data)
 

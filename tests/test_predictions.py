@@ -240,8 +240,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     ("ranks", "number", "status"),
     [
         slow([1, 1, 1], signal.SIGKILL, -signal.SIGKILL),
-        slow([1, 1], signal.SIGTERM, 128 + signal.SIGTERM),
-        ([2, 2], signal.SIGKILL, -signal.SIGKILL),
+        ([1, 1], signal.SIGTERM, 128 + signal.SIGTERM),
+        slow([2, 2], signal.SIGKILL, -signal.SIGKILL),
         slow([2, 1], signal.SIGKILL, -signal.SIGKILL),
         slow([1, 2], signal.SIGKILL, -signal.SIGKILL),
     ],
