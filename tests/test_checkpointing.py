@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import QUIET, assert_same, cli, damaged, trainer
+from helpers import QUIET, assert_same, cli, damaged, slow, trainer
 from lightning.pytorch.callbacks import Callback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
@@ -187,14 +187,14 @@ def test_a_checkpoint_of_a_url_is_loaded_as_the_file_is(checkpoint: Path, served
     ("damage", "command"),
     [
         ("cut", "fit"),
-        ("cut", "export"),
+        slow("cut", "export"),
         ("empty", "test"),
-        ("text", "predict"),
+        slow("text", "predict"),
         ("a git-lfs pointer", "test"),
         ("flipped", "fit"),
         ("flipped", "load_from_checkpoint"),
         ("weights alone", "test"),
-        ("weights alone", "load_from_checkpoint"),
+        slow("weights alone", "load_from_checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_ends_with_one_line(
@@ -253,7 +253,7 @@ def test_no_damaged_checkpoint_is_loaded_with_other_content(tmp_path: Path) -> N
     assert refused > 200
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["fit", slow("validate"), slow("test"), "predict"])
 def test_a_trainer_without_plugins_runs_no_code_of_a_checkpoint_by_url(stage: str, served, tmp_path: Path) -> None:
     attack = _Attack(tmp_path / "attacked")
     torch.save({"state_dict": {}, "attack": attack}, tmp_path / "a.ckpt")

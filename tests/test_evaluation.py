@@ -344,7 +344,7 @@ def test_a_class_without_samples_has_no_recall_and_no_areas_and_counts_in_no_mea
     assert results.summary["f1"] == pytest.approx(sk.f1_score([0, 1, 1, 1], [0, 1, 0, 1], average="macro"))
 
 
-@pytest.mark.parametrize("make", [single, several])
+@pytest.mark.parametrize("make", [single, slow(several)])
 def test_where_all_is_right_it_says_so_and_fits_no_temperature(make, tmp_path: Path, capsys) -> None:
     evaluation = make(3, 50, 3.0)
     labels = evaluation.predicted

@@ -37,7 +37,7 @@ from smartbatch_lightning.export import export_model
 from smartbatch_lightning.families import drop_caches, pad_token_of, setting
 from smartbatch_lightning.models.packing import enable_packing
 
-QUICK = ("bert", "roberta", "xlnet", "llama")
+QUICK = ("bert", "xlnet", "llama")
 
 SENTENCES = [
     "The plot is thin, but the actors carry it.",

@@ -135,7 +135,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(data, tmp_path: Path) -
     [
         ({}, [1.0, 0.75, 0.5, 0.25]),
         ({"warmup_steps": 2}, [0.0, 0.5, 1.0, 0.5]),
-        ({"warmup_ratio": 0.5}, [0.0, 0.5, 1.0, 0.5]),
+        slow({"warmup_ratio": 0.5}, [0.0, 0.5, 1.0, 0.5]),
         ({"warmup_ratio": 0.3}, [0.0, 0.5, 1.0, 0.5]),
     ],
 )

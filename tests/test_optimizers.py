@@ -258,7 +258,7 @@ def test_callbacks_that_would_undo_rates_or_freezing_are_refused(options: dict, 
 
 
 @pytest.mark.parametrize("collator", [PadCollator, PackCollator])
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"albert"}))
+@pytest.mark.parametrize("family", ["bert", *(slow(family) for family in sorted(FAMILIES.keys() - {"albert", "bert"}))])
 def test_checkpointed_gradients_are_those_that_are_kept(family: str, collator) -> None:
     rows = [{"input_ids": [2, *range(5, 6 + 2 * row), 3], "labels": row % 2} for row in range(4)]
     gradients, operations = [], []
@@ -312,15 +312,15 @@ def shares(name: str, steps: int, warmup: int, **options) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "warmup", "options"),
     [
-        ("linear", 2, {}),
-        ("cosine", 2, {"num_cycles": 1.0}),
+        slow("linear", 2, {}),
+        slow("cosine", 2, {"num_cycles": 1.0}),
         ("cosine_with_restarts", 0, {"num_cycles": 2}),
-        ("polynomial", 2, {"power": 2.0}),
-        ("constant", 0, {}),
-        ("constant_with_warmup", 3, {}),
-        ("inverse_sqrt", 2, {"timescale": 4}),
-        ("cosine_with_min_lr", 1, {"min_lr_rate": 0.1}),
-        ("cosine_warmup_with_min_lr", 2, {"min_lr_rate": 0.1}),
+        slow("polynomial", 2, {"power": 2.0}),
+        slow("constant", 0, {}),
+        slow("constant_with_warmup", 3, {}),
+        slow("inverse_sqrt", 2, {"timescale": 4}),
+        slow("cosine_with_min_lr", 1, {"min_lr_rate": 0.1}),
+        slow("cosine_warmup_with_min_lr", 2, {"min_lr_rate": 0.1}),
         ("warmup_stable_decay", 2, {"num_decay_steps": 4}),
     ],
 )
@@ -334,9 +334,9 @@ def test_every_schedule_of_transformers_goes_as_its_own_trainer_would_let_it(nam
     [
         ("CosineAnnealingLR", {}, [(1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)]),
         ("LinearLR", {"start_factor": 1.0, "end_factor": 0.0}, [1 - step / STEPS for step in range(STEPS)]),
-        ("PolynomialLR", {"power": 2.0}, [(1 - step / STEPS) ** 2 for step in range(STEPS)]),
-        ("ConstantLR", {"factor": 0.5}, [0.5] * STEPS),
-        ("ExponentialLR", {"gamma": 0.5}, [0.5**step for step in range(STEPS)]),
+        slow("PolynomialLR", {"power": 2.0}, [(1 - step / STEPS) ** 2 for step in range(STEPS)]),
+        slow("ConstantLR", {"factor": 0.5}, [0.5] * STEPS),
+        slow("ExponentialLR", {"gamma": 0.5}, [0.5**step for step in range(STEPS)]),
         ("StepLR", {"step_size": 3}, [1, 1, 1, 0.1, 0.1, 0.1, 0.01]),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import run_predictions
 import torch
 from datasets import Dataset
-from helpers import Fork, cli, finish, slow, trainer
+from helpers import Fork, cli, finish, trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -236,14 +236,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return pd.read_parquet(folder / "run" / "predictions.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "number", "status"),
     [
-        slow([1, 1, 1], signal.SIGKILL, -signal.SIGKILL),
+        ([1, 1, 1], signal.SIGKILL, -signal.SIGKILL),
         ([1, 1], signal.SIGTERM, 128 + signal.SIGTERM),
-        slow([2, 2], signal.SIGKILL, -signal.SIGKILL),
-        slow([2, 1], signal.SIGKILL, -signal.SIGKILL),
-        slow([1, 2], signal.SIGKILL, -signal.SIGKILL),
+        ([2, 2], signal.SIGKILL, -signal.SIGKILL),
+        ([2, 1], signal.SIGKILL, -signal.SIGKILL),
+        ([1, 2], signal.SIGKILL, -signal.SIGKILL),
     ],
     ids=["killed twice", "SIGTERM", "two ranks", "two ranks, then one", "one rank, then two"],
 )
