@@ -214,6 +214,29 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
     assert measured["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_weights": {"positiv": 9.0}}, "class_weights has 'positiv', which is none of the labels"),
+        ({"pos_weight": "balanced"}, "pos_weight is given, which the loss of single_label_classification does not"),
+    ],
+)
+def test_weights_that_do_not_fit_the_labels_are_refused_before_a_text_is_tokenized(
+    options, message: str, tmp_path: Path
+) -> None:
+    class Counting(Imbalanced):
+        tokenized = 0
+
+        def tokenize(self, dataset):
+            self.tokenized += 1
+            return super().tokenize(dataset)
+
+    module = Counting("films", str(demo.model_dir()), validation_split="test", max_length=16)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).fit(SequenceClassifier(**options), module)
+    assert not module.tokenized
+
+
 def test_balanced_weights_without_anything_to_count_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="class_weights is 'balanced', but there is neither training data"):
         trainer(tmp_path).test(SequenceClassifier(class_weights="balanced"), imbalanced(), verbose=False)

@@ -321,7 +321,8 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Loads and tokenizes every split that a later stage may use; on a cluster, in one process.
 
-        Problems such as a missing column, text or label are reported before anything is tokenized.
+        Problems such as a missing column, text or label, or weights of unknown classes, are reported before anything is
+        tokenized.
         """
         self._loaded = None
         datasets = [self._split(split) for split in self.used_splits]
@@ -329,6 +330,8 @@ class TextDataModule(L.LightningDataModule):
             self._labels(split)
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_not_blank(self._split(self.train_split), self.text_columns, self.train_split)
+            if (model := self._load().model) is not None and self.task is not None:
+                model.check_task(self.task)
         for dataset in datasets:
             self.token_table(dataset)
 

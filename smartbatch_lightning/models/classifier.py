@@ -786,6 +786,7 @@ class SequenceClassifier(L.LightningModule):
             trained_config=config if own is not None or is_fine_tuned(config) else None,
             is_demo=self.pretrained == "demo",
             trained_on=self._trained_on,
+            check_task=lambda task: task.with_loss(self.loss_options.balanced({}, 0)),  # weights not counted yet
             sample_weights=lambda labels: self.task.sample_weights(labels),
         )
 
