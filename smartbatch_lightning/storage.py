@@ -193,7 +193,9 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def check_writable(folder: str | Path, remedy: str) -> None:
-    """Checks that a folder can be created and written, with a file that is removed again.
+    """Checks that a folder can be created and written, with a file in it or in what exists of its parents.
+
+    The file is removed, and no folder is created, so that a run that is refused later leaves none.
 
     Raises:
         ValueError: It cannot; the message ends with the remedy.
@@ -201,8 +203,8 @@ def check_writable(folder: str | Path, remedy: str) -> None:
     if folder == "":  # such as of a shell's variable that is not set; it would be the working directory
         raise UsageError(f"the name of the folder to write to is empty. {remedy}")
     with refused(folder, remedy):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        path = Path(folder).absolute()
+        with tempfile.NamedTemporaryFile(dir=next(one for one in (path, *path.parents) if _is_there(one))):
             pass
 
 
@@ -220,6 +222,15 @@ def refused(path: str | Path, remedy: str) -> Iterator[None]:
             raise
         # torch tries to finish a file that cannot be written, and that fails
         raise UsageError(f"{path} cannot be written: {error.__context__}. {remedy}") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something of this name; unlike `Path.exists`, an impossible name is an error."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

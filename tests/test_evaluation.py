@@ -731,6 +731,7 @@ def test_a_refused_label_names_the_options_of_evaluate(monkeypatch) -> None:
     with pytest.raises(SystemExit, match="If integers are class ids, set --label_names") as stop:
         smartbatch(monkeypatch, *command)
     assert "--data." not in str(stop.value.code)
+    assert not Path("evaluation").exists()
     smartbatch(monkeypatch, *command, "--label_names=[class 0, class 1, class 2]")
     told = json.loads(Path("evaluation/evaluation.json").read_text())
     assert [one["support"] for one in told["classes"]] == evaluation.labels.sum(axis=0).tolist()

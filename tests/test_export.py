@@ -136,6 +136,13 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_has_run(tmp_
         cli("report", f"--folder={tmp_path / 'file' / 'report'}")
     with pytest.raises(ValueError, match="file/out cannot be written: .*--predictions.path"):
         cli("predict", f"--predictions.path={tmp_path / 'file' / 'out' / 'labels.csv'}")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("long" * 100, "link"):
+        with pytest.raises(ValueError, match=f"{name}/report cannot be written"):
+            cli("report", f"--folder={tmp_path / name / 'report'}")
+    with pytest.raises(ValueError, match="is not there"):
+        cli("report", f"--folder={tmp_path / 'new' / 'report'}", "--data.dataset=nor.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
 def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(minilm: str, tmp_path: Path) -> None:
