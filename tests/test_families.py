@@ -847,13 +847,13 @@ def write_table(path: Path) -> None:
     path.write_text(
         "\n".join(
             [
-                "# Families of transformers that were tried",
+                "# Tested model families",
                 "",
                 f"`python tests/test_families.py` wrote this table with transformers {transformers.__version__}, "
-                "training a tiny model of each family of sequence classifiers for three steps. The third column is the "
-                "largest difference in probability between the exported model, given one text at a time, and `predict` "
-                "or the exported pipeline at batch sizes 1 and 8, for texts and pairs, including empty and truncated "
-                f"ones. {right} of {len(FAMILIES)} agree to within 1e-5.",
+                "training a tiny model of each family of sequence classifiers for three steps. The exported model, "
+                "given one text at a time, is compared with `predict` and with the exported pipeline at batch sizes 1 and 8. "
+                "The third column is the largest difference in probability, for texts and pairs, including empty and "
+                f"truncated ones. {right} of {len(FAMILIES)} agree to within 1e-5.",
                 "",
                 f"{number} families support packed batches. The last column is the largest difference between a packed "
                 "batch and one sample at a time in float32: of the logits and of the worst gradient, each relative to "
