@@ -1,4 +1,4 @@
-"""An exported folder as ONNX, checked to give the same logits.
+"""Converts an exported folder to ONNX and checks that it gives the same logits.
 
 pip install onnx onnxscript onnxruntime
 smartbatch fit --export_model.folder=reviewer    # or smartbatch export
@@ -18,7 +18,7 @@ def main(folder: str = "reviewer") -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     inputs = dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
-    any_batch = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # of any number of texts, of any width
+    any_batch = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}  # any number of texts, of any width
     torch.onnx.export(
         model,
         kwargs=inputs,

@@ -1,7 +1,7 @@
 """LoRA on a decoder: a few weights are trained, saved, and merged into an ordinary transformers folder.
 
 python examples/lora_decoder.py                                  # a tiny Llama made here, no network
-python examples/lora_decoder.py Qwen/Qwen3-0.6B                  # one of the Hub
+python examples/lora_decoder.py Qwen/Qwen3-0.6B                  # one from the Hub
 """
 
 import sys
@@ -15,7 +15,7 @@ from smartbatch_lightning.export import export_model
 
 
 def tiny_llama(folder: Path) -> str:
-    """A Llama of two layers with fresh weights and the demo's vocabulary."""
+    """A randomly initialized Llama with two layers and the demo's vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(demo.model_dir())
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaModel(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A search for the learning rate and the batch size, by Optuna; trials that fall behind the others are pruned.
+"""A search for the learning rate and the batch size with Optuna; trials that fall behind the others are pruned.
 
 pip install optuna optuna-integration
 python examples/optuna_search.py
@@ -28,7 +28,7 @@ def main(trials: int = 10, **trainer_options) -> optuna.Study:
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=321),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),  # below the median of the earlier trials at that epoch
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),  # if below the earlier trials' median at that epoch
     )
     study.optimize(lambda trial: objective(trial, **trainer_options), trials)
     print(f"best: {study.best_params}, val_f1 {study.best_value:.3f}")

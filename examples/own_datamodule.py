@@ -1,4 +1,4 @@
-"""A SequenceClassifier on a data module of your own, whose batches are dictionaries of tensors.
+"""A SequenceClassifier with a data module of your own, whose batches are dictionaries of tensors.
 
 python examples/own_datamodule.py
 """

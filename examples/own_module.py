@@ -1,6 +1,6 @@
-"""A LightningModule of your own on a SmartBatchDataModule, padded or packed.
+"""A LightningModule of your own with a SmartBatchDataModule, padded or packed.
 
-python examples/own_module.py            # padded to the longest of a batch
+python examples/own_module.py            # padded to the longest text of a batch
 python examples/own_module.py packed     # without padding
 """
 
@@ -22,13 +22,13 @@ class Reviewer(L.LightningModule):
     def __init__(self, pretrained: str) -> None:
         super().__init__()
         self.model = AutoModelForSequenceClassification.from_pretrained(pretrained, num_labels=2)
-        self.model.train()  # transformers hands models out for evaluation, without dropout
-        enable_packing(self.model)  # padded batches are taken as before
+        self.model.train()  # from_pretrained returns models in evaluation mode, without dropout
+        enable_packing(self.model)  # padded batches still work
 
     def forward(self, batch):
         inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
         logits = self.model(**inputs).logits
-        return logits[: batch.get("num_samples")]  # more where packed rows are filled up to a multiple
+        return logits[: batch.get("num_samples")]  # there are more where packed rows are padded to a multiple
 
     def training_step(self, batch, batch_idx):
         loss = torch.nn.functional.cross_entropy(self(batch), batch["labels"])

@@ -16,7 +16,7 @@ def main(epochs: int = 2) -> list[float]:
     name = str(demo.model_dir())  # or a name on the Hub
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-    model.train()  # transformers hands models out for evaluation, without dropout
+    model.train()  # from_pretrained returns models in evaluation mode, without dropout
     rows = [{"input_ids": tokenizer(text)["input_ids"], "label": label} for text, label in REVIEWS]
     sampler = SmartBatchSampler([len(row["input_ids"]) for row in rows], BatchSpec(batch_size=8, seed=321))
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=PadCollator(tokenizer.pad_token_id))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # bash examples/serve.sh reviewer    # a folder that `smartbatch export` wrote
-# Serves it with Hugging Face's text-embeddings-inference, here on a CPU; other images, and the models that it takes:
+# Serves it with Hugging Face's text-embeddings-inference, here on a CPU. For other images and the supported models, see
 # https://huggingface.co/docs/text-embeddings-inference/en/supported_models
 # curl localhost:8080/predict -H 'Content-Type: application/json' -d '{"inputs": "A gem."}'
-# It answers with the softmax of the logits; for several labels or a regression add "raw_scores": true, which gives logits.
-# This image runs model.onnx, which examples/export_onnx.py writes, if the folder has it, else the safetensors.
+# The response has the softmax of the logits; for multi-label or regression, add "raw_scores": true to get the logits.
+# This image runs model.onnx if the folder has it (examples/export_onnx.py writes it), otherwise the safetensors.
 set -euo pipefail
 folder=$(realpath "$1")
 
-# it truncates texts at `max_seq_length`; without, at the longest that the model can take
+# the server truncates texts at `max_seq_length`; without this file, at the longest that the model can read
 python -c 'import json, sys; print(json.dumps({"max_seq_length": json.load(sys.stdin)["model_max_length"]}))' \
     < "$folder/tokenizer_config.json" > "$folder/sentence_bert_config.json"
 
