@@ -66,7 +66,7 @@ class TextModel:
         trained_config: The same if the model was trained to classify, else None.
         is_demo: It is the built-in demo's model, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
-        check_task: Refuses a task for which its loss options do not fit, such as weights of classes that it lacks.
+        check_task: Refuses a task that does not fit, such as with other classes than its head or its loss weights have.
         sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
             all are equal. Call it only once the model is built.
     """

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers import Fork, finish, slow, trainer
 from torch.nn import functional as F
-from transformers import DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from smartbatch_lightning import BatchSpec, SequenceClassifier, SmartBatchDataModule, SmartBatchSampler, demo
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
@@ -219,11 +219,15 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
     [
         ({"class_weights": {"positiv": 9.0}}, "class_weights has 'positiv', which is none of the labels"),
         ({"pos_weight": "balanced"}, "pos_weight is given, which the loss of single_label_classification does not"),
+        ({"num_labels": 3}, "num_labels is 3, but the data has 2 classes"),
+        ({"pretrained": "three classes"}, "three classes classifies into 'a', 'b', 'c', but the data has"),
     ],
 )
-def test_weights_that_do_not_fit_the_labels_are_refused_before_a_text_is_tokenized(
-    options, message: str, tmp_path: Path
+def test_a_model_that_does_not_fit_the_labels_is_refused_before_a_text_is_tokenized(
+    options, message: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+
     class Counting(Imbalanced):
         tokenized = 0
 
@@ -231,6 +235,9 @@ def test_weights_that_do_not_fit_the_labels_are_refused_before_a_text_is_tokeniz
             self.tokenized += 1
             return super().tokenize(dataset)
 
+    names = dict(enumerate("abc"))
+    config = AutoConfig.from_pretrained(base, architectures=["BertForSequenceClassification"], id2label=names)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("three classes")
     module = Counting("films", str(demo.model_dir()), validation_split="test", max_length=16)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(SequenceClassifier(**options), module)

@@ -321,8 +321,8 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Loads and tokenizes every split that a later stage may use; on a cluster, in one process.
 
-        Problems such as a missing column, text or label, or weights of unknown classes, are reported before anything is
-        tokenized.
+        Problems such as a missing column, text or label, or a model that does not fit the labels, are reported before
+        anything is tokenized.
         """
         self._loaded = None
         datasets = [self._split(split) for split in self.used_splits]

@@ -786,9 +786,14 @@ class SequenceClassifier(L.LightningModule):
             trained_config=config if own is not None or is_fine_tuned(config) else None,
             is_demo=self.pretrained == "demo",
             trained_on=self._trained_on,
-            check_task=lambda task: task.with_loss(self.loss_options.balanced({}, 0)),  # weights not counted yet
+            check_task=self._check_task,
             sample_weights=lambda labels: self.task.sample_weights(labels),
         )
+
+    def _check_task(self, task: Task) -> None:
+        task.with_loss(self.loss_options.balanced({}, 0))  # the samples of each class are counted later
+        if self._own_config() is None:
+            self._source.check_classes(self.num_labels, task, self._source.config())
 
     def _own_config(self) -> PretrainedConfig | None:
         """Configuration of the built model, or of a checkpoint's; None if there is neither."""

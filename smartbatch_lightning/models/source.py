@@ -79,12 +79,7 @@ class ModelSource:
         adopt_tokenizer(config, tokenizer)  # before the model is built, since embeddings also use the padding token
         drop_caches(config)
         if task is not None:
-            if num_labels not in (None, len(task.label_names)):
-                raise UsageError(
-                    f"num_labels is {num_labels}, but the data has {len(task.label_names)} classes: "
-                    f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
-                )
-            check_head(self._path, config, task.label_names)
+            self.check_classes(num_labels, task, config)
             knows_targets = is_fine_tuned(config) and label_names_from_config(config) == task.label_names
             before = Standardization.from_fields(config.to_dict())
             config.update(task.config_fields())
@@ -108,6 +103,24 @@ class ModelSource:
             pairs = list(zip(standardization.mean, standardization.std, strict=True))
             rescale_logits(model, [1 / std for _, std in pairs], [-mean / std for mean, std in pairs])
         return model, fresh
+
+    def check_classes(self, num_labels: int | None, task: Task, config: PretrainedConfig) -> None:
+        """Refuses a task with another number of classes than was given, or than the head of a fine-tuned model has.
+
+        Args:
+            num_labels: The number that was given, if any.
+            task: The data's task.
+            config: The model's configuration.
+
+        Raises:
+            ValueError: The numbers differ.
+        """
+        if num_labels not in (None, len(task.label_names)):
+            raise UsageError(
+                f"num_labels is {num_labels}, but the data has {len(task.label_names)} classes: "
+                f"{join_quoted(task.label_names)}. Leave num_labels out; it is taken from the data."
+            )
+        check_head(self._path, config, task.label_names)
 
     def config(self) -> PretrainedConfig:
         """Configuration of a checkpoint's model, else of the pretrained one."""
