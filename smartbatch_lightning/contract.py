@@ -66,7 +66,7 @@ class TextModel:
         trained_config: The same if the model was trained to classify, else None.
         is_demo: It is the built-in demo's model, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
-        check_task: Refuses a task that does not fit, such as with other classes than its head or its loss weights have.
+        check: Refuses data that does not fit, such as with other classes than its head or its loss weights have.
         sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
             all are equal. Call it only once the model is built.
     """
@@ -77,7 +77,7 @@ class TextModel:
     trained_config: PretrainedConfig | None
     is_demo: bool
     trained_on: dict[str, Any] | None = None
-    check_task: Callable[[Task], object] = lambda task: None
+    check: Callable[["TextData"], None] = lambda data: None
     sample_weights: Callable[[Tensor], Tensor | None] = lambda labels: None
 
 

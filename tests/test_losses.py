@@ -221,9 +221,10 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
         ({"pos_weight": "balanced"}, "pos_weight is given, which the loss of single_label_classification does not"),
         ({"num_labels": 3}, "num_labels is 3, but the data has 2 classes"),
         ({"pretrained": "three classes"}, "three classes classifies into 'a', 'b', 'c', but the data has"),
+        ({"pretrained": "short"}, "max_length is 16, but the model takes 8 tokens at most"),
     ],
 )
-def test_a_model_that_does_not_fit_the_labels_is_refused_before_a_text_is_tokenized(
+def test_a_model_that_does_not_fit_the_data_is_refused_before_a_text_is_tokenized(
     options, message: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -238,6 +239,7 @@ def test_a_model_that_does_not_fit_the_labels_is_refused_before_a_text_is_tokeni
     names = dict(enumerate("abc"))
     config = AutoConfig.from_pretrained(base, architectures=["BertForSequenceClassification"], id2label=names)
     AutoModelForSequenceClassification.from_config(config).save_pretrained("three classes")
+    AutoConfig.from_pretrained(base, max_position_embeddings=8).save_pretrained("short")
     module = Counting("films", str(demo.model_dir()), validation_split="test", max_length=16)
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path).fit(SequenceClassifier(**options), module)

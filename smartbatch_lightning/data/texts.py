@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from smartbatch_lightning.batching.arrays import Int64s
-from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_model_of
+from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_data_of, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder, check_not_blank
 from smartbatch_lightning.data.lazy import LazyTokenTable
 from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
@@ -321,8 +321,8 @@ class TextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Loads and tokenizes every split that a later stage may use; on a cluster, in one process.
 
-        Problems such as a missing column, text or label, or a model that does not fit the labels, are reported before
-        anything is tokenized.
+        Problems such as a missing column, text or label, or a model that does not fit, are reported before anything
+        is tokenized.
         """
         self._loaded = None
         datasets = [self._split(split) for split in self.used_splits]
@@ -330,8 +330,8 @@ class TextDataModule(L.LightningDataModule):
             self._labels(split)
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_not_blank(self._split(self.train_split), self.text_columns, self.train_split)
-            if (model := self._load().model) is not None and self.task is not None:
-                model.check_task(self.task)
+            if (model := self._load().model) is not None and (data := text_data_of(self.trainer)) is not None:
+                model.check(data)
         for dataset in datasets:
             self.token_table(dataset)
 

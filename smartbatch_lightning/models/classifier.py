@@ -30,7 +30,14 @@ from smartbatch_lightning.checkpointing import (
     forget_objects,
     verified_checkpoint,
 )
-from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, callbacks_of, fingerprint_in, text_data_of
+from smartbatch_lightning.contract import (
+    TEXT_ENCODING,
+    TextData,
+    TextModel,
+    callbacks_of,
+    fingerprint_in,
+    text_data_of,
+)
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
     FINGERPRINT,
@@ -41,7 +48,14 @@ from smartbatch_lightning.models.adapters import (
     is_quantized,
     plain_peft_config,
 )
-from smartbatch_lightning.models.compatibility import adopt_tokenizer, check_inputs, check_labels, is_fine_tuned
+from smartbatch_lightning.models.compatibility import (
+    adopt_tokenizer,
+    check_inputs,
+    check_labels,
+    check_max_length,
+    is_fine_tuned,
+    positions,
+)
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
 from smartbatch_lightning.models.finite import REMEDY, TrainingLosses, check_weights
@@ -786,14 +800,19 @@ class SequenceClassifier(L.LightningModule):
             trained_config=config if own is not None or is_fine_tuned(config) else None,
             is_demo=self.pretrained == "demo",
             trained_on=self._trained_on,
-            check_task=self._check_task,
+            check=self._check_text_data,
             sample_weights=lambda labels: self.task.sample_weights(labels),
         )
 
-    def _check_task(self, task: Task) -> None:
-        task.with_loss(self.loss_options.balanced({}, 0))  # the samples of each class are counted later
-        if self._own_config() is None:
-            self._source.check_classes(self.num_labels, task, self._source.config())
+    def _check_text_data(self, data: TextData) -> None:
+        """What can be checked without the model's weights; `check_inputs` checks the rest."""
+        own = self._own_config()
+        config = self._source.config() if own is None else own
+        check_max_length(data.max_length, positions(config))
+        if data.task is not None:
+            data.task.with_loss(self.loss_options.balanced({}, 0))  # the samples of each class are counted later
+            if own is None:
+                self._source.check_classes(self.num_labels, data.task, config)
 
     def _own_config(self) -> PretrainedConfig | None:
         """Configuration of the built model, or of a checkpoint's; None if there is neither."""

@@ -107,12 +107,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     """
     if data.packed:
         check_packing(model)
-    longest = _longest_input(model)
-    if longest is not None and data.max_length > longest:
-        raise UsageError(
-            f"max_length is {data.max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
-            f"{longest} or less."
-        )
+    check_max_length(data.max_length, _longest_input(model))
     if model.config.model_type == "xmod" and model.config.default_language is None:
         raise UsageError(
             f"the model has adapters for the languages {join_quoted(model.config.languages)}. Set "
@@ -129,6 +124,21 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
             "its batch. To get the same result in every batch, set --data.padding=max_length, and call the pipeline of "
             "the exported model with padding='max_length'."
         )
+
+
+def check_max_length(max_length: int, longest: int | None) -> None:
+    """Refuses a `max_length` beyond the number of positions of a model, which is None if unlimited."""
+    if longest is not None and max_length > longest:
+        raise UsageError(
+            f"max_length is {max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
+            f"{longest} or less."
+        )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Number of positions that a configuration names; None if unlimited. Models like RoBERTa use some less."""
+    number = setting(config.get_text_config(), "max_position_embeddings")
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def _check_reads_texts(model: PreTrainedModel) -> None:
@@ -183,10 +193,9 @@ def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
 
 def _longest_input(model: PreTrainedModel) -> int | None:
     """Number of tokens for which a model has positions; None if unlimited."""
-    config = model.config.get_text_config()
-    limits = [setting(config, "max_position_embeddings")]
+    limits = [positions(model.config)]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and vars(module).get("padding_idx") is not None:
             # RoBERTa and models like it count positions from the padding index on
             limits.append(module.weight.shape[0] - module.padding_idx - 1)
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    return min((limit for limit in limits if limit is not None), default=None)
