@@ -4,5 +4,5 @@ import sys
 
 from smartbatch_lightning.cli import main
 
-sys.argv[0] = "smartbatch"  # as which help and mistakes name it
+sys.argv[0] = "smartbatch"  # the name shown in help and error messages
 main()

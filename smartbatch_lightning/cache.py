@@ -110,9 +110,9 @@ def prune(root: Path, max_size: int) -> int:
     total, removed = sum(sizes.values()), 0
     for entry, size in sizes.items():
         if total - removed > max_size:
-            with _unused(entry) as unused:  # until it is gone, as processes that wait for the lock then see
+            with _unused(entry) as unused:  # until it is removed, as waiting processes then see
                 if unused:
-                    # at once, for processes that start now
+                    # renamed first, so that processes that start now do not find it half removed
                     shutil.rmtree(entry.rename(entry.with_suffix(".removed")))
                     removed += size
     return removed
@@ -120,7 +120,7 @@ def prune(root: Path, max_size: int) -> int:
 
 @contextmanager
 def _unused(entry: Path) -> Iterator[bool]:
-    """Keeps others from using an entry, if none does so already; yields whether it is there and unused."""
+    """Keeps other processes from using an entry, unless one already does; yields whether it exists and is unused."""
     try:
         lock = _locked(entry, exclusive=True)
     except OSError:
@@ -136,7 +136,7 @@ def _is_in_use(entry: Path) -> bool:
 
 
 def _locked(entry: Path, exclusive: bool) -> int | None:
-    """File descriptor of the entry's locked `about.txt`; None if the entry has been removed meanwhile.
+    """File descriptor of the entry's locked `about.txt`; None if the entry has been removed in the meantime.
 
     Raises:
         OSError: Another process holds the lock, or the system has no such locks.
@@ -184,5 +184,5 @@ def _bytes(size: str, name: str) -> int:
     except ValueError:
         given = -1
     if given < 0:
-        raise UsageError(f"{name} is {size!r}; give a whole number of bytes, such as 50GB or 1500MB.")
+        raise UsageError(f"{name} is {size!r}; give a size, such as 50GB or 1500MB, or a whole number of bytes.")
     return given

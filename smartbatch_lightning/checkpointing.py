@@ -22,7 +22,7 @@ from smartbatch_lightning.storage import atomic_write, refused
 
 _MARK = b"xxh3:"  # precedes the checksum
 
-# numpy numbers and arrays and paths, which may be arguments and run no code, can also be loaded, everywhere.
+# Numpy numbers and arrays and paths, which may be arguments and run no code, can also be loaded, in the whole process.
 _NUMPY_TYPES = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"]
 _PLAIN: list[Any] = [np.ndarray, np.dtype, *_NUMPY_TYPES, type(Path())]
 _PLAIN += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # the functions that rebuild them
@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            with refused(path, "Make room, or give ModelCheckpoint another dirpath."):
+            with refused(path, "Free some space, or give ModelCheckpoint another dirpath."):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(Path(path), lambda tmp_path: _save(checkpoint, tmp_path))
 
@@ -129,12 +129,12 @@ def verified_checkpoint(path: _PATH) -> str:
         if not isinstance(content, dict) or "state_dict" not in content:
             raise KeyError("it has no state_dict")
     except FileNotFoundError as error:
-        raise _unusable(path, "is not there") from error
+        raise _unusable(path, "does not exist") from error
     except UnpicklingError as error:
         what = "holds Python objects besides weights and plain values, and loading them could run code"
         raise _unusable(path, what) from error
     except Exception as error:  # a damaged file may raise anything
-        what = f"is damaged or no checkpoint: {root_cause_message(error).rstrip('.')}"
+        what = f"is damaged or not a checkpoint: {root_cause_message(error).rstrip('.')}"
         if Path(path, ".metadata").is_file():  # of torch.distributed.checkpoint
             what = (
                 "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let the "
@@ -146,14 +146,14 @@ def verified_checkpoint(path: _PATH) -> str:
 
 
 def check_asks_for_no_code(path: _PATH, model_kwargs: Mapping[str, Any] | None) -> None:
-    """Refuses a checkpoint whose arguments would have transformers run a model's own code, which only users may do.
+    """Refuses a checkpoint whose arguments would make transformers run a model's own code, which only users may allow.
 
     Args:
         path: Path of a checkpoint that was verified.
-        model_kwargs: What the user has given as the argument of `SequenceClassifier`.
+        model_kwargs: The argument of `SequenceClassifier`, as given by the user.
 
     Raises:
-        ValueError: The checkpoint asks for it, and the user does not.
+        ValueError: The checkpoint sets `trust_remote_code`, and the user does not.
     """
     arguments = torch.load(path, map_location="meta", weights_only=True, mmap=True).get("hyper_parameters", {})
     asks = (arguments.get("model_kwargs") or {}).get("trust_remote_code")

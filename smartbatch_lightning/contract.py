@@ -21,7 +21,7 @@ from smartbatch_lightning.tasks import Task
 # Set by `enable_packing` on a model, not on its configuration, which other models may share.
 TAKES_PACKED_BATCHES = "takes_packed_batches"
 
-# Field of a trained model's configuration: how texts became tokens, so that other texts become tokens alike.
+# Field of a trained model's configuration: how texts were tokenized, so that other texts are tokenized in the same way.
 TEXT_ENCODING = "text_encoding"
 
 
@@ -38,7 +38,7 @@ class TextData:
         train_labels: Returns the encoded labels of the training samples, (num_samples, ...), or None if they have not
             been read.
         spec: The limits of a batch.
-        encoding: How texts become tokens, as stored in a trained model's configuration.
+        encoding: How texts are tokenized, as stored in a trained model's configuration.
     """
 
     task: Task | None
@@ -64,11 +64,11 @@ class TextModel:
         tokenizer_kwargs: The model's options that also apply to its tokenizer, such as `revision`.
         config: Its configuration.
         trained_config: The same if the model was trained to classify, else None.
-        is_demo: It is the built-in demo's model, which knows few words.
+        is_demo: Whether it is the built-in demo's model, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
         check: Refuses data that does not fit, such as with other classes than its head or its loss weights have.
         sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
-            all are equal. Call it only once the model is built.
+            all are equal. Call it only after the model has been built.
     """
 
     tokenizer_name: str
@@ -117,7 +117,7 @@ def callbacks_of(trainer: L.Trainer | None, *kinds: type[Callback]) -> list[Any]
 
 
 def text_data_of(trainer: L.Trainer | None) -> TextData | None:
-    """What the run's data module says; None if it is another kind or there is none."""
+    """The `TextData` of the run's data module; None if it has none, or if there is no data module."""
     datamodule = datamodule_of(trainer)
     return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
 
@@ -144,6 +144,6 @@ def check_takes_packed_batches(module: L.LightningModule) -> None:
 
 
 def text_model_of(trainer: L.Trainer | None) -> TextModel | None:
-    """What the run's module says; None if it is another kind or there is none."""
+    """The `TextModel` of the run's module; None if it has none, or if there is no module."""
     module = None if trainer is None else trainer.lightning_module
     return module.text_model() if isinstance(module, SupportsTextModel) else None

@@ -31,7 +31,7 @@ def did_you_mean(near: Iterable[str]) -> str:
 
 
 def did_you_mean_columns(name: str, columns: Iterable[str]) -> str:
-    """What may be meant by a column that is not there: several, given without brackets, or the most similar one."""
+    """A hint for a missing column: how to write a list, if the name is several columns, or the most similar column."""
     names, parts = list(columns), [part.strip() for part in name.split(",")]
     if len(parts) > 1 and set(parts) <= set(names):
         return f" For several columns, write '[{', '.join(parts)}]'."
@@ -46,7 +46,7 @@ def check_trusted(name: str, error: Exception) -> None:
         error: The exception raised by loading it without `trust_remote_code`.
 
     Raises:
-        ValueError: That is why.
+        ValueError: That is the reason.
     """
     if "trust_remote_code" in str(error):
         raise UsageError(
@@ -59,7 +59,7 @@ def check_at_least(least: int, **arguments: Any) -> None:
     """Refuses arguments that are not whole numbers or below a minimum.
 
     Raises:
-        ValueError: There is one.
+        ValueError: An argument is not.
     """
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Integral):

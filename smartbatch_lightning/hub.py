@@ -31,11 +31,11 @@ def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
             url = hf_hub_url(name, constants.REPOCARD_NAME, repo_type=repo_type)
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HFValidationError:
-        if repo_type == "model":  # data sets have other names too, such as of buckets
+        if repo_type == "model":  # data sets may have other names, such as those of buckets
             raise FileNotFoundError("there is no such folder") from None
-    except OSError:  # an answer, or the offline mode
+    except OSError:  # the Hub has answered, or huggingface_hub is in offline mode
         pass
-    except Exception as error:  # of the library for HTTP, which is another one for each version of huggingface_hub
+    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
         unreachable, constants.HF_HUB_OFFLINE = error, True
     try:
         yield
@@ -79,7 +79,7 @@ def push_folder(folder: Path, repo_id: str, commit_message: str | None = None) -
     """Uploads all files of a folder to a repository.
 
     Raises:
-        ValueError: That fails.
+        ValueError: The upload fails.
     """
     try:
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload model")

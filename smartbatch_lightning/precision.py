@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 def with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds `precision` to Trainer arguments without one that will use a CUDA GPU, and says so.
+    """Adds `precision` to the arguments of a Trainer on a CUDA GPU, unless it is given, and logs the choice.
 
     Float32 matrix products are then computed in TF32.
     """
@@ -22,7 +22,7 @@ def with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
     precision, reason = best_precision(torch.cuda.get_device_capability())
     torch.set_float32_matmul_precision("high")
     rank_zero_info(
-        f"Precision: {precision}, since {torch.cuda.get_device_name()} {reason}. Set --trainer.precision for another."
+        f"Precision: {precision}, since {torch.cuda.get_device_name()} {reason}. To change it, set --trainer.precision."
     )
     return {**options, "precision": precision}
 
@@ -33,4 +33,4 @@ def best_precision(capability: tuple[int, int]) -> tuple[str, str]:
         return "bf16-mixed", "computes in bfloat16"
     if capability >= (7, 0):  # Volta, Turing
         return "16-mixed", "computes in float16, and not in bfloat16"
-    return "32-true", "is fast in float32 alone"
+    return "32-true", "is fast only in float32"

@@ -86,13 +86,13 @@ def remaining_steps(trainer: L.Trainer) -> float:
 
 
 def trained_steps(trainer: L.Trainer) -> int:
-    """Steps to have taken, out of `total_steps`, for the current number to remain; without an end, the steps taken."""
+    """`total_steps` minus the steps that remain; if training has no end, the steps taken so far."""
     total = total_steps(trainer)
     return trainer.global_step if math.isinf(total) else int(total - remaining_steps(trainer))
 
 
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
-    """Whether an optimizer step has just ended, or a multiple of `every_n_steps`; an epoch's last batch ends one."""
+    """Whether the last batch completed a multiple of `every_n_steps` optimizer steps of the epoch, or the epoch."""
     trained = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     every = trainer.accumulate_grad_batches * every_n_steps
     return bool(trained % every == 0 or trained == trainer.num_training_batches)
@@ -164,7 +164,7 @@ def advance_schedule(scheduler: Any, steps: int) -> None:
 
 
 def place_schedules(trainer: L.Trainer) -> None:
-    """Moves the restored schedules of a user's own module to the step at which as many steps remain.
+    """Moves the restored schedules of a user's own module to the step that leaves as many steps as training has left.
 
     Raises:
         ValueError: The number of steps has changed, and a schedule is not a function of the step.

@@ -1,4 +1,4 @@
-"""Looking things up by name: an entry of an open registry, or the import path of a user's own."""
+"""Looking things up by name: an entry of an open registry, or a user's own object by its import path."""
 
 from collections.abc import Mapping
 from importlib import import_module

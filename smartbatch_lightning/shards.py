@@ -94,7 +94,7 @@ class TableShards:
     def write(self, table: pa.Table, shard: int, rank: int, num_ranks: int) -> None:
         """Writes a rank's part of a shard."""
         path = self.folder / f"{shard:06}.{rank}-of-{num_ranks}.parquet"
-        with refused(path, "Make room; the same command then goes on from here."):
+        with refused(path, "Free some space; the same command then continues from here."):
             atomic_write(path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
 
     def join(self, num_shards: int, order_by: str, complete: Callable[[pa.Table], pa.Table]) -> int:
@@ -117,7 +117,7 @@ class TableShards:
                 num_rows += len(table)
                 yield table
 
-        with refused(self.path, "Make room; the same command then goes on from here."):
+        with refused(self.path, "Free some space; the same command then continues from here."):
             atomic_write(self.path, lambda tmp_path: _write_tables(tables(), tmp_path, self.path.suffix))
             for path in self.folder.glob("*.parquet"):
                 path.unlink()

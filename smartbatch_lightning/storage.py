@@ -48,7 +48,7 @@ def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: f
     noted = _noted(path)
     if is_valid(path):
         return path
-    with refused(path, "Make room or set SMARTBATCH_CACHE to a folder that can be written."):
+    with refused(path, "Free some space, or set SMARTBATCH_CACHE to a folder that can be written."):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path, patience)
         try:
@@ -162,7 +162,7 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
     Raises:
         ValueError: Writing fails, for example because the disk is full. The previous files are kept.
     """
-    with refused(folder, "Make room, or give another folder."):
+    with refused(folder, "Free some space, or give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
         tmp_path = _written(folder / "files", write)
         written = sorted(tmp_path.iterdir())
@@ -200,7 +200,7 @@ def check_writable(folder: str | Path, remedy: str) -> None:
     Raises:
         ValueError: It cannot; the message ends with the remedy.
     """
-    if folder == "":  # such as of a shell's variable that is not set; it would be the working directory
+    if folder == "":  # such as from an unset shell variable; it would be the working directory
         raise UsageError(f"the name of the folder to write to is empty. {remedy}")
     with refused(folder, remedy):
         path = Path(folder).absolute()

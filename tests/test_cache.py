@@ -72,7 +72,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished_and_says_what_to_
         path.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(UsageError, match="file cannot be written: disk full. Make room or set SMARTBATCH_CACHE"):
+    with pytest.raises(UsageError, match="file cannot be written: disk full. Free some space, or set SMARTBATCH_CACHE"):
         write_if_missing(tmp_path / "file", fail)
     assert not (tmp_path / "file").exists()
     write_if_missing(tmp_path / "file", lambda path: path.write_text("all"))
@@ -237,9 +237,13 @@ def test_no_size_or_none_that_is_one_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("SMARTBATCH_CACHE_MAX_SIZE", raising=False)
     with pytest.raises(UsageError, match="no size limit is given. Set --max_size"):
         prune_cache(folder=str(tmp_path))
-    with pytest.raises(UsageError, match="--max_size is 'lots'; give a whole number of bytes, such as 50GB"):
+    with pytest.raises(
+        UsageError, match="--max_size is 'lots'; give a size, such as 50GB or 1500MB, or a whole number of bytes"
+    ):
         prune_cache("lots", str(tmp_path))
-    with pytest.raises(UsageError, match="--max_size is '-5GB'; give a whole number of bytes, such as 50GB"):
+    with pytest.raises(
+        UsageError, match="--max_size is '-5GB'; give a size, such as 50GB or 1500MB, or a whole number of bytes"
+    ):
         prune_cache("-5GB", str(tmp_path))
     assert size_limit() is None
     monkeypatch.setenv("SMARTBATCH_CACHE_MAX_SIZE", "2 gb")

@@ -215,18 +215,18 @@ def test_a_damaged_checkpoint_ends_with_one_line(
     else:
         path.write_bytes(damaged[damage])
     if command == "load_from_checkpoint":
-        with pytest.raises(ValueError, match="is damaged or no checkpoint") as refused:
+        with pytest.raises(ValueError, match="is damaged or not a checkpoint") as refused:
             SequenceClassifier.load_from_checkpoint(path)
         line = f"error: {refused.value}"
     else:
         line = run(command, path, monkeypatch)
-    assert line.startswith(f"error: the checkpoint {path} is damaged or no checkpoint: ")
+    assert line.startswith(f"error: the checkpoint {path} is damaged or not a checkpoint: ")
     assert line.endswith("its folder has ['renamed.ckpt'].")
     assert "\n" not in line
 
 
 def test_a_missing_checkpoint_in_a_folder_without_any_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"runs/best.ckpt is not there. .*; there is none in '.*runs'\.$"):
+    with pytest.raises(UsageError, match=r"runs/best.ckpt does not exist. .*; there is none in '.*runs'\.$"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "runs" / "best.ckpt")
 
 

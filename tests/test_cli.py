@@ -284,7 +284,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
         # before the model is built, or its data is looked for
         (
             ["--ckpt_path=nope.ckpt", "--data.dataset=nor.csv"],
-            "error: the checkpoint nope.ckpt is not there. Give another one with --ckpt_path",
+            "error: the checkpoint nope.ckpt does not exist. Give another one with --ckpt_path",
         ),
         slow(
             ["--model.pretrained=./nor/folder"],

@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [
         (A100, "bf16-mixed", "computes in bfloat16"),
         (T4, "16-mixed", "computes in float16, and not in bfloat16"),
-        (P100, "32-true", "is fast in float32 alone"),
+        (P100, "32-true", "is fast only in float32"),
     ],
 )
 def test_without_a_precision_the_command_line_takes_the_fastest_of_the_card_and_says_so(

@@ -172,9 +172,9 @@ def test_a_card_shows_names_as_they_are_and_a_full_disk_leaves_the_files_before(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(ValueError, match="model cannot be written: .*Make room, or give another folder"):
+        with pytest.raises(ValueError, match="model cannot be written: .*Free some space, or give another folder"):
             export_model(model, data, folder)
-        with pytest.raises(ValueError, match="a.ckpt cannot be written: .*Make room"):
+        with pytest.raises(ValueError, match="a.ckpt cannot be written: .*Free some space"):
             AtomicCheckpointIO().save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "a.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

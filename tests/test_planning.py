@@ -389,7 +389,7 @@ def test_arguments_out_of_range_are_refused_with_a_remedy(arguments: dict, messa
 
 
 def test_a_batch_that_is_not_there_is_an_index_error() -> None:
-    with pytest.raises(IndexError, match="batch 1 of a plan of 1 batches"):
+    with pytest.raises(IndexError, match="batch 1 is out of range for a plan of 1 batches"):
         plan_epoch([1, 2, 3], 4)[1]
 
 

@@ -460,7 +460,7 @@ def test_a_checkpoint_that_is_cut_short_says_so_and_names_the_others(tmp_path: P
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 0, 2))
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:5000])
     with pytest.raises(
-        ValueError, match=r"b.ckpt is damaged or no checkpoint: .*its folder has \['a.ckpt', 'b.ckpt'\]"
+        ValueError, match=r"b.ckpt is damaged or not a checkpoint: .*its folder has \['a.ckpt', 'b.ckpt'\]"
     ):
         train(tmp_path, ckpt_path=tmp_path / "b.ckpt", plugins=[AtomicCheckpointIO()])
 

@@ -67,7 +67,7 @@ def test_a_strategy_of_ones_own_trains_and_is_reported(registered: str, tmp_path
     [
         (lambda r: BatchPlan(np.zeros(101, np.int64), np.arange(102)), "does not hold each of the 101 samples exactly once"),
         (lambda r: BatchPlan(np.arange(100), np.arange(101)), "does not hold each of the 101 samples"),
-        (lambda r: BatchPlan(np.arange(101), np.array([0, 101])), "made a batch of 101 samples .* more than the batch size"),
+        (lambda r: BatchPlan(np.arange(101), np.array([0, 101])), "made batches of up to 101 samples .* more than the batch size"),
         (lambda r: BatchPlan(np.arange(101), np.array([0, 0, *range(8, 102, 8), 101])), "the smallest of 0 samples"),
         (lambda r: np.arange(101), "returned ndarray; return a BatchPlan"),
     ],

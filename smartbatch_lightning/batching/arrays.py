@@ -24,7 +24,7 @@ def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: in
         widths: The distinct widths, ascending. Shape (num_widths,).
         counts: Number of samples of each width. Shape (num_widths,).
         batch_size: Maximum number of samples in a batch.
-        budget: Maximum of samples times largest width in a batch.
+        budget: Token budget of a batch: its number of samples times its largest width is at most this.
         num_replicas: Number of batches in a step.
 
     Returns:

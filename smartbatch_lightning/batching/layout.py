@@ -54,7 +54,7 @@ class PlanRequest:
         return min(-(-num_samples // (samples * self.num_replicas)), num_samples // self.num_replicas)
 
     def cut(self, order: Int64s) -> BatchPlan:
-        """Cuts samples in any order into batches, whose number does not depend on the order.
+        """Cuts samples, in the given order, into batches; their number does not depend on the order.
 
         Batches have equally many samples, and those of a step are distributed over ranks by length, back and forth.
         Packed batches under a token budget are cut into equal shares of the tokens.

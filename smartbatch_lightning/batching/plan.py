@@ -33,7 +33,7 @@ class BatchPlan:
     def __getitem__(self, batch: int) -> Int64s:
         """Samples of a batch, counted over all ranks. Shape (batch_size,)."""
         if not 0 <= batch < len(self):
-            raise IndexError(f"batch {batch} of a plan of {len(self)} batches")
+            raise IndexError(f"batch {batch} is out of range for a plan of {len(self)} batches")
         return self.order[self.offsets[batch] : self.offsets[batch + 1]]
 
     def rank_batches(self, rank: int, start_step: int = 0) -> Iterator[Int64s]:

@@ -11,7 +11,7 @@ from smartbatch_lightning.batching.arrays import Int64s, round_up
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 
 _DEFAULT_BATCH_SIZE = 16
-_MOST_JITTER = 1_000_000  # as good as none of the order by length
+_MOST_JITTER = 1_000_000  # leaves practically nothing of the order by length
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BatchSpec:
         if self.padding == "max_length" and self.max_length is None:
             raise UsageError("padding is 'max_length', but max_length is None; set it to the width in tokens.")
         if self.window_pooling and self.max_length is None:
-            raise UsageError("samples are windows, but max_length is None; set it to the tokens in a window.")
+            raise UsageError("texts are split into windows, but max_length is None; set it to the tokens in a window.")
         if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= _MOST_JITTER):
             raise UsageError(f"jitter is {self.jitter}; give a number of tokens from 0 to {_MOST_JITTER:,}, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:
@@ -147,7 +147,7 @@ class BatchSpec:
             raise UsageError(
                 f"sample {longest if rows is None else rows[longest]} takes {width} tokens, but max_tokens_per_batch "
                 f"is {self.max_tokens_per_batch}. Set it to {width} or more, or "
-                f"{'max_windows' if self.windows(lengths[longest]) > 1 else 'max_length'} to less."
+                f"lower {'max_windows' if self.windows(lengths[longest]) > 1 else 'max_length'}."
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Batching strategies: functions in an open registry, with a check of those that are not the package's own."""
+"""Batching strategies: an open registry of functions; plans made by strategies of other packages are checked."""
 
 import math
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def _takes_one_argument(strategy: object) -> bool:
 
 
 def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
-    """Refuses a plan that breaks what every plan promises.
+    """Refuses a plan that does not keep the promises of `plan_epoch`.
 
     Raises:
         ValueError: A sample is missing or repeated, ranks have unequal steps, or a batch is too large.
@@ -122,6 +122,6 @@ def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
     tokens = request.spec.tokens(request.lengths[order], plan.offsets)
     if request.is_too_large(int(sizes.max()), int(tokens.max())):
         raise UsageError(
-            f"the strategy {batching!r} made a batch of {sizes.max()} samples or {tokens.max()} tokens, more than the "
-            "batch size or the token budget allows. Cut its order with PlanRequest.cut."
+            f"the strategy {batching!r} made batches of up to {sizes.max()} samples and {tokens.max()} tokens, more "
+            "than the batch size or the token budget allows. Cut its order with PlanRequest.cut."
         )

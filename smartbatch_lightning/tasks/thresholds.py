@@ -64,6 +64,6 @@ def write_thresholds(thresholds: Mapping[str, float], path: Path) -> None:
         ValueError: The file cannot be written.
     """
     text = json.dumps(dict(thresholds), indent=2, ensure_ascii=False) + "\n"
-    with refused(path, "Make room, or give another folder."):
+    with refused(path, "Free some space, or give another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
