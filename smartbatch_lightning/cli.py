@@ -70,7 +70,9 @@ class SmartBatchTrainer(L.Trainer):
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.insert(0, RichProgressBar(refresh_rate=5))  # first: gone before others print
+            callbacks.insert(
+                0, RichProgressBar(refresh_rate=5)
+            )  # first, so that it is removed before other callbacks print
         options.update(with_precision(options))
         super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
         check_flags(self)
@@ -223,7 +225,7 @@ def _check_keys(node: yaml.Node | None) -> None:
     """Refuses a key that is given twice in a mapping, of which YAML would silently drop the first.
 
     Raises:
-        YAMLError: There is one.
+        YAMLError: A key is given twice.
     """
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
@@ -237,7 +239,7 @@ def _check_keys(node: yaml.Node | None) -> None:
 
 
 def _load_config(text: str) -> Any:
-    """Reads YAML as jsonargparse does, with each key once."""
+    """Reads YAML as jsonargparse does, but refuses repeated keys."""
     _check_keys(yaml.compose(text, yaml.SafeLoader))
     return _load_yaml(text)
 
@@ -274,7 +276,7 @@ class ConfigSaver(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-# What most runs need, by command.
+# The options that most runs need, by command.
 _DATA = ("config", "data.dataset", "data.text_columns", "data.label_column", "data.max_length")
 _BATCHES = ("data.batch_size", "data.max_tokens_per_batch", "data.padding")
 _FIT = (*_DATA, *_BATCHES, "data.validation_split", "model.pretrained", "model.learning_rate")
@@ -379,7 +381,7 @@ class SmartBatchCLI(LightningCLI):
         """Also keeps the arguments, for `_parse_ckpt_path`.
 
         Raises:
-            ValueError: A config has null for a callback of every run, which jsonargparse takes and cannot make.
+            ValueError: The seed is out of range; or a callback of every run, or another argument, is null.
         """
         self._args = args
         super().parse_arguments(parser, args)
@@ -399,13 +401,13 @@ class SmartBatchCLI(LightningCLI):
                     raise UsageError(f"--{name}.{argument} is null. Leave it out, or give a value.")
 
     def _parse_ckpt_path(self) -> None:
-        """Takes the model arguments that are not given from a local checkpoint, and always its architecture.
+        """From a local checkpoint, takes the model arguments that are not given, and always the architecture.
 
         Lightning would take all of them, silently replacing those given, before any checkpoint plugin is involved.
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
-        if path in ("", "best"):  # such as of a shell's variable that is not set; `best` is of a run in this process
+        if path in ("", "best"):  # such as from an unset shell variable; `best` refers to a run in this process
             raise UsageError(f"ckpt_path is {path!r}; give the path of a checkpoint, such as runs/reviews/best.ckpt.")
         if not path or Path(path).is_dir() or _NO_FILE.match(str(path)):
             return
@@ -454,7 +456,7 @@ class SmartBatchCLI(LightningCLI):
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "The data is the built-in demo: made-up reviews, for a small untrained BERT. The results say nothing "
-                "about real texts. For other data, set --data.dataset, or give a run's config by --config."
+                "about real texts. For other data, set --data.dataset, or give a run's config with --config."
             )
 
     before_validate = before_test = before_fit
@@ -476,7 +478,7 @@ class SmartBatchCLI(LightningCLI):
 
 
 def _takes_null(of: type, argument: str) -> bool:
-    """Whether an argument of a class, or of one that it passes it on to, may be None; jsonargparse takes it for all."""
+    """Whether an argument of a class or its base classes may be None; jsonargparse accepts null for all of them."""
     for one in of.__mro__:
         accepted = get_type_hints(vars(one).get("__init__", object)).get(argument)
         if accepted is not None:
@@ -494,10 +496,10 @@ _IGNORED_WARNINGS = (
     "Total length of `list` across ranks is zero",  # a user who sets no validation data knows
     "It is recommended to use `self.log",  # on several ranks: rank 0 logs figures for all of them
     "The dirpath has changed from",  # test and predict have their own folders
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own affair
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # internal to Lightning
 )
 
-# The same of lines, by logger.
+# Log lines that a user cannot act on, by logger.
 _IGNORED_LINES = {
     "lightning.pytorch.utilities.rank_zero": "Tip: ",
     "lightning.pytorch.trainer.connectors.checkpoint_connector": "`weights_only` was not set",  # at every save
@@ -540,7 +542,7 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-# Commands without model and data, which all subcommands of LightningCLI have.
+# Commands that take no model and no data, unlike the subcommands of LightningCLI.
 _WITHOUT_MODEL: dict[str, Any] = {"evaluate": evaluate, "cache": {"list": list_cache, "prune": prune_cache}}
 
 

@@ -28,11 +28,11 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser, with the most used options in `--help` and all of them in `--help_all`.
 
     Args:
-        args: As jsonargparse takes them.
+        args: Positional arguments of jsonargparse's parser.
         classes: Default class of each key that takes a `class_path`; jsonargparse itself does not show its options.
         most_used: Options to show in `--help`, such as `data.dataset`; all of them if empty.
         more_commands: Commands with their own parser, to list with the others.
-        options: As jsonargparse takes them.
+        options: Other arguments of jsonargparse's parser.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Parser(LightningArgumentParser):
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
-        """The parsed arguments, in which `~/` is the home folder, as in a shell, which does not see it after a `=`."""
+        """The parsed arguments, with `~/` expanded to the home folder, which a shell does not do after a `=`."""
         try:
             return _in_home_folder(super().parse_args(*args, **options))
         except UnicodeDecodeError as error:
             self.error(f"--config: {error}. Save the file as UTF-8.", error)
 
     def parse_object(self, *args: Any, **options: Any) -> Any:
-        """As `parse_args`, of a dictionary."""
+        """Like `parse_args`, for a dictionary."""
         return _in_home_folder(super().parse_object(*args, **options))
 
     def options(self) -> dict[str, argparse.Action]:
@@ -125,7 +125,7 @@ class Parser(LightningArgumentParser):
         if alone := re.match("unrecognized arguments: ([^ ]+)", message):
             value = alone[1]
             option = "config=" if value.endswith((".yaml", ".yml")) else "" if value.startswith("-") else "OPTION="
-            return f"{value!r} is no option. Write --{option}{value.lstrip('-')}, and quotes around spaces."
+            return f"{value!r} is not an option. Write --{option}{value.lstrip('-')}, and quotes around spaces."
         keys, inner = re.findall(r'Parser key "(.+?)"', message), message.rpartition('Parser key "')[2]
         if unknown := _NOT_ACCEPTED.search(inner):
             return self._unknown(".".join([*keys, *filter(None, unknown.groups())]))

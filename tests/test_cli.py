@@ -387,10 +387,12 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         slow(["fit", "--data.batch_size"], "an option has no value; write --data.OPTION=VALUE."),
         slow(["fit", "--ckpt_path"], "an option has no value; write --ckpt_path=VALUE."),
         slow(["evaluat"], "There is no command 'evaluat'. Did you mean evaluate. The commands are fit, .*, cache."),
-        (["fit", "stray"], "'stray' is no option. Write --OPTION=stray, and quotes around spaces."),
+        (["fit", "stray"], "'stray' is not an option. Write --OPTION=stray, and quotes around spaces."),
         slow(["--config=home.yaml", "fit"], "--data.cache_dir is .* or the --config that holds it, after the command."),
-        slow(["fit", "run.yaml"], "'run.yaml' is no option. Write --config=run.yaml, and quotes around spaces."),
-        slow(["fit", "-data.seed=1"], "'-data.seed=1' is no option. Write --data.seed=1, and quotes around spaces."),
+        slow(["fit", "run.yaml"], "'run.yaml' is not an option. Write --config=run.yaml, and quotes around spaces."),
+        slow(
+            ["fit", "-data.seed=1"], "'-data.seed=1' is not an option. Write --data.seed=1, and quotes around spaces."
+        ),
         (["export"], "--ckpt_path is required."),
         (
             ["fit", "--data.label_names=[no, yes]"],

@@ -400,9 +400,9 @@ def test_a_file_that_is_not_whole_is_refused(module, tmp_path: Path, name: str, 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("missing.csv", "the file missing.csv is not there. Set --data.dataset"),
-        ("/no/such/folder", "the folder /no/such/folder is not there"),
-        ({"train": "missing.csv", "test": "b.parquet"}, "the file missing.csv is not there. Set --data.dataset"),
+        ("missing.csv", "the file missing.csv does not exist. Set --data.dataset"),
+        ("/no/such/folder", "the folder /no/such/folder does not exist"),
+        ({"train": "missing.csv", "test": "b.parquet"}, "the file missing.csv does not exist. Set --data.dataset"),
     ],
 )
 def test_files_that_are_not_there_are_refused(module, dataset, message: str) -> None:

@@ -177,7 +177,7 @@ def test_a_split_that_is_not_used_is_named_where_samples_are_set_aside_for_valid
     data = module({split: write(tmp_path / f"{split}.csv", rows) for split in ("train", "test", "eval")})
     with caplog.at_level("INFO"):
         data.setup("fit")
-    assert "is set aside for validation; not used: 'eval'. To validate on another split" in caplog.text
+    assert "is set aside for validation; unused splits: 'eval'. To validate on another split" in caplog.text
 
 
 @pytest.mark.parametrize("nothing", [0, 0.0, None])

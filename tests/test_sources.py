@@ -151,7 +151,7 @@ def test_patterns_lists_and_lists_by_split_are_read_in_order(tmp_path: Path) -> 
     assert read({"train": files[0], "test": files[1:]}, "test") == ROWS[1:]
     assert read({"test": str(tmp_path / "train-[12].parquet")}, "test") == ROWS[1:]
     assert refusal(str(tmp_path / "test-*.parquet")).startswith("no file matches")
-    assert "is not there" in refusal([files[0], str(tmp_path / "none.parquet")])
+    assert "does not exist" in refusal([files[0], str(tmp_path / "none.parquet")])
 
 
 def test_a_file_that_is_given_twice_also_under_another_name_is_told(write) -> None:
@@ -273,11 +273,11 @@ def test_configurations_of_a_folder_are_named_and_read_with_what_their_readme_sa
         ("text,label\nNot bad at all, I loved it,pos\n", "line 2 of .* has 3 fields"),
         ("text,label\nfine,pos,\ndull,neg,\n", "line 2 of .* has 3 fields.*remove anything extra at the ends"),
         ('text,label\n"two\nlines",pos\nfine\n', "line 4 of .* has 1 field,"),
-        ('text,label\n"say \\"hi\\", then",pos\nfine,neg\n', "in line 2[.].*escapechar"),
-        ('text,label\n"say \\"hi\\"",pos\n"fine",neg\n', "in line 2[.].*escapechar"),
+        ('text,label\n"say \\"hi\\", then",pos\nfine,neg\n', "on line 2[.].*escapechar"),
+        ('text,label\n"say \\"hi\\"",pos\n"fine",neg\n', "on line 2[.].*escapechar"),
         (
             'text,label\nfine,pos\n"never closed,neg\nfine,pos\n',
-            "unexpected end of data, in the row that begins in line 3",
+            "unexpected end of data, in the row that begins on line 3",
         ),
         ("text,label\nfi\0ne,pos\n", "character 0x00"),
     ],
@@ -413,7 +413,7 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
         ({"seperator": ";"}, "reader_kwargs has 'seperator', which csv files do not have; give some of 'sep', "),
         ({"sep": "||"}, r"sep is '\|\|' in reader_kwargs; give one character"),
         ({"header": 3}, "header is 3 in reader_kwargs; give 0"),
-        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is no text encoding"),
+        ({"encoding": "latin-99"}, "encoding is 'latin-99' in reader_kwargs, which is not a text encoding"),
         (
             {"names": ["text", "label"]},
             "the first line of .* already has the names given in reader_kwargs. Add header: 0",
@@ -429,8 +429,8 @@ def test_a_message_names_the_option_with_which_the_file_is_read(content: bytes, 
             {"quotechar": "''"},
             'reader_kwargs is .* which has an invalid value: "quotechar" must be a 1-character string',
         ),
-        ({"encoding": 8}, "encoding is 8 in reader_kwargs, which is no text encoding"),
-        ({"encoding": "rot13"}, "encoding is 'rot13' in reader_kwargs, which is no text encoding"),
+        ({"encoding": 8}, "encoding is 8 in reader_kwargs, which is not a text encoding"),
+        ({"encoding": "rot13"}, "encoding is 'rot13' in reader_kwargs, which is not a text encoding"),
         (
             {"encoding_errors": "drop"},
             "reader_kwargs is .* which has an invalid value: unknown error handler name 'drop'",
@@ -457,7 +457,7 @@ def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write,
     ):
         read(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"sep": ";"})
     unknown = refusal(write("a.jsonl", as_json_lines(ROWS)), reader_kwargs={"encoding": "latin-01"})
-    assert "encoding is 'latin-01' in reader_kwargs, which is no text encoding. Give one such as latin-1" in unknown
+    assert "encoding is 'latin-01' in reader_kwargs, which is not a text encoding. Give one such as latin-1" in unknown
     assert "the given DataFrame, which is not read from files" in refusal(FRAME, reader_kwargs={"sep": ";"})
     Dataset.from_pandas(FRAME).save_to_disk(tmp_path / "saved")
     assert "saved, which is not read from files" in refusal(str(tmp_path / "saved"), reader_kwargs={"sep": ";"})
@@ -715,10 +715,16 @@ def test_a_checkpoint_of_an_object_asks_for_it_again(tmp_path: Path) -> None:
         ([], r"dataset is \[\]; give a name"),
         ({}, r"dataset is \{\}\. Give a name, a file, or files by split"),
         # values that YAML does not read as names, files by split or lists
-        ("", "dataset is '', which is no name or file. Give a name"),
-        ("{train:a.csv}", "dataset is '{train:a.csv}', which is no name or file.*with a space after each colon"),
-        ("{train: a[1].csv}", r"dataset is '{train: a\[1\].csv}', which is no name or file.*quotes around names with"),
-        ("[a,b].csv, c.csv]", "which is no name or file"),
+        ("", "dataset is '', which is neither a name nor a file. Give a name"),
+        (
+            "{train:a.csv}",
+            "dataset is '{train:a.csv}', which is neither a name nor a file.*with a space after each colon",
+        ),
+        (
+            "{train: a[1].csv}",
+            r"dataset is '{train: a\[1\].csv}', which is neither a name nor a file.*quotes around names with",
+        ),
+        ("[a,b].csv, c.csv]", "which is neither a name nor a file"),
         ({"train": None}, r"dataset is {'train': None}\. Give a name, a file, or files by split"),
         ({"train": 1}, r"dataset is {'train': 1}\. Give a name"),
         (["a.csv", None], "dataset is a list with None; give a name"),

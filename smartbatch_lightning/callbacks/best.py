@@ -45,7 +45,7 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         if every_n_train_steps is not None:
             check_at_least(1, every_n_train_steps=every_n_train_steps)
-        # a run resumed after a kill overwrites its own files in a folder of its own
+        # in a given folder, a run resumed after a kill overwrites its own files
         super().__init__(dirpath, "best", monitor, enable_version_counter=dirpath is None)
         self.given = (monitor, mode)
         self._steps_between = every_n_train_steps
@@ -79,7 +79,7 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to replace another run's checkpoints; by now all strategies know whether this run resumes from one.
+        """Refuses to replace another run's checkpoints; only now do all strategies know whether the run resumes.
 
         Raises:
             ValueError: The given folder has checkpoints, and this run does not start from one of them.
@@ -122,7 +122,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         if not self.last_model_path:
             paths = (self._path_of(f"last-v{number}" if number else "last") for number in count())
-            others = self._enable_version_counter  # may be in the folder, and are kept
+            others = self._enable_version_counter  # whether files of other runs may be in the folder, which are kept
             self.last_model_path = next(path for path in paths if not (others and self.file_exists(path, trainer)))
         if self.monitor is None:
             self.best_model_path = self.last_model_path

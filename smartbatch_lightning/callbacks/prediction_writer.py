@@ -53,11 +53,11 @@ class PredictionWriter(BasePredictionWriter):
         path: File to write, .parquet or .csv.
         columns: Column or columns of the input to copy to the output.
         overwrite: Replace an existing file, and shards left by a killed run with other data or another model.
-        thresholds: File with a threshold for each label, as written by `smartbatch evaluate --thresholds=best`, or the
-            folder with its `thresholds.json`.
+        thresholds: File with a threshold for each label, as written by `smartbatch evaluate --thresholds=best`, or a
+            folder that contains `thresholds.json`.
 
     Raises:
-        ValueError: The file has another suffix.
+        ValueError: `path` ends in neither .parquet nor .csv.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PredictionWriter(BasePredictionWriter):
         self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
-        """Refuses to overwrite a file, and always a folder; and thresholds that cannot be read."""
+        """Refuses a folder, an existing file unless it may be overwritten, and thresholds that cannot be read."""
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder. Give another --predictions.path.")
         if self.path.exists() and not self.overwrite:
@@ -231,7 +231,7 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
     if missing := [column for column in columns if column not in rows.column_names]:
         raise UsageError(
             f"predictions.columns has {join_quoted(missing)}, but the split to predict has "
-            f"{join_quoted(rows.column_names)}. Give some of these."
+            f"{join_quoted(rows.column_names)}. Choose from these."
             + did_you_mean_columns(missing[0], rows.column_names)
         )
     taken = [name for name in columns if name in ("index", "prediction") or name.startswith("probability_")]

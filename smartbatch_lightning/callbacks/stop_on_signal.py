@@ -36,8 +36,8 @@ class StopOnSignal(Callback):
     signal ends the run at once. Under SLURM, `requeue_signal` requeues the job.
 
     Lightning's own handlers act as soon as the signal arrives, in the middle of gradient accumulation or between
-    collectives of other ranks, where they can deadlock. This one only sets a flag, and acts at a point that every rank
-    reaches.
+    collectives of other ranks, where they can deadlock. These only set a flag; the callback acts on it at a point that
+    every rank reaches.
 
     It also saves `last.ckpt` when training ends, if the `ModelCheckpoint` has `save_last`, since the end may fall
     between two of its checkpoints.
@@ -47,7 +47,7 @@ class StopOnSignal(Callback):
         every_n_steps: Optimizer steps between two checks; with several ranks, each check takes a small all-reduce.
 
     Raises:
-        ValueError: There is no such signal, or `every_n_steps` is below 1.
+        ValueError: `requeue_signal` cannot be handled, or `every_n_steps` is below 1.
     """
 
     def __init__(self, requeue_signal: str = "SIGUSR1", every_n_steps: int = 1) -> None:
@@ -68,7 +68,7 @@ class StopOnSignal(Callback):
         self._take_signals()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the SIGTERM handler again: Lightning has put its own, which waits for other ranks, before it."""
+        """Installs the SIGTERM handler again: Lightning has replaced it by its own, which waits for other ranks."""
         self._take_signals()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
@@ -105,13 +105,13 @@ class StopOnSignal(Callback):
             _announce(trainer, f"Interrupted after step {trainer.global_step}.", path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves the trained model if the last one is to be kept."""
+        """Saves `last.ckpt` if the `ModelCheckpoint` has `save_last`."""
         saver = trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.save_last:
             _save_last(trainer)
 
     def _take_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other thread may
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
             for number in {*_SIGNALS, self.requeue_signal} - {None}:
                 before = signal.signal(number, self._receive)
                 self._handlers.setdefault(number, before)
@@ -134,7 +134,7 @@ def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal
 
 
 def _save_last(trainer: L.Trainer) -> str | None:
-    """Saves `last.ckpt` next to the other checkpoints; None if there are none or with `fast_dev_run`."""
+    """Saves `last.ckpt` next to the other checkpoints and returns its path; None if none are saved."""
     saver = trainer.checkpoint_callback
     tried = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or tried:

@@ -321,7 +321,7 @@ def _trains_all_layers(model: nn.Module) -> bool:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak memory in bytes; NaN on Windows, where Python cannot tell it."""
+    """Peak memory in bytes; NaN on Windows, where Python cannot measure it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -64,8 +64,8 @@ class PadCollator:
 
         Returns:
             `input_ids`, `attention_mask` and, if given, `token_type_ids` (batch, width), int64; everything else
-            (batch, ...). With windows, each is a row; `window_counts` (batch,) has the number of each sample's windows,
-            and `window_pooling` says how their logits are pooled.
+            (batch, ...). With windows, each window is a row; `window_counts` (batch,) has the number of each sample's
+            windows, and `window_pooling` says how their logits are pooled.
         """
         lengths, windows = _window_lengths(rows, self.spec)
         width = int(self.spec.width(lengths.max()))
@@ -117,9 +117,9 @@ class PackCollator:
             `input_ids`, `position_ids`, which restart at 0 in each sample, and, if given, `token_type_ids` (1, tokens),
             int64; `cu_seq_lens_q` and `cu_seq_lens_k` (batch + 1,), int32, where each sample starts, and the end;
             `max_length_q` and `max_length_k`, the tokens of the longest sample; everything else (batch, ...). If the
-            row is filled up, also `num_samples`, the number of real samples. With windows, each counts as a sample in
-            all of these; `window_counts` (batch,) has the number of each row's windows, and `window_pooling` says how
-            their logits are pooled.
+            row is filled up, also `num_samples`, the number of real samples. With windows, each window counts as a
+            sample in all of these; `window_counts` (batch,) has the number of each text's windows, and `window_pooling`
+            says how their logits are pooled.
         """
         lengths, windows = _window_lengths(rows, self.spec)
         longest = int(lengths.max())

@@ -36,7 +36,7 @@ class _Format:
     """How a file is read, with the names of pandas' arguments; `header` is either 0 or None.
 
     Attributes:
-        unquoted_by_ending: Fields are not quoted because of the file's extension, not because the user said so.
+        unquoted_by_ending: Whether fields are not quoted because of the file's extension, not because the user said so.
     """
 
     sep: str
@@ -59,7 +59,7 @@ class _Format:
 
         Args:
             options: Some of `OPTIONS`.
-            tabs: By the file's extension, fields are separated by tabs and not quoted.
+            tabs: Whether, by the file's extension, fields are separated by tabs and not quoted.
 
         Raises:
             ValueError: An option has a value that cannot be checked.
@@ -132,7 +132,7 @@ def csv_reader_kwargs(
         name: Name of the file, for messages.
         digest: Hash of its content; a file with the same hash is not checked again.
         options: The user's options, some of `OPTIONS`.
-        tabs: By the file's extension, fields are separated by tabs and not quoted.
+        tabs: Whether, by the file's extension, fields are separated by tabs and not quoted.
 
     Returns:
         Arguments of `datasets.load_dataset` with which all columns are text exactly as in the file, and the number of
@@ -193,7 +193,7 @@ def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeErr
         found = f"the byte 0x{error.object[error.start]:02x}"
     return UsageError(
         f"{name} cannot be read as {file_format}: {found} is not {encoding.removesuffix('-sig')}. Check that the file "
-        "is complete, and name its encoding, such as latin-1 or utf-16, by --data.reader_kwargs='{encoding: latin-1}'."
+        "is complete, and set its encoding, such as latin-1 or utf-16, with --data.reader_kwargs='{encoding: latin-1}'."
     )
 
 
@@ -214,7 +214,7 @@ def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[st
             line = skipped + rows.line_num + 1
     except csv.Error as error:
         raise UsageError(
-            f"{name} cannot be read as csv: {error}, in the row that begins in line {line}. Check that the file is "
+            f"{name} cannot be read as csv: {error}, in the row that begins on line {line}. Check that the file is "
             "complete. If quotes in a field are escaped with a backslash, set --data.reader_kwargs='{escapechar: "
             "\"\\\\\"}'; if quotes are part of the text, '{quoting: 3}'."
         ) from error
@@ -285,7 +285,7 @@ def _written(separator: str) -> str:
 
 
 def _unordered(names: Iterable[str]) -> list[str]:
-    """Names in a form in which those of another order or case are the same."""
+    """Names in a form that ignores their order and case."""
     return sorted(name.strip().lower() for name in names)
 
 

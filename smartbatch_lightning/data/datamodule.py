@@ -173,7 +173,7 @@ class SmartBatchDataModule(TextDataModule):
         """Refuses unsupported Trainer settings, then prepares the data like `TextDataModule`.
 
         Raises:
-            ValueError: A flag is out of range, or a batch size finder stands beside a token budget; and see there.
+            ValueError: A flag is out of range, a batch size finder is used with a token budget, or data is not usable.
         """
         if self.trainer is not None:
             check_shares(self.trainer)
@@ -281,7 +281,7 @@ class SmartBatchDataModule(TextDataModule):
             self.setup(stage)  # since the seed decides which samples are set aside
 
     def _set_aside_as_trained(self, fingerprint: dict[str, Any]) -> None:
-        """Sets aside the same samples as a checkpoint's training, or refuses, since others may have been trained on."""
+        """Sets aside the same samples as in a checkpoint's training, or refuses: others may have been trained on."""
         if not self.validates_share or self.ignore_fingerprint_mismatch:
             return
         self._adopt_seed(fingerprint["seed"], "validate")

@@ -83,7 +83,7 @@ class TextEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is stored with a trained model, so that other texts become tokens alike."""
+        """What is stored with a trained model, so that other texts are tokenized in the same way."""
         return {
             "max_length": self.max_length,
             "truncation": self.truncation.to_dict(),
@@ -143,7 +143,7 @@ class TextEncoder:
 
 
 def tokenized_sample(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a fixed text, by which another tokenizer is noticed."""
+    """Token ids of a fixed text, which tell different tokenizers apart."""
     return list(tokenizer(_SAMPLE, verbose=False)["input_ids"])
 
 
@@ -205,7 +205,7 @@ def check_not_blank(dataset: Dataset, text_columns: Sequence[str], split: str) -
     """Refuses a split without a word in any text, from which nothing can be learned.
 
     Raises:
-        ValueError: It is one.
+        ValueError: All texts are empty.
     """
     columns = dataset.select_columns(list(text_columns)).with_format("arrow")
     for start in range(0, len(columns), _ROWS_PER_CHECK):

@@ -142,7 +142,7 @@ def _expanded(names: Sequence[str]) -> list[str]:
             if not matching:
                 raise UsageError(f"no file matches {name}. Set --data.dataset to existing files.")
         else:
-            kind = "is a folder; give the files in it, for example by a pattern" if path.is_dir() else "is not there"
+            kind = "is a folder; give the files in it, for example by a pattern" if path.is_dir() else "does not exist"
             raise UsageError(f"the file {name} {kind}. Set --data.dataset to existing files.")
         found += matching
     if not found:
@@ -205,7 +205,7 @@ def _check_reader_kwargs(reader_kwargs: Mapping[str, Any], file_format: str) -> 
             "".encode(encoding)
         except (LookupError, TypeError):
             raise UsageError(
-                f"encoding is {encoding!r} in reader_kwargs, which is no text encoding. Give one such as latin-1."
+                f"encoding is {encoding!r} in reader_kwargs, which is not a text encoding. Give one such as latin-1."
             ) from None
 
 
@@ -269,7 +269,7 @@ def _warn_of_repeated(files: Sequence[_File], split: str, seen: dict[str, str]) 
         if (earlier := seen.setdefault(file.digest, described)) is not described:
             rank_zero_warn(
                 f"{described} has the same content as {earlier}. Results on samples that are trained on say nothing "
-                "about others; unless that is meant, leave one of the files out."
+                "about others; unless this is intended, leave one of the files out."
             )
 
 
@@ -280,7 +280,9 @@ def _digest(path: str, name: str) -> str:
             for content in iter(partial(file.read, _BYTES_READ), b""):
                 digest.update(content)
     except OSError as error:
-        raise UsageError(f"{name} cannot be read: {root_cause_message(error)}") from error
+        raise UsageError(
+            f"{name} cannot be read: {root_cause_message(error)} Check that it exists and may be read."
+        ) from error
     return digest.hexdigest()
 
 
@@ -317,7 +319,7 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
 
 def _built(file: _File, options: Mapping[str, Any]) -> Dataset:
     """Reads a file with the reader that `datasets` has for its format, into the cache of `datasets`."""
-    # load_dataset would first tell a server of the call, and wait for seconds if none answers
+    # load_dataset would first report its use to a server, and wait for seconds if none answers
     reader: Any = import_main_class(f"datasets.packaged_modules.{file.format}.{file.format}")
     builder = reader(
         # datasets caches by path and time; this adds the content and its own version
@@ -330,7 +332,7 @@ def _built(file: _File, options: Mapping[str, Any]) -> Dataset:
 
 
 def _read_parquet(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
-    """Leaves out columns of types which `datasets` does not know, such as maps, unless they are wanted."""
+    """Reads a Parquet file; leaves out columns of types that `datasets` lacks, such as maps, unless they are wanted."""
     schema, known = pq.read_schema(file.path), Features()
     try:
         known = Features.from_arrow_schema(schema)
@@ -365,7 +367,7 @@ def _read_csv(file: _File, reader_kwargs: Mapping[str, Any]) -> Dataset:
 def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
     """Reads a list of rows, also under a key, or a row per line.
 
-    The reader of `datasets` takes texts for times, and rounds numbers to ten decimals unless the file has a row per
+    The reader of `datasets` mistakes texts for times, and rounds numbers to ten decimals unless the file has a row per
     line and one type per column. In these cases, Python's reader is used, which reads the file into memory.
     """
     encoding = options.get("encoding", "utf-8-sig")
@@ -419,7 +421,7 @@ def _check_holds_rows(content: TextIO, file: _File) -> None:
         raise UsageError(
             f"{file.name} is one JSON object of columns, not rows. Write rows, as pandas does by "
             'to_json(path, orient="records", lines=True); or, if one of its keys holds a list of rows, name that key '
-            "by --data.reader_kwargs='{field: KEY}'."
+            "with --data.reader_kwargs='{field: KEY}'."
         )
 
 
@@ -490,5 +492,5 @@ def _common_feature(features: list[Any]) -> Any:
 
 def _type_name(feature: Any) -> str:
     if feature is None:
-        return "not there"
+        return "missing"
     return str(feature.dtype) if isinstance(feature, Value) else type(feature).__name__

@@ -31,7 +31,7 @@ def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuses a checkpoint made with other data or batching.
 
     Raises:
-        ValueError: The fingerprints differ; the message says in what.
+        ValueError: The fingerprints differ; the message lists the differences.
     """
     differing = [
         f"{_FIELD_DESCRIPTIONS.get(name, name)} was {saved.get(name)}, now {current.get(name)}"
@@ -55,13 +55,13 @@ def data_digest(data: TokenDataset) -> str:
 
 
 def check_shares(trainer: L.Trainer) -> None:
-    """Rejects strategies in which some ranks have to be given the same samples."""
+    """Rejects strategies that need some ranks to get the same samples."""
     shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
     if shares != trainer.world_size:
         raise UsageError(
-            f"the strategy shares the samples among {shares} of {trainer.world_size} ranks, for tensor parallelism, "
-            f"but here every rank has its own. Use ModelParallelStrategy(data_parallel_size={trainer.world_size}, "
-            "tensor_parallel_size=1)."
+            f"the strategy divides the samples into {shares} shares for {trainer.world_size} ranks, for tensor "
+            f"parallelism, but this data module gives every rank its own samples. Use "
+            f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
 
 
@@ -74,7 +74,7 @@ def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, s
         spec: The limits of a batch.
 
     Raises:
-        ValueError: The ranks differ; the message says in what.
+        ValueError: The ranks differ; the message lists the differences.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -99,7 +99,7 @@ def training_state(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, 
 
 
 def has_trained(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written after the first batch; before, as in a batch size finder, no plan is binding.
+    """Whether a checkpoint was written after the first batch; until then, as in a batch size finder, plans may change.
 
     Args:
         state: As returned by `training_state`.

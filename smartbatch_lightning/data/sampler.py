@@ -83,7 +83,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def state_dict(self, step: int = 0) -> dict[str, Any]:
-        """State after batch `step` of this rank in the current epoch; `step` equals `len` at its end.
+        """State after `step` batches of this rank in the current epoch; at its end, `step` is `len(self)`.
 
         Returns:
             `epoch`, and `consumed`: for each run that consumed part of the epoch, its number of ranks and the steps
@@ -108,7 +108,7 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     @property
     def start_step(self) -> int:
-        """Batches of this rank already consumed when iteration starts; `len` means the whole epoch."""
+        """Batches of this rank already consumed when iteration starts; `len(self)` means the whole epoch."""
         if all(num_replicas == self.num_replicas for num_replicas, _ in self.consumed):
             return sum(steps for _, steps in self.consumed)
         plan, step = self._remaining_plan()

@@ -29,7 +29,7 @@ from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
 _MOST_FILES_NAMED = 5
-# A mapping or a list that is not valid YAML, and is therefore a text.
+# Text that looks like a mapping or a list, but was not read as one because it is not valid YAML.
 _LIKE_YAML = re.compile(r"\{.*|\[.*\]", re.DOTALL)
 _AS_YAML = (
     "Give a name, a file, or files by split, as in '{train: a.csv, test: [b.csv, c.csv]}', with a space after each "
@@ -46,7 +46,7 @@ def plain_source(dataset: Any) -> Any:
     if isinstance(dataset, str | os.PathLike):
         name = os.fspath(dataset)
         if not name or (_LIKE_YAML.fullmatch(name) and not Path(name).exists()):
-            raise UsageError(f"dataset is {name!r}, which is no name or file. {_AS_YAML}")
+            raise UsageError(f"dataset is {name!r}, which is neither a name nor a file. {_AS_YAML}")
         return name
     if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
         if not dataset or any(isinstance(value, dict | int | float | None) for value in dataset.values()):
@@ -120,7 +120,7 @@ def read_dataset(
         return read_files(dataset, labels, text_columns, options)
     path = Path(dataset).expanduser()
     if path.is_absolute() and not path.exists():
-        raise UsageError(f"the folder {dataset} is not there. Set --data.dataset to a file, a folder or a Hub name.")
+        raise UsageError(f"the folder {dataset} does not exist. Set --data.dataset to a file, a folder or a Hub name.")
     name = str(path if path.name else path.resolve()) if path.is_dir() else dataset  # `datasets` needs a name
     try:
         if saved:
@@ -243,7 +243,7 @@ def _as_dataset(data: Any, wanted: Sequence[str]) -> Dataset:
                 if name in wanted or counts.keys().isdisjoint(wanted):
                     raise UsageError(
                         f"the column {name!r} of {describe_source(data)} cannot be read: {root_cause_message(error)} "
-                        "Give every column a name of its own, and values of one type."
+                        "Give every column a unique name, and values of one type."
                     ) from error
         return concatenate_datasets(parts, axis=1)
 

@@ -130,7 +130,7 @@ def find_split(
 
 
 def _names_of_a_row(values: Sequence[str]) -> list[str]:
-    """A name for each value of a row: `text` for the longest, and `label` for the first or last, if it is another."""
+    """A name for each value of a row: `text` for the longest, and `label` for the shorter of the other ends."""
     names = [f"column_{number}" for number in range(1, len(values) + 1)]
     longest = max(range(len(values)), key=lambda number: len(values[number]))
     names[longest] = "text"
@@ -165,7 +165,7 @@ def stratified_split(strata: ArrayLike, share: float, seed: int = 0) -> tuple[In
     Args:
         strata: Stratum of each sample. Shape (num_samples,), integers.
         share: Share of the samples in the second part, between 0 and 1.
-        seed: The split depends on this and the strata alone.
+        seed: Seed of the split, which depends only on the arguments.
 
     Returns:
         The samples of the first and of the second part, each in ascending order.

@@ -82,7 +82,7 @@ class StreamDataModule(SmartBatchDataModule):
         """Creates the data sets of a stage; for the stream, from its first buffer.
 
         Raises:
-            ValueError: Nothing tells the classes of rows beyond the first buffer, or see `SmartBatchDataModule`.
+            ValueError: The classes of rows beyond the first buffer are unknown, or as for `SmartBatchDataModule`.
         """
         super().setup(stage)
         labels = self._load().train_labels

@@ -25,7 +25,7 @@ def find_task_class(problem_type: str) -> type[Task]:
     members = [name for name in vars(Task) if not name.startswith("_")]
     lacking = [name for name in members if name in abstract or not hasattr(task_class, name)]
     if lacking or not isinstance(task_class, type):
-        lacks = f"lacks {join_quoted(lacking)}" if lacking else "is no class"
+        lacks = f"lacks {join_quoted(lacking)}" if lacking else "is not a class"
         raise UsageError(
             f"problem_type is {problem_type!r}, which {lacks}; give a class with all members of `tasks.Task`."
         )
@@ -67,7 +67,7 @@ class TaskOptions:
         Args:
             train_labels: Labels of the training split, if it exists and has labels.
             trained_config: Configuration of the model, if it was trained to classify.
-            training: The run trains; its labels may then differ from the model's.
+            training: Whether the run trains; its labels may then differ from the model's.
 
         Returns:
             The task; None if it is unknown.

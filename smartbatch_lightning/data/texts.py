@@ -184,7 +184,7 @@ class TextDataModule(L.LightningDataModule):
             return read_dataset(self.dataset, self.dataset_config, self.label_source, **options)
         except UsageError:
             if self.trainer is None or self.trainer.state.fn != TrainerFn.PREDICTING:
-                raise  # else it may be about labels, which play no part
+                raise  # when predicting, it may be about labels, which are not needed
             splits = read_dataset(self.dataset, self.dataset_config, LabelSource(()), **options)
             labels = set(self.label_source.columns)
             return DatasetDict(
@@ -387,7 +387,7 @@ class TextDataModule(L.LightningDataModule):
         return self._loaded
 
     def _tell_of_other_truncation(self, known: dict[str, Any]) -> None:
-        """Says so if texts are cut otherwise than in a model's training, as is possible on purpose.
+        """Logs if texts are not truncated as in the model's training, which may be intended.
 
         Args:
             known: The settings of its training, as in `TextEncoder.settings`; empty if unknown.
@@ -407,7 +407,7 @@ class TextDataModule(L.LightningDataModule):
         return SplitNames(self.train_split, self.validation_split, self.test_split, self.predict_split)
 
     def _standardized(self, task: Regression, splits: DatasetDict, labels: LabelColumns) -> Regression:
-        """The task with the mean and deviation of the training targets, if asked for and not a trained model's."""
+        """The task with the mean and deviation of the training targets, if requested and not a trained model's."""
         if not self._task_options.standardize_targets or task.standardization is not None:
             return task
         share = self._names.validation_share(splits)
@@ -426,7 +426,7 @@ class TextDataModule(L.LightningDataModule):
             if validated[:1] == [self.train_split]:  # the set that decides which weights are best
                 rank_zero_warn(
                     f"The split {self.train_split!r} is trained on and validated on, so the validation says nothing "
-                    "about other samples. Unless that is meant, set --data.validation_split."
+                    "about other samples. Unless this is intended, set --data.validation_split."
                 )
             return train, [self._labelled(split) for split in validated]
         loaded = self._load()
@@ -436,7 +436,7 @@ class TextDataModule(L.LightningDataModule):
         unused = [split for split in self.splits if split not in self._names.used(self.splits)]
         if self.validation_split == "auto" and unused:
             rank_zero_info(
-                f"A tenth of the split {self.train_split!r} is set aside for validation; not used: "
+                f"A tenth of the split {self.train_split!r} is set aside for validation; unused splits: "
                 f"{join_quoted(unused)}. To validate on another split, name it with --data.validation_split."
             )
         train, validation = (TokenDataset(train.table, train.labels, rows) for rows in parts)
@@ -474,7 +474,7 @@ class TextDataModule(L.LightningDataModule):
 
 
 def encoding_of(model: TextModel | None) -> dict[str, Any]:
-    """How texts became tokens in a model's training, as in `TextEncoder.settings`; empty if unknown."""
+    """How texts were tokenized in a model's training, as in `TextEncoder.settings`; empty if unknown."""
     return {} if model is None or model.trained_config is None else setting(model.trained_config, TEXT_ENCODING, {})
 
 

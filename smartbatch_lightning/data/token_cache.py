@@ -32,7 +32,7 @@ def tokenize_to_cache(
     """Tokenizes a data set into the cache, except for what is already there.
 
     The folder's name is computed from the fingerprints of the data and the encoder, so later runs, other ranks and
-    other processes find it. Concurrent processes divide the shards among them. A damaged shard is detected by its
+    other processes find it. Concurrent processes divide the shards among themselves. A damaged shard is detected by its
     checksum and recreated.
 
     Args:

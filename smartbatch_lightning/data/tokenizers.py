@@ -28,7 +28,7 @@ def find_tokenizer(
         given: The user's tokenizer or its name, if any.
         model: The Trainer's model, if it names its tokenizer.
         source: Name of the data set, for messages.
-        is_demo: The texts are those of the built-in demo.
+        is_demo: Whether the texts are those of the built-in demo.
         max_length: Maximum number of tokens in a sample.
 
     Raises:
@@ -197,7 +197,7 @@ def check_end_tokens(
         windows: Number of windows of each sample. Shape (num_samples,).
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such a sample.
     """
     if not len(table):
         return

@@ -135,7 +135,7 @@ class TokenTable:
         return len(self.lengths)
 
     def __getitem__(self, sample: int) -> dict[str, NDArray[Any]]:
-        """Views of a sample's `input_ids` and, for pairs, `token_type_ids`. Shapes (length,)."""
+        """Views of a sample's `input_ids` and, if the model uses them, `token_type_ids`. Shapes (length,)."""
         sample = range(len(self))[sample]
         block = bisect_right(self._starts, sample) - 1
         row = sample - self._starts[block]

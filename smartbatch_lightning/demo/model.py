@@ -19,7 +19,7 @@ _WEIGHT_LIMIT = 0.17
 
 
 def make_tokenizer(texts: list[str]) -> BertTokenizer:
-    """Train a lower-case WordPiece tokenizer.
+    """Trains a lower-case WordPiece tokenizer.
 
     The trainer is given the characters in a fixed order. It would otherwise number them differently in each
     process, and those numbers break the ties between merges.
@@ -36,7 +36,7 @@ def make_tokenizer(texts: list[str]) -> BertTokenizer:
 
 
 def make_model(vocabulary_size: int) -> BertForSequenceClassification:
-    """Build an untrained BERT. Its weights are drawn uniformly, with the same bits on every machine."""
+    """Builds an untrained BERT. Its weights are drawn uniformly, with the same bits on every machine."""
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=128,

@@ -118,7 +118,7 @@ def _phrases(label: str) -> dict[str, list[str]]:
 
 
 def _sentence(rng: random.Random, phrases: dict[str, list[str]], symbol: str) -> str:
-    """Expand a symbol of the grammar until only words are left."""
+    """Expands a symbol of the grammar until only words are left."""
     text = rng.choice(phrases[symbol])
     while "{" in text:
         text = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(phrases[slot[1]]), text)
@@ -127,7 +127,7 @@ def _sentence(rng: random.Random, phrases: dict[str, list[str]], symbol: str) ->
 
 
 def _review(rng: random.Random, phrases: dict[str, list[str]]) -> str:
-    """Compose one review, of a length drawn from a log-normal distribution."""
+    """Composes one review, of a length drawn from a log-normal distribution."""
     sentences = [_sentence(rng, phrases, "opinion")]
     if rng.random() < _SHORT_REVIEWS:
         return sentences[0]
