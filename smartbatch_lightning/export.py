@@ -81,8 +81,8 @@ def export_model(
     if not {*(names := data.label_names or [])} <= {*model.task.label_names}:
         raise UsageError(
             f"the data has the labels {join_quoted(names)}, but the model was trained on other data, with "
-            f"{join_quoted(model.task.label_names)}. Give its training config by --config, or the same --data options; "
-            "they determine the exported max_length."
+            f"{join_quoted(model.task.label_names)}. Pass its training config with --config, or the same --data "
+            "options; they determine the exported max_length."
         )
     if not isinstance(model.model, PreTrainedModel):
         raise UsageError(
@@ -121,7 +121,7 @@ def export_model(
 
 
 def _exported_model(model: SequenceClassifier, data: SmartBatchDataModule, adapter: bool) -> Any:
-    """The model to write, or a changed copy on the CPU: adapters merged or apart, targets in the data's unit."""
+    """The model to write, or a changed copy on the CPU: adapters merged or separate, targets in the data's unit."""
     assert model.model is not None
     exported: Any = model.model
     standardization = Standardization.from_fields(exported.config.to_dict())
@@ -170,7 +170,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
 
     Raises:
         ValueError: This is not a `SequenceClassifier` trained on a `SmartBatchDataModule`; its adapters are missing, or
-            cannot be written or merged as asked; or the mean of standardized targets cannot be folded into its last
+            cannot be written or merged as requested; or the mean of standardized targets cannot be folded into its last
             layer.
     """
     if not isinstance(module, SequenceClassifier) or not isinstance(datamodule, SmartBatchDataModule):

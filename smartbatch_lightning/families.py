@@ -1,4 +1,4 @@
-"""What families of transformers' sequence classifiers need of padding, token types and texts.
+"""What families of transformers' sequence classifiers require of padding, token types and texts.
 
 Nearly everything is derived from the configuration. What depends on the family's name is here, each with its reason.
 """
@@ -130,7 +130,7 @@ def check_has_head(config: PretrainedConfig) -> None:
     """Refuses a family that has no classification head.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The family has none.
     """
     remote = "AutoModelForSequenceClassification" in (setting(config, "auto_map") or {})
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:

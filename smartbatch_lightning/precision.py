@@ -22,7 +22,7 @@ def with_precision(options: Mapping[str, Any]) -> dict[str, Any]:
     precision, reason = best_precision(torch.cuda.get_device_capability())
     torch.set_float32_matmul_precision("high")
     rank_zero_info(
-        f"Precision: {precision}, since {torch.cuda.get_device_name()} {reason}. To change it, set --trainer.precision."
+        f"Precision: {precision}, since {torch.cuda.get_device_name()} {reason}. Set --trainer.precision to change it."
     )
     return {**options, "precision": precision}
 

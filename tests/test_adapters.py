@@ -255,7 +255,7 @@ def test_the_best_adapters_are_kept_and_exported(tmp_path: Path) -> None:
         ({"peft_type": "PREFIX_TUNING"}, "peft_config is 'PREFIX_TUNING'; choose one of 'LORA', "),
         (PrefixTuningConfig(num_virtual_tokens=3), "peft_config is 'PREFIX_TUNING'; choose one of"),
         ({"class_path": "peft.VeraConfig"}, "'peft.VeraConfig', which is not supported. Give one of 'LORA', "),
-        ({"class_path": "os.system", "init_args": {"command": "exit"}}, "'os.system', which is no peft.PeftConfig"),
+        ({"class_path": "os.system", "init_args": {"command": "exit"}}, "'os.system', which is not a peft.PeftConfig"),
         ({"class_path": "peft.NoSuch"}, "peft_config is 'peft.NoSuch', which cannot be imported"),
         ({**LORA, "layer_replication": [[0, 1], [0, 1]]}, "'layer_replication', which is not supported. Leave it out"),
         pytest.param(

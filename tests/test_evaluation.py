@@ -194,7 +194,7 @@ def test_texts_that_were_cut_stand_by_themselves_in_accuracy_by_length() -> None
     evaluation = single(2, lengths=Lengths(lengths, "tokens", 200))
     groups = evaluation.results.lengths
     right = evaluation.scores.argmax(1) == evaluation.labels
-    assert groups[-1].name == "200, cut there"
+    assert groups[-1].name == "200 or more"
     assert groups[-1].samples == (lengths == 200).sum()
     assert groups[-1].value == pytest.approx(right[lengths == 200].mean())
     assert sum(group.samples for group in groups) == 500
@@ -353,10 +353,10 @@ def test_where_all_is_right_it_says_so_and_fits_no_temperature(make, tmp_path: P
     perfect.show()
     assert told["mistakes"] == told["confusions"] == []
     assert told["temperature"] is None
-    assert "There is no mistake." in page.text
+    assert "There are no mistakes." in page.text
     assert "No temperature was fitted: all predictions are right" in page.text
     printed = capsys.readouterr().out
-    assert "There is no mistake." in printed
+    assert "There are no mistakes." in printed
     assert "No temperature was fitted" in printed
     assert all(one.best_f1 in (None, 1.0) for one in perfect.results.classes)
 
@@ -631,7 +631,7 @@ def test_arrays_of_other_shapes_are_refused() -> None:
         ('{"a": 1.5}', "have 1.5 for 'a'; give a number from 0 to 1"),
         ('{"a": true}', "have True for 'a'"),
         ('{"a": NaN}', "have nan for 'a'"),
-        ('{"z": 0.5}', "are for 'z', but thresholds apply here to 'a', 'b'"),
+        ('{"z": 0.5}', "are for 'z', but thresholds apply here to 'a', 'b'. Remove the others"),
         ("[0.5]", "hold list; give numbers by label"),
         ("{", "cannot be read"),
     ],
@@ -646,7 +646,7 @@ def test_a_folder_of_no_model_or_of_one_with_other_labels_gets_no_thresholds(tmp
     pq.write_table(labelled(single(2)), "p.parquet")
     BertConfig(id2label={0: "a", 1: "b"}).save_pretrained(tmp_path / "other")
     for folder, message in (
-        ("nothing", "nothing holds no model's config.json"),
+        ("nothing", "nothing has no config.json of a model. Give the folder of an"),
         ("other", "has the labels 'a', 'b', but"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -662,7 +662,7 @@ def test_thresholds_decide_on_the_second_of_two_classes_and_on_none_of_three(tmp
     thresholds = read_thresholds(tmp_path / "thresholds.json", two)
     scores = np.array([[0.75, 0.25], [0.65, 0.35], [0.1, 0.9]])
     assert two.predict_labels(scores, thresholds).tolist() == [0, 1, 1]
-    with pytest.raises(ValueError, match="thresholds apply only to several labels"):
+    with pytest.raises(ValueError, match="thresholds apply only to several labels or .* Leave thresholds out"):
         read_thresholds(tmp_path, SingleLabelClassification.from_names(["a", "b", "c"]))
 
 
@@ -753,7 +753,7 @@ def test_a_report_leaves_nothing_of_an_earlier_one_and_other_files_where_they_ar
     [
         (["--label_column=stars"], "error: .* has no column 'stars'"),
         (["--thresholds=best"], "error: thresholds=best needs a multi-label task or two classes"),
-        (["--model_folder=evaluation"], "error: model_folder is given, but no thresholds"),
+        (["--model_folder=evaluation"], "error: model_folder is 'evaluation', but there are no thresholds"),
         (["--thresholds=nothing.json"], "error: the thresholds nothing.json cannot be read"),
     ],
 )

@@ -105,7 +105,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
         # as an untrusted checkpoint could have it
         (
             [{"class_path": "os.system", "init_args": {"command": "exit"}}],
-            "'os.system', which is no torchmetrics.Metric",
+            "'os.system', which is not a torchmetrics.Metric",
         ),
         (["f2"], "metrics has 'f2', which is none of 'accuracy'"),
         (["matthews"], "metrics has 'matthews', .*'matthews_correlation'"),
@@ -115,7 +115,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
         (["f1", "f1"], "the name 'f1', which appears twice"),
         ({"loss": "f1"}, "the name 'loss', which is reserved"),
         ([""], "the name '', which cannot name a metric"),
-        ("[{class_path:F1Score}]", "put a blank after each colon and comma"),
+        ("[{class_path:F1Score}]", "put a space after each colon and comma"),
     ],
 )
 def test_what_is_no_metric_is_refused_before_anything_is_loaded(metrics, message: str) -> None:

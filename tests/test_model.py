@@ -70,7 +70,7 @@ def test_an_evaluation_of_weights_that_are_not_finite_is_refused(stage: str, tmp
 
     run = getattr(trainer(tmp_path, limit_test_batches=1, limit_val_batches=1), stage)
     with pytest.raises(
-        ValueError, match="_loss is nan, so the other metrics mean nothing. Use a checkpoint from before"
+        ValueError, match="_loss is nan, so the other metrics are meaningless. Use a checkpoint from before"
     ):
         run(Spoilt(), SmartBatchDataModule(max_length=16), verbose=False)
 
@@ -431,7 +431,7 @@ def test_a_trained_model_takes_no_texts_of_another_tokenizer(command: str, check
 
 
 def test_a_checkpoint_says_if_another_model_is_named_beside_it(checkpoint: Path, minilm: str) -> None:
-    with pytest.warns(UserWarning, match="the model is the checkpoint's, .*minilm.* plays no part"):
+    with pytest.warns(UserWarning, match="the model is the checkpoint's, .*minilm.* is used only for its tokenizer"):
         loaded = SequenceClassifier.load_from_checkpoint(checkpoint, pretrained=minilm)
     assert loaded.model.config.hidden_size != AutoConfig.from_pretrained(minilm).hidden_size
 
@@ -601,7 +601,7 @@ def test_weights_of_the_layers_for_which_the_model_has_no_place_are_named(base: 
     harmless["encoder.layer.0.attention.self.bias"] = torch.ones(9, 9)  # a causal mask, as old versions saved it
     of_layer = {"encoder.layer.0.attention.self.distance_embedding.weight": torch.zeros(127, 16)}
     save_file({**weights, **harmless, **of_layer}, folder / "model.safetensors", {"format": "pt"})
-    message = r"has 'encoder.layer.0.attention.self.distance_embedding.weight', for which Bert.* has no place"
+    message = r"has 'encoder.layer.0.attention.self.distance_embedding.weight', which Bert.* does not have"
     with pytest.warns(UserWarning, match=message):
         SequenceClassifier(str(folder), num_labels=2).configure_model()
     with warnings.catch_warnings():

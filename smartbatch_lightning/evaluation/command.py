@@ -51,7 +51,8 @@ def evaluate(
     check_writable(folder, "Set another --folder.")
     if model_folder is not None and thresholds != "best":
         raise UsageError(
-            "model_folder is given, but no thresholds to write there. Set --thresholds=best, or leave it out."
+            f"model_folder is {model_folder!r}, but there are no thresholds to write there. Set --thresholds=best, or "
+            "leave model_folder out."
         )
     try:
         evaluation = Evaluation.from_table(
@@ -64,7 +65,7 @@ def evaluate(
             temperature=temperature,
             title=title,
         )
-    except UsageError as error:  # the other commands take the label's options with the data's
+    except UsageError as error:  # in other commands, the label options are among the data's
         raise UsageError(str(error).replace("--data.label_", "--label_")) from error
     if thresholds == "best" and not evaluation.task.names_with_threshold:
         raise UsageError(
@@ -93,7 +94,7 @@ def _check_model(folder: str, names: list[str]) -> None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"model_folder {folder} holds no model's config.json. Give that of an exported model."
+            f"model_folder {folder} has no config.json of a model. Give the folder of an exported model."
         ) from error
     if sorted(label_names_from_config(config)) != sorted(names):
         raise UsageError(

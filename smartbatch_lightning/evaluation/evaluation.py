@@ -191,7 +191,7 @@ class Evaluation:
     def _show_mistakes(self) -> None:
         mistakes = self.results.mistakes
         echo("")
-        echo("The worst mistakes:" if mistakes else "There is no mistake.")
+        echo("The worst mistakes:" if mistakes else "There are no mistakes.")
         for one in mistakes[:_MOST_MISTAKES]:
             echo(f"row {one.row:,}: {one.label}, predicted as {one.prediction}, loss {one.loss:.4g}")
             for line in textwrap.wrap(printable(one.text or ""), 78, max_lines=_LINES_OF_A_TEXT, placeholder=" ..."):
@@ -242,7 +242,7 @@ class Evaluation:
 def _check_task(task: Task) -> None:
     if not isinstance(task, SingleLabelClassification | MultiLabelClassification | Regression):
         raise UsageError(
-            f"{type(task).__name__} cannot be evaluated; supported are single-label, multi-label and regression tasks."
+            f"{type(task).__name__} cannot be evaluated. Give a single-label, multi-label or regression task."
         )
 
 

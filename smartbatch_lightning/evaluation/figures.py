@@ -82,9 +82,9 @@ def label_counts(classes: Sequence[ClassResult]) -> Figure:
     figure, axes = _figure(_WIDTH + 2, 1.3 + 0.26 * len(order))
     left = np.zeros(len(order))
     parts = {
-        "predicted, rightly": [hits[number] for number in order],
+        "predicted correctly": [hits[number] for number in order],
         "missed": [classes[number].support - hits[number] for number in order],
-        "predicted, wrongly": [classes[number].predicted - hits[number] for number in order],
+        "predicted wrongly": [classes[number].predicted - hits[number] for number in order],
     }
     for (name, counts), color in zip(parts.items(), (_MAIN, _THIRD, _SECOND), strict=True):
         axes.barh(np.arange(len(order)), counts, left=left, color=color, label=name)
@@ -172,7 +172,7 @@ def residuals(errors: NDArray[np.float64], name: str) -> Figure:
     figure, axes = _figure()
     axes.hist(errors, bins=min(50, max(5, len(errors) // 10)), color=_MAIN)
     axes.axvline(0, color=_THIRD, linestyle=":", linewidth=1)
-    axes.set(title=f"Errors: {_plain(name)}", xlabel="prediction less target", ylabel="samples")
+    axes.set(title=f"Errors: {_plain(name)}", xlabel="prediction minus target", ylabel="samples")
     axes.yaxis.set_major_formatter(_THOUSANDS)
     return figure
 

@@ -199,7 +199,8 @@ class _Table:
         elif pa.types.is_integer(kind):
             raise UsageError(
                 f"{self.path} has whole numbers in 'prediction' and no probabilities. For classes, give a column "
-                f"'{_PROBABILITY}NAME' for each; for numbers, write at least one as in 1.5, or give a Parquet file."
+                f"'{_PROBABILITY}NAME' for each; for numbers, write at least one with a fraction, as in 1.5, or "
+                "give a Parquet file."
             )
         else:
             raise UsageError(

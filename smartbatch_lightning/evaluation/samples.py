@@ -77,7 +77,7 @@ class Lengths:
             cut = self.values >= self.max_length
         groups = by_quantile(self.values[~cut], values[~cut])
         if cut.any():
-            groups.append(Group(f"{self.max_length}, cut there", int(cut.sum()), float(values[cut].mean())))
+            groups.append(Group(f"{self.max_length} or more", int(cut.sum()), float(values[cut].mean())))
         return groups
 
 

@@ -139,7 +139,7 @@ def _class_row(one: ClassResult, what: str) -> dict[str, str]:
         "AUROC": _share(one.auroc),
         "average precision": _share(one.average_precision),
         "best threshold": _share(one.best_threshold),
-        "F1 there": _share(one.best_f1),
+        "best F1": _share(one.best_f1),
     }
 
 

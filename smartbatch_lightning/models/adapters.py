@@ -23,7 +23,7 @@ FINGERPRINT = "base_fingerprint"  # buffer that identifies the weights left out 
 # Types with which training, saving, merging and loading by transformers were tested. Others add tokens, depend on the
 # training step, or give wrong results when merged.
 _TRIED = ("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA")
-# Options of LoRA for text generation: more layers than the configuration says, and adapters from some token on.
+# Options of LoRA for text generation: more layers than in the configuration, and adapters that start at a given token.
 _OF_GENERATION = ("layer_replication", "alora_invocation_tokens")
 _NUMBERS = 1024  # values of each weight that go into the fingerprint
 
@@ -107,7 +107,7 @@ def read_peft_config(given: Any) -> Any:
     makers = {name: known[name] for name in _TRIED if name in known}  # older versions have fewer
     make = look_up(kind, makers | {maker.__name__: maker for maker in makers.values()}, "peft_config")
     if not (isinstance(make, type) and issubclass(make, peft.PeftConfig)):  # a checkpoint may name it
-        raise UsageError(f"peft_config is {kind!r}, which is no peft.PeftConfig. Give one of {join_quoted(makers)}.")
+        raise UsageError(f"peft_config is {kind!r}, which is not a peft.PeftConfig. Give one of {join_quoted(makers)}.")
     try:
         config: Any = make(**{**options, "task_type": "SEQ_CLS", "inference_mode": False})
     except Exception as error:  # peft checks arguments in many ways
@@ -164,7 +164,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
     fingerprint = _fingerprint(compared)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's own affair
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # internal to peft
             peft_model = peft.PeftModel(model, config)
     except Exception as error:  # peft passes on any error of its layers
         raise UsageError(

@@ -28,7 +28,7 @@ FLASH_CAPABILITY = (8, 0)  # CUDA capability of Ampere; Volta and Turing have no
 _NOT_PACKED = ("softcap", "s_aux", "position_bias", "attention_mask")  # arguments of some models' attention
 
 
-class KeysAndValues(Exception):  # noqa: N818 - it is no error
+class KeysAndValues(Exception):  # noqa: N818 - it is not an error
     """Raised to end a layer's forward pass at its attention, with the keys and values."""
 
 
@@ -62,7 +62,7 @@ def attention_forward(
         dropout: Dropout probability of attention weights.
         scaling: Factor for the products of queries and keys.
         sliding_window: Number of tokens attended to on each side, plus one.
-        is_causal: Tokens attend only to earlier ones; by default as the layer says.
+        is_causal: Whether tokens attend only to themselves and earlier ones; by default the layer's `is_causal`.
         cu_seq_lens_q: Where the queries of each sample of a packed batch start, and the end. Shape (batch + 1,), int32.
         cu_seq_lens_k: The same for keys and values.
         max_length_q: Number of queries of its longest sample.

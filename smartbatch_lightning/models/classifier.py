@@ -278,11 +278,11 @@ class SequenceClassifier(L.LightningModule):
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
         """Mean loss over the samples of a batch, a scalar; by default the task's, such as cross-entropy.
 
+        With `class_weights`, the mean is weighted by `task.sample_weights(labels)`.
+
         Args:
             output: The model's output, with `logits` (batch, num_labels).
             labels: As encoded by the task: (batch,), or floats 0 and 1 for multi-label, (batch, num_labels).
-
-        With `class_weights`, the mean is weighted by `task.sample_weights(labels)`.
         """
         assert output.logits is not None
         return self.task.compute_loss(output.logits, labels)
@@ -327,12 +327,12 @@ class SequenceClassifier(L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Makes checkpoints load without running code and be written atomically, unless the Trainer has its own IO.
+        """Makes checkpoints load without running code and be written atomically, unless a `CheckpointIO` is given.
 
         Lightning itself would run code in a checkpoint loaded by URL.
 
         Raises:
-            ValueError: An override of `configure_callbacks` has not called that of `super()`.
+            ValueError: An override of `configure_callbacks` does not call `super().configure_callbacks()`.
         """
         if not ModelLifecycle.runs_in(self.trainer):
             raise UsageError(
@@ -385,7 +385,9 @@ class SequenceClassifier(L.LightningModule):
         use_fast_dropout(model)
         if self.peft_config is not None:
             self.adapters = add_adapters(model, self.peft_config, fresh)
-            self.register_buffer(FINGERPRINT, self.adapters.fingerprint.clone())  # which shards are loaded into
+            self.register_buffer(
+                FINGERPRINT, self.adapters.fingerprint.clone()
+            )  # into which sharded checkpoints are loaded
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
@@ -450,7 +452,7 @@ class SequenceClassifier(L.LightningModule):
     # --- training ---
 
     def on_fit_start(self) -> None:
-        """Refuses what cannot be trained or monitored; says what computes attention for packed batches on a GPU."""
+        """Refuses what cannot be trained or monitored; logs which attention packed batches use on a GPU."""
         for callback in callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping):
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
@@ -463,8 +465,8 @@ class SequenceClassifier(L.LightningModule):
             )
         if self.model_kwargs.get("attn_implementation") == "flex_attention" and attention_dropout(self._transformer):
             raise UsageError(
-                "attn_implementation is flex_attention, which has no dropout, but the model drops attention weights. "
-                "Leave it out, or set the model's attention dropout to 0 by --model.model_kwargs."
+                "attn_implementation is flex_attention, which has no dropout, but the model has attention dropout. "
+                "Leave it out, or set the attention dropout to 0 in --model.model_kwargs."
             )
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
@@ -479,7 +481,7 @@ class SequenceClassifier(L.LightningModule):
         endless = math.isinf(num_steps)
         if endless and (self._overrides("configure_scheduler") or self._schedule.needs_end):
             raise UsageError(
-                "the learning rate's schedule ends at the last step, but training has no end. Set --trainer.max_epochs "
+                "the learning rate schedule ends at the last step, but training has no end. Set --trainer.max_epochs "
                 "or --trainer.max_steps; or --model.lr_scheduler=constant."
             )
         self._scheduled_steps = num_steps
@@ -700,7 +702,7 @@ class SequenceClassifier(L.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
         """Lightning's method with `weights_only` always true, since loading a checkpoint could otherwise run code.
 
-        For a model with its own code, give `model_kwargs={"trust_remote_code": True}` here again.
+        For a model with its own code, give `model_kwargs={"trust_remote_code": True}` again.
 
         Raises:
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
@@ -752,11 +754,11 @@ class SequenceClassifier(L.LightningModule):
         """Whether the strategy itself loads weights and optimizer states, as FSDP does; it has done so before hooks."""
         return self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer
 
-    # --- what the model says of itself ---
+    # --- what others need to know about the model ---
 
     @property
     def backbone(self) -> nn.Module | None:
-        """The model without its head, which `BackboneFinetuning` asks for; None before `configure_model`."""
+        """The model without its head, as `BackboneFinetuning` needs it; None before `configure_model`."""
         return None if self.model is None else self._transformer.base_model
 
     @property
@@ -846,7 +848,7 @@ def _named_inputs(kind: Any) -> frozenset[str]:
 
 
 def _is_flattened(inputs: Batch) -> bool:
-    """Whether only position ids tell the samples of a row apart, which attention then does not."""
+    """Whether only position ids separate the samples of a row; attention would then mix them."""
     positions = inputs.get("position_ids")
     if positions is None or len(positions) != 1 or "attention_mask" in inputs or torch.compiler.is_exporting():
         return False

@@ -16,8 +16,8 @@ from smartbatch_lightning.models.packing import can_be_tried, check_packing, log
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
 
-_FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tried
-_NO_DIFFERENCE = 1e-5  # compared with what another first token changes
+_FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tested
+_NO_DIFFERENCE = 1e-5  # relative to the effect of another first token
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -87,7 +87,7 @@ def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     if known is not None and (needed := vocabulary_size(tokenizer)) > known:
         raise UsageError(
             f"the tokenizer {tokenizer.name_or_path} has {needed} tokens, but the model has {known}. Give the data "
-            "module the model's own tokenizer; if that is the one, without the tokens that were added to it."
+            "module the model's own tokenizer, without the tokens that were added to it."
         )
     before = pad_token_of(config)
     if tokenizer.pad_token_id in (None, before):
@@ -100,7 +100,7 @@ def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def check_inputs(model: PreTrainedModel, data: TextData) -> None:
-    """Refuses data that a model does not take, and a model that reads nothing of a text.
+    """Refuses data that a model does not take, and a model that ignores all but the first token of a text.
 
     On a GPU, an id without a row in an embedding table would fail in a kernel assertion. Warns of a model whose results
     depend on the batch.
@@ -111,7 +111,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     if model.config.model_type == "xmod" and model.config.default_language is None:
         raise UsageError(
             f"the model has adapters for the languages {join_quoted(model.config.languages)}. Set "
-            "--model.model_kwargs.default_language to the one of the texts."
+            "--model.model_kwargs.default_language to the language of the texts."
         )
     if model.config.model_type == "reformer":
         _check_reformer_width(model.config, data)
@@ -142,10 +142,10 @@ def positions(config: PretrainedConfig) -> int | None:
 
 
 def _check_reads_texts(model: PreTrainedModel) -> None:
-    """Refuses a model that fails on a text, or of which only the first token makes a difference.
+    """Refuses a model that fails on a text, or whose result depends only on the first token.
 
     It is called with a few tokens, unless its weights are not loaded yet or sharded. The first token's hidden states
-    have to be the same too, since a head trained to an extreme says nearly the same of all texts.
+    have to be the same too, since an extreme head gives all texts nearly the same logits.
     """
     if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
         return
@@ -180,7 +180,7 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
 
 
 def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
-    """Refuses batch widths at which Reformer cannot train; it needs all positions or a multiple of its chunks."""
+    """Refuses batch widths at which Reformer cannot train; it needs all its positions or a multiple of its chunks."""
     lengths = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
     multiple = math.lcm(*(lengths[kind] for kind in set(config.attn_layers)))
     width = math.prod(config.axial_pos_shape) if config.axial_pos_embds else multiple

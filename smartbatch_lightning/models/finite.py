@@ -37,7 +37,7 @@ class TrainingLosses:
 
     @property
     def are_many(self) -> bool:
-        """Whether they should be read even if nobody asks for them."""
+        """Whether so many are unread that they should be read now."""
         return len(self._unread) >= _MOST_UNREAD
 
     def read(self, trainer: L.Trainer, numbers: Tensor | None, remedy: str) -> list[int]:
@@ -80,7 +80,7 @@ def check_evaluated(trainer: L.Trainer) -> None:
         return
     for name, value in trainer.callback_metrics.items():
         if name.partition("/")[0] in ("val_loss", "test_loss") and not math.isfinite(value):
-            raise UsageError(f"{name} is {float(value)}, so the other metrics mean nothing. {REMEDY}")
+            raise UsageError(f"{name} is {float(value)}, so the other metrics are meaningless. {REMEDY}")
 
 
 def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:

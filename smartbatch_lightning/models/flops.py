@@ -62,7 +62,7 @@ def training_flops(config: PretrainedConfig, *, one_token: bool = False) -> Flop
 
     Args:
         config: Configuration of a sequence classification model.
-        one_token: The last layer computes only the tokens that the head reads, as reported by `reads_one_token`.
+        one_token: Whether the last layer computes only the tokens that the head reads; see `reads_one_token`.
     """
     config = copy.deepcopy(config)  # building a model sets its attention implementation
     with torch.device("meta"):

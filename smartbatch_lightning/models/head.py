@@ -10,7 +10,7 @@ from smartbatch_lightning.errors import UsageError
 
 
 def find_output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that produces the logits: the last one with as many outputs.
+    """The linear layer that produces the logits: the last one with `num_labels` outputs.
 
     Raises:
         ValueError: There is none, or it has no bias.

@@ -17,8 +17,8 @@ does not reach if nothing is left to train.
 `LearningRateFinder` and `BatchSizeFinder` restore a checkpoint of their own when a `fit` begins, after which Lightning
 does not restore the one that was given: the run would start over, with its weights.
 
-After an exception or Ctrl-C in an evaluation, or one in which `BatchSizeFinder` ran, Lightning leaves the model in
-evaluation mode, so that the next `fit` would train it without dropout.
+After an exception or Ctrl-C in an evaluation, or after an evaluation with `BatchSizeFinder`, Lightning leaves the model
+in evaluation mode, so that the next `fit` would train it without dropout.
 """
 
 import multiprocessing
@@ -84,7 +84,7 @@ class ModelLifecycle(Callback):
         pl_module.__dict__["configure_model"] = _is_built
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses callbacks that would start over a run that resumes."""
+        """Refuses callbacks with which a run that resumes would start over."""
         hooks = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
         for callback in callbacks_of(trainer, LearningRateFinder, BatchSizeFinder) if trainer.ckpt_path else []:
             if type(callback).on_fit_start in hooks:

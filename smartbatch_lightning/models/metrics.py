@@ -170,7 +170,7 @@ def find_monitored(
         first: The metric to use if none is named; if it is not in `metrics`, the loss is used.
         name: Logged name, such as `val_accuracy`.
         mode: `min` or `max`; by default the metric's own.
-        others: A subclass or a callback may log further metrics.
+        others: Whether a subclass or a callback may log further metrics.
 
     Returns:
         Its name (with several validation sets, for the first one) and `min` or `max`.

@@ -79,7 +79,7 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
     Args:
         saved: The parameter groups of the checkpoint's optimizer.
         optimizer: This run's, just created.
-        more_follow: A callback adds groups during training.
+        more_follow: Whether a callback adds groups during training.
 
     Raises:
         ValueError: It is of another type, or has other groups.
@@ -123,7 +123,7 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
     if schedule.sets_rates and (settings.layer_decay != 1 or settings.head_learning_rate is not None):
         raise UsageError(
             "lr_scheduler has max_lr, one learning rate for all parameters, together with layer_decay or "
-            "head_learning_rate. Leave it out, and each group warms up to its own rate."
+            "head_learning_rate. Leave max_lr out; each group then warms up to its own rate."
         )
 
 

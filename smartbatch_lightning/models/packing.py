@@ -37,7 +37,7 @@ def check_packing(model: PreTrainedModel) -> None:
     """Refuses a model whose batches cannot be packed.
 
     Raises:
-        ValueError: Its attention cannot be replaced, and it is no DeBERTa.
+        ValueError: Its attention cannot be replaced, and it is not a DeBERTa.
     """
     if not (is_deberta(model) or takes_attention(model)):
         raise _cannot_be_packed(model, "have no single stack of layers whose attention can be supplied")
@@ -107,12 +107,12 @@ def takes_attention(model: PreTrainedModel) -> bool:
 
 
 def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
-    """Makes a model accept packed batches, without a test, and its last layer compute one token per sample.
+    """Makes a model accept packed batches, without a test, and optionally its last layer compute one token per sample.
 
     Args:
         model: A model accepted by `check_packing`. An attention implementation chosen for it is kept.
-        one_token: Do the latter, if the head reads one token, whenever hidden states or attention weights are not
-            requested.
+        one_token: Let the last layer compute only the token that the head reads, if it reads one, whenever hidden
+            states or attention weights are not requested.
     """
     _remove(model)
     if is_deberta(model):
@@ -157,7 +157,7 @@ def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precis
     if capability < FLASH_CAPABILITY:
         reason = "the GPU does not support FlashAttention. Padded batches, --data.padding=longest, may be faster."
     elif "16" not in precision:
-        reason = f"FlashAttention does not support {precision}. Set --trainer.precision=bf16-mixed for it."
+        reason = f"FlashAttention does not support {precision}. Set --trainer.precision=bf16-mixed to use it."
     if reason:
         return f"Attention of packed batches is computed sample by sample: {reason}"
     dropout = attention_dropout(model)
@@ -229,7 +229,7 @@ def _before_model(
     cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
     wanted = ("output_hidden_states", "output_attentions")
     one_token &= not any(inputs.get(name, setting(model.config, name, False)) for name in wanted)
-    one_token &= not torch.compiler.is_exporting()  # which follows no layer that is called within its own hook
+    one_token &= not torch.compiler.is_exporting()  # which cannot trace a layer that is called within its own hook
     if cu_seq_lens is None:
         mask = inputs.get("attention_mask")
         one_token &= input_ids is not None and not inputs.get("use_cache") and (mask is None or mask.ndim == 2)

@@ -110,12 +110,13 @@ class Schedule:
             scheduler = self._make(optimizer, **self._all_arguments(rates, num_steps))
         except Exception as error:  # a schedule may raise anything
             raise UsageError(
-                f"lr_scheduler {self._name} cannot be made with the arguments {self._arguments}: "
+                f"lr_scheduler {self._name} cannot be created with the arguments {self._arguments}: "
                 f"{root_cause_message(error)} Correct them."
             ) from error
         if not isinstance(scheduler, LRScheduler):
             raise UsageError(
-                f"lr_scheduler {self._name} makes a {type(scheduler).__name__}; give a torch.optim.lr_scheduler."
+                f"lr_scheduler {self._name} makes a {type(scheduler).__name__}; give a schedule of "
+                "torch.optim.lr_scheduler."
             )
         return scheduler
 
@@ -219,7 +220,7 @@ def place_schedule(
     configure_optimizer: Callable[[], Optimizer],
     configure_scheduler: Callable[[Optimizer, int | None], LRScheduler],
 ) -> None:
-    """Recreates the schedule for the number of steps that training has now, at the position where as many remain.
+    """Recreates the schedule for the number of steps that training has now, at the step that leaves as many as remain.
 
     After a change of ranks, accumulation, limits or epochs, a checkpoint's schedule has a different number of steps
     than training. Any kind of schedule then continues at the same fraction of training and ends when training ends.

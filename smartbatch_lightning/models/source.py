@@ -42,7 +42,7 @@ class ModelSource:
         model_kwargs: As the argument of `SequenceClassifier`.
         architecture: Configuration of a model whose weights are in a checkpoint, as a dictionary; takes precedence over
             `pretrained`.
-        adapted: The checkpoint has only the weights of adapters and the head, and `pretrained` all others.
+        adapted: Whether the checkpoint has only the weights of adapters and the head; `pretrained` has all others.
     """
 
     pretrained: str
@@ -163,7 +163,7 @@ class ModelSource:
         config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # which only a folder can lack
+        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # which a checkpoint always has
         changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
@@ -173,8 +173,8 @@ class ModelSource:
         if not self.adapted:
             if str(self.pretrained) not in ("demo", made_from := config.name_or_path):
                 rank_zero_warn(
-                    f"the model is the checkpoint's, made from {made_from}; {self.pretrained} plays no part but for "
-                    "its tokenizer. Leave --model.pretrained out."
+                    f"the model is the checkpoint's, made from {made_from}; {self.pretrained} is used only for its "
+                    "tokenizer. Leave --model.pretrained out."
                 )
             passed = (*_NOT_IN_CONFIG, "trust_remote_code")
             options = {name: value for name, value in self.model_kwargs.items() if name in passed}
@@ -208,7 +208,7 @@ class ModelSource:
             if (Path(self._path) / "adapter_config.json").is_file():
                 raise UsageError(
                     f"{self.pretrained!r} holds only adapters, without the weights of their base model. Give a folder "
-                    "with all weights, as export writes it with adapter=false; or the checkpoint, by --ckpt_path."
+                    "with all weights, as written by export with adapter=false; or the checkpoint, with --ckpt_path."
                 ) from error
             if not isinstance(error, OSError) or (Path(self._path) / "config.json").is_file():
                 how = f", with model_kwargs {self.model_kwargs}" if self.model_kwargs else ""
@@ -218,7 +218,7 @@ class ModelSource:
                 ) from error
             raise UsageError(
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
-                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
+                "the path of a folder written by save_pretrained, or a name on the Hub, and check the network."
             ) from error
         if unknown := set(unknown) - set(_WHERE):
             raise _unknown_options(unknown, repr(self.pretrained))
@@ -243,7 +243,7 @@ class ModelSource:
         except OSError as error:
             raise UsageError(
                 f"the weights of {self._path!r} were not found locally or on the Hub: {root_cause_message(error)} Give "
-                "the path of a folder written by save_pretrained, or a name on the Hub and a network."
+                "the path of a folder written by save_pretrained, or a name on the Hub, and check the network."
             ) from error
         except Exception as error:  # reading the files and passing the options may raise anything
             check_trusted(self.pretrained, error)
@@ -265,8 +265,8 @@ class ModelSource:
             )
         if unused := _inside_layers(model, found["unexpected_keys"]):
             rank_zero_warn(
-                f"{self._path!r} has {join_quoted(unused)}, for which {type(model).__name__} has no place, so it "
-                "computes something else than the model that was pretrained. Choose a model that this version of "
+                f"{self._path!r} has {join_quoted(unused)}, which {type(model).__name__} does not have, so it "
+                "computes something other than the pretrained model. Choose a model that this version of "
                 "transformers supports in full."
             )
         if any(not name.startswith(f"{model.base_model_prefix}.") for name in missing):

@@ -115,11 +115,11 @@ class PaddingReport:
         echo(tables.splits(self.splits, self.max_length))
         echo("")
         echo(tables.strategies(self.strategies, self.ranks))
-        echo(f"An epoch of the {len(self.lengths):,} samples that are trained. {tables.STRATEGIES_LEGEND}")
+        echo(f"An epoch of the {len(self.lengths):,} samples to train on. {tables.STRATEGIES_LEGEND}")
         if self.tokenized_ahead is not None:
             echo(
-                "Texts are tokenized lazily, so batches are planned by estimated lengths. With tokenization ahead, * "
-                f"would pad {self.tokenized_ahead:.2%}."
+                "Texts are tokenized lazily, so batches are planned by estimated lengths. With tokenization ahead, "
+                f"the padding of * would be {self.tokenized_ahead:.2%}."
             )
         echo("")
         echo(tables.frontier(self.frontier, self.jitter))

@@ -61,7 +61,7 @@ class LabelEncoder:
 
     @classmethod
     def from_labels(cls, labels: Labels) -> "LabelEncoder":
-        """Uses the names of a `ClassLabel`, in its order; else the distinct labels, numbers and text each sorted.
+        """Uses the names of a `ClassLabel`, in its order; else the distinct labels, sorted as whole numbers or as text.
 
         Raises:
             ValueError: All labels are the same, or there are none.
@@ -116,7 +116,7 @@ class LabelEncoder:
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If integers are class ids, set --data.label_names to the names in their order."
                 if any(map(_NUMBER.fullmatch, self.names)):
-                    hint = " Whole numbers have names without zeros around them, such as '1' for 1.0 or 01."
+                    hint = " Name whole numbers without extra zeros, such as '1' for 1.0 or 01."
             raise UsageError(
                 f"{labels.row(unknown)} has the label {join_quoted([met])}, which is none of "
                 f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
@@ -190,8 +190,8 @@ def labels_in(columns: LabelColumns, values: pa.ChunkedArray, rows: NDArray[np.i
     if pa.types.is_floating(kind) and not pc.all(finite := pc.is_finite(values)).as_py():
         odd = first_true(pc.invert(finite))
         raise UsageError(
-            f"{columns.row(odd if rows is None else rows[odd])} has the label {values[odd]} in {name!r}, which is no "
-            "class. Drop such rows, or give them a label."
+            f"{columns.row(odd if rows is None else rows[odd])} has the label {values[odd]} in {name!r}, which is not "
+            "a class. Drop such rows, or give them a label."
         )
     if pa.types.is_floating(kind) and pc.all(_is_exact_integer(values)).as_py():
         values, kind = values.cast(pa.int64()), pa.int64()

@@ -174,7 +174,7 @@ class BinaryCrossEntropy:
 
 
 def check_shape(labels: Tensor, expected: torch.Size) -> None:
-    """Refuses labels of another shape; torch would pair each target in a column with every prediction, for example.
+    """Refuses labels of another shape, which torch may broadcast, pairing each target with every prediction.
 
     Raises:
         ValueError: The shape differs.

@@ -57,7 +57,7 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
     """
     if isinstance(metrics, str):
         if metrics.startswith(("[", "{")):  # which YAML did not take for a list, as in [{class_path:F1Score}]
-            raise UsageError(f"metrics is the text {metrics!r}; in YAML, put a blank after each colon and comma.")
+            raise UsageError(f"metrics is the text {metrics!r}; in YAML, put a space after each colon and comma.")
         if "," in metrics:
             raise UsageError(f"metrics is {metrics!r}; give several as a list, [{metrics}].")
         metrics = [metrics]
@@ -74,7 +74,7 @@ def named_specs(metrics: MetricSpecs) -> dict[str, tuple[str, dict[str, Any]]]:
             wrong = "appears twice" if name in specs else "is reserved" if name == "loss" else "cannot name a metric"
             raise UsageError(
                 f"metrics has the name {name!r}, which {wrong}. Give "
-                "them other names, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
+                "it another name, such as {f2: {class_path: FBetaScore, init_args: {beta: 2.0}}}."
             )
         specs[name] = (str(metric), options)
         _candidates(str(metric))
@@ -102,7 +102,7 @@ def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabe
     if "." in metric:
         kind: Any = look_up(metric, {}, "metrics")
         if not (inspect.isclass(kind) and issubclass(kind, Metric)):  # a checkpoint may name it, and may not run code
-            raise UsageError(f"metrics has {metric!r}, which is no torchmetrics.Metric. Give a class that is one.")
+            raise UsageError(f"metrics has {metric!r}, which is not a torchmetrics.Metric. Give a class that is one.")
         return [kind]
     name = _NAMES[metric][0] if metric in _NAMES else metric
     places = (torchmetrics.classification, torchmetrics.regression, torchmetrics)

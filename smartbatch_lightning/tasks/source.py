@@ -123,7 +123,7 @@ def order_of(names: Sequence[str], columns: Sequence[str], positions: Sequence[s
         positions: Names given for the columns, in order; by default `names`.
 
     Raises:
-        ValueError: The numbers differ, or only some of the names match.
+        ValueError: There are not as many columns as outputs, or only some of the names match.
     """
     if len(columns) != len(names) or (set(columns) & set(names) and set(columns) != set(names)):
         raise UsageError(
@@ -155,7 +155,7 @@ def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Values as floats, also from text, ignoring spaces around; None if one is not a number."""
+    """Values as floats, also from text, ignoring surrounding spaces; None if one is not a number."""
     if is_text(values.type):
         try:
             return pc.utf8_trim_whitespace(values).cast(pa.float64())
@@ -165,7 +165,7 @@ def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def as_truth_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Booleans for 0 and 1, true and false, also as text in any case with spaces around; null for anything else."""
+    """Booleans for 0 and 1, true and false, also as text in any case, with or without surrounding spaces; else null."""
     if is_text(values.type):
         values = pc.utf8_lower(pc.utf8_trim_whitespace(values))
         no, yes = (pc.is_in(values, value_set=pa.array(words, values.type)) for words in (_FALSE, _TRUE))

@@ -20,7 +20,8 @@ class Task(Protocol):
 
     A task is immutable: it is created from data (`from_columns`), from given names (`from_names`) or from a model
     (`from_config`). Labels are `(num_samples,)` integers for single-label tasks, `(num_samples, num_labels)` for
-    multi-label tasks, and floats for regression. A class that inherits from this one needs only what has no default.
+    multi-label tasks, and floats for regression. A class that inherits from this one has to define only what has no
+    default.
 
     Attributes:
         label_names: Names of the model's outputs, in order.
@@ -105,7 +106,7 @@ class Task(Protocol):
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
-        """Input of the metrics, in float32: probabilities (batch, num_labels), or values in the data's unit."""
+        """Input of the metrics, at least float32: probabilities (batch, num_labels), or values in the data's unit."""
 
     def metric_labels(self, labels: Tensor) -> Tensor:
         """Labels in the form that metrics expect; by default as encoded."""

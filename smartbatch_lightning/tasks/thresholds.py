@@ -47,12 +47,15 @@ def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
         task: The task whose labels they are for.
 
     Raises:
-        ValueError: The file cannot be read, has a label without a threshold in this task, or a value not in [0, 1].
+        ValueError: The file cannot be read, has a value not in [0, 1], or a label to which the task applies no
+            threshold.
     """
     thresholds = load_thresholds(path)
     names = task.names_with_threshold
     if unknown := [name for name in thresholds if name not in names]:
-        known = f"here to {join_quoted(names)}" if names else "only to several labels or the second of two classes"
+        known = "only to several labels or the second of two classes. Leave thresholds out"
+        if names:
+            known = f"here to {join_quoted(names)}. Remove the others from the file, or give another file"
         raise UsageError(f"the thresholds {path} are for {join_quoted(unknown)}, but thresholds apply {known}.")
     return thresholds
 
