@@ -70,9 +70,7 @@ class SmartBatchTrainer(L.Trainer):
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         shown = options.get("enable_progress_bar") is not False and not options.get("barebones")
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.insert(
-                0, RichProgressBar(refresh_rate=5)
-            )  # first, so that it is removed before other callbacks print
+            callbacks.insert(0, RichProgressBar(refresh_rate=5))  # first, so that it is removed before others print
         options.update(with_precision(options))
         super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
         check_flags(self)

@@ -46,7 +46,7 @@ def check_trusted(name: str, error: Exception) -> None:
         error: The exception raised by loading it without `trust_remote_code`.
 
     Raises:
-        ValueError: That is the reason.
+        ValueError: It has code of its own.
     """
     if "trust_remote_code" in str(error):
         raise UsageError(
@@ -56,10 +56,10 @@ def check_trusted(name: str, error: Exception) -> None:
 
 
 def check_at_least(least: int, **arguments: Any) -> None:
-    """Refuses arguments that are not whole numbers or below a minimum.
+    """Refuses arguments that are not whole numbers, or that are below a minimum.
 
     Raises:
-        ValueError: An argument is not.
+        ValueError: An argument is not a whole number, or is below the minimum.
     """
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Integral):

@@ -1,4 +1,4 @@
-"""Batching strategies: an open registry of functions; plans made by strategies of other packages are checked."""
+"""Batching strategies: an open registry of functions; the plans of users' own strategies are checked."""
 
 import math
 from collections.abc import Callable

@@ -68,7 +68,7 @@ class StopOnSignal(Callback):
         self._take_signals()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the SIGTERM handler again: Lightning has replaced it by its own, which waits for other ranks."""
+        """Installs the SIGTERM handler again: Lightning has replaced it with its own, which waits for other ranks."""
         self._take_signals()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start

@@ -385,9 +385,8 @@ class SequenceClassifier(L.LightningModule):
         use_fast_dropout(model)
         if self.peft_config is not None:
             self.adapters = add_adapters(model, self.peft_config, fresh)
-            self.register_buffer(
-                FINGERPRINT, self.adapters.fingerprint.clone()
-            )  # into which sharded checkpoints are loaded
+            # sharded checkpoints are loaded into this copy
+            self.register_buffer(FINGERPRINT, self.adapters.fingerprint.clone())
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)

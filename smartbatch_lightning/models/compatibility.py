@@ -145,7 +145,7 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
     """Refuses a model that fails on a text, or whose result depends only on the first token.
 
     It is called with a few tokens, unless its weights are not loaded yet or sharded. The first token's hidden states
-    have to be the same too, since an extreme head gives all texts nearly the same logits.
+    have to be the same too, since a head with extreme weights gives all texts nearly the same logits.
     """
     if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
         return

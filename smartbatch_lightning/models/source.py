@@ -163,7 +163,7 @@ class ModelSource:
         config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # which a checkpoint always has
+        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # a checkpoint always has the last one
         changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
