@@ -135,7 +135,7 @@ def verified_checkpoint(path: _PATH) -> str:
         raise _unusable(path, what) from error
     except Exception as error:  # a damaged file may raise anything
         what = f"is damaged or not a checkpoint: {root_cause_message(error).rstrip('.')}"
-        if Path(path, ".metadata").is_file():  # of torch.distributed.checkpoint
+        if Path(path, ".metadata").is_file():  # written by torch.distributed.checkpoint
             what = (
                 "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let the "
                 "strategy write full checkpoints: FSDPStrategy(state_dict_type='full') or "

@@ -68,7 +68,7 @@ def create_repository(repo_id: str, private: bool | None = None) -> str:
         )
     try:
         return HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except Exception as error:  # of the Hub, the network or the name
+    except Exception as error:  # about the Hub, the network or the name
         raise UsageError(
             f"push_to_hub is {repo_id!r}, but the repository cannot be created or written: {root_cause_message(error)} "
             "Check its name, the token and the network, or leave out push_to_hub."
@@ -83,7 +83,7 @@ def push_folder(folder: Path, repo_id: str, commit_message: str | None = None) -
     """
     try:
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload model")
-    except Exception as error:  # of the Hub or the network
+    except Exception as error:  # about the Hub or the network
         raise UsageError(
             f"the model is in {folder}, but was not pushed to {repo_id}: {root_cause_message(error)} Push it with "
             f"`hf upload {repo_id} {folder}`."

@@ -153,7 +153,7 @@ class Parser(LightningArgumentParser):
     def _unknown(self, name: str) -> str:
         name = name.replace("init_args.", "")
         options = list(self.options())
-        if name in options:  # of a command, while what precedes the command is parsed
+        if name in options:  # of a command, but given before it
             return f"--{name} is an option of a command. Write it, or the --config that holds it, after the command."
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]

@@ -69,7 +69,7 @@ class TableShards:
         return 0
 
     def check_shared(self) -> None:
-        """Refuses a folder that rank 0 has created on a disk of its own."""
+        """Refuses a folder that rank 0 has created on a disk that this rank does not share."""
         if not self._noted.exists():
             raise UsageError(
                 f"rank 0 writes to {self.folder}, which another rank cannot find. Give a path on a disk that all ranks "

@@ -213,7 +213,7 @@ def refused(path: str | Path, remedy: str) -> Iterator[None]:
     """Turns the system's errors on writing, such as a full disk, into one line that ends with the remedy."""
     try:
         yield
-    except Timeout:  # of a lock; also an OSError
+    except Timeout:  # raised while waiting for a lock; it is also an OSError
         raise
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be written: {error}. {remedy}") from error

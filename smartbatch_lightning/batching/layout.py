@@ -96,7 +96,7 @@ class PlanRequest:
         return BatchPlan(*gather_runs(plan.order, plan.offsets, batches), self.num_replicas)
 
     def _cut_by_cost(self, order: Int64s) -> BatchPlan | None:
-        """Cuts packed batches under a budget; None if batches of equally many samples are no more numerous."""
+        """Cuts packed batches under a budget; None if that saves no steps over equally many samples a batch."""
         budget = self.spec.max_tokens_per_batch
         if budget is None or not self.spec.packed:
             return None

@@ -147,7 +147,7 @@ def csv_reader_kwargs(
         codecs.lookup_error(form.encoding_errors)
     except UsageError:
         raise
-    except (TypeError, ValueError, LookupError) as error:  # of Python's csv module, codecs and int
+    except (TypeError, ValueError, LookupError) as error:  # raised by Python's csv module, codecs and int
         raise UsageError(
             f"reader_kwargs is {dict(options)}, which has an invalid value: {error}. Correct it."
         ) from error

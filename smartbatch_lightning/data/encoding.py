@@ -95,7 +95,7 @@ class TextEncoder:
         """Whether there are several token types and the model distinguishes them."""
         pairs = len(self.text_columns) == 2 and self.text_separator is None
         return "token_type_ids" in self.tokenizer.model_input_names and (
-            pairs or any(self._backend.encode(["a"])[0].type_ids)  # as of XLNet's last token
+            pairs or any(self._backend.encode(["a"])[0].type_ids)  # such as that of XLNet's last token
         )
 
     @cached_property

@@ -34,7 +34,7 @@ FORMATS = {
     ".arrow": "arrow",
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
-_READER_OPTIONS: dict[str, tuple[str, ...]] = {  # of formats that have any
+_READER_OPTIONS: dict[str, tuple[str, ...]] = {  # only the formats that have any
     "csv": csv_files.OPTIONS,
     "json": ("encoding", "field"),
     "parquet": ("filters",),
@@ -164,7 +164,7 @@ def _of_scheme(name: str) -> str:
 def _expanded_url(name: str) -> list[str]:
     try:
         return list(DataFilesList.from_patterns([name]))
-    except Exception as error:  # of whatever file system the scheme names
+    except Exception as error:  # it depends on the file system that the scheme names
         raise _unreachable(name, error) from error
 
 
@@ -216,7 +216,7 @@ def _local_files(name: str) -> Iterator[_File]:
     if _URL.match(name):
         try:
             path = DownloadManager(download_config=DownloadConfig(cache_dir=str(cache))).download(name)
-        except Exception as error:  # of whatever file system the scheme names
+        except Exception as error:  # it depends on the file system that the scheme names
             raise _unreachable(name, error) from error
     digest = _digest(path, name)
     if not _is_compressed(name):
@@ -226,7 +226,7 @@ def _local_files(name: str) -> Iterator[_File]:
     try:
         extracted = str(manager.extract(str(path)))
         inner = list(map(str, manager.iter_files(extracted)))
-    except Exception as error:  # of whatever compression it is
+    except Exception as error:  # it depends on the compression
         raise UsageError(
             f"{name} cannot be extracted: {root_cause_message(error)} Check that the file is complete."
         ) from error

@@ -124,7 +124,7 @@ def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any])
 
 
 def adopt_lightnings_count(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
-    """Resumes by Lightning's counters if a checkpoint has no state of the data module, with a warning."""
+    """Resumes from Lightning's counters if a checkpoint has no state of the data module, with a warning."""
     batches = progress.position(trainer).batches or 0
     rank_zero_warn(
         "The checkpoint has no state of this data module, perhaps because its class was renamed. Resuming after "

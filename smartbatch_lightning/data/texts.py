@@ -416,7 +416,7 @@ class TextDataModule(L.LightningDataModule):
     def _set_aside(self, task: Task, labels: LabelColumns, share: float) -> tuple[Int64s, Int64s]:
         """Rows of the training split to train and to validate on."""
         if isinstance(task, Regression):
-            task = replace(task, standardization=None)  # so that it makes no difference
+            task = replace(task, standardization=None)  # so that it does not affect the split
         return train_and_validation_rows(task, task.encode(labels), share, self.seed)
 
     def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:

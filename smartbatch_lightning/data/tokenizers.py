@@ -92,7 +92,7 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
 
 
 def _missing_package(error: BaseException | None) -> str | None:
-    """The missing package because of which transformers could not load a tokenizer; None for other errors."""
+    """The package that transformers lacked to load a tokenizer; None for other errors."""
     while error is not None and not (isinstance(error, ImportError) and error.name):
         error = error.__context__
     if error is None:

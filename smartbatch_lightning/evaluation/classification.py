@@ -143,7 +143,7 @@ class ClassificationResults:
 def classify(evaluation: "Evaluation") -> ClassificationResults:
     """Computes the results of a single-label or multi-label evaluation."""
     with warnings.catch_warnings():
-        # of torchmetrics, about classes without samples, which the results show
+        # torchmetrics warns of classes without samples, which the results show anyway
         warnings.filterwarnings("ignore", message="No (positive|negative) samples")
         return _Measured(evaluation).results()
 

@@ -506,7 +506,7 @@ class SequenceClassifier(L.LightningModule):
         follow_rates(self.trainer)
 
     def _place_schedule(self) -> None:
-        # not in a finder's trial, which has no callbacks of the run
+        # not in a finder's trial, which runs without the run's callbacks
         if not self._overrides("configure_optimizers") and ModelLifecycle.runs_in(self.trainer):
             self._scheduled_steps = total_steps(self.trainer)
             place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
@@ -540,7 +540,7 @@ class SequenceClassifier(L.LightningModule):
         return loss * weight
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss in steps in which Lightning logs; in others, it would cost a wait for the device and 0.3 ms."""
+        """Logs the loss when Lightning logs; in every step, it would cost a wait for the device and 0.3 ms."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
         if logged or self._losses.are_many:

@@ -168,7 +168,7 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
     except Exception as error:  # there are many kinds of models
         raise UsageError(
             f"{type(model).__name__} fails on a text: {root_cause_message(error)} Correct its configuration, for "
-            "example by --model.model_kwargs."
+            "example with --model.model_kwargs."
         ) from error
     finally:
         hook.remove()

@@ -153,7 +153,7 @@ class Schedule:
 def _resolve(
     lr_scheduler: str | Mapping[str, Any] | Callable[[Optimizer], Any], arguments: Mapping[str, Any]
 ) -> tuple[str, Any, dict[str, Any]]:
-    """The name of a schedule for messages, what makes it, and with which arguments; as for `Schedule`."""
+    """The name of a schedule for messages, the function that creates it, and its arguments; as for `Schedule`."""
     chosen: Any = lr_scheduler
     if isinstance(chosen, Mapping):
         if arguments or "class_path" not in chosen:

@@ -237,7 +237,7 @@ class ModelSource:
                     self._path,
                     config=config,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=not is_fine_tuned(config),  # as of a head for another task
+                    ignore_mismatched_sizes=not is_fine_tuned(config),  # such as those of a head for another task
                     **{"dtype": torch.float32, "trust_remote_code": False, **options},
                 )
         except OSError as error:

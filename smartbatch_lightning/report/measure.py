@@ -171,7 +171,7 @@ def measure_splits(data: SmartBatchDataModule) -> list[Split]:
 
 
 def combinations(spec: BatchSpec) -> list[BatchSpec]:
-    """All combinations of batching and padding; fixed padding, with which batching does not matter, first and once."""
+    """All combinations of batching and padding; fixed padding first, and once, since batching does not affect it."""
     fixed = replace(spec, batching="random", padding="max_length")
     batchings = dict.fromkeys([*STRATEGIES, spec.batching])
     paddings = [padding for padding in PADDING_WIDTHS if padding != fixed.padding]
