@@ -158,10 +158,10 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
 
 def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
     """A few of the data's texts as model inputs, each as its own batch."""
-    rows = data.splits[data.used_splits[0]].select_columns(data.text_columns)[:_SAMPLES]
-    texts = zip(*(rows[column] for column in data.text_columns), strict=True)
+    rows = data.splits[data.used_splits[0]].select_columns(data.text_columns).with_format("arrow")[:_SAMPLES]
     options: dict[str, Any] = {"truncation": True, "max_length": data.max_length, "return_tensors": "pt"}
-    inputs = [data.tokenizer(*text, **options) for text in texts]
+    texts = data.text_encoder.texts(rows)
+    inputs = [data.tokenizer(*([text] if isinstance(text, str) else text), **options) for text in texts]
     return [one for one in inputs if one["input_ids"].shape[1]]
 
 

@@ -525,7 +525,7 @@ def test_fits_saved_config_replays_every_command_with_classes_of_the_working_dir
     folder = tmp_path / "lightning_logs" / "version_0"
     del sys.modules["ours"]
     sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path)]
-    [checkpoint] = folder.rglob("*.ckpt")
+    [checkpoint] = folder.rglob("best.ckpt")
     loaded = [] if command in ("fit", "prepare", "report") else [f"--ckpt_path={checkpoint}"]
     run(command, f"--config={folder / 'config.yaml'}", *loaded)
     assert "ours" in sys.modules

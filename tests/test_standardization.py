@@ -119,6 +119,20 @@ def test_the_exported_model_gives_the_datas_unit_and_trains_on(trained, tmp_path
         assert now["test_mae"] == pytest.approx(tested["test_mae"], rel=1e-3)
 
 
+def test_a_model_of_more_than_two_joined_columns_is_exported(base: str, tmp_path: Path) -> None:
+    columns, dataset = list("abcde"), str(tmp_path / "data.csv")
+    pd.DataFrame({**dict.fromkeys(columns, TEXTS), "price": PRICES}).to_csv(dataset, index=False)
+    options = {"text_columns": columns, "text_separator": " ", "label_column": "price"}
+    data = standardized({"train": dataset, "test": dataset}, base, validation_split=0.25, **options)
+    model = SequenceClassifier(base, learning_rate=1e-2)
+    trainer(tmp_path).fit(model, data)
+    prices = predicted(tmp_path, model, data)
+    export_model(model, data, tmp_path / "exported")
+    classify = pipeline("text-classification", str(tmp_path / "exported"), truncation=True, function_to_apply="none")
+    joined = [" ".join([text] * len(columns)) for text in TEXTS]
+    assert [one["score"] for one in classify(joined)] == pytest.approx(prices.tolist(), rel=1e-5)
+
+
 FAMILIES = [
     "albert",
     "bart",
