@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import FAST, cli, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
@@ -179,6 +180,12 @@ def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[EarlyStop(2)])
     with pytest.raises(ValueError, match="there is no validation. Set --data.validation_split"):
         run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16, validation_split=None))
+
+
+def test_early_stopping_of_another_module_needs_the_name_of_a_metric(tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[EarlyStop(2)], limit_train_batches=1, limit_val_batches=1)
+    with pytest.raises(ValueError, match="which metric of BoringModel to watch is not known. Set --early_stopping.mon"):
+        run.fit(BoringModel())
 
 
 @pytest.mark.slow

@@ -175,6 +175,11 @@ class EarlyStop(EarlyStopping):
                 for saver in callbacks_of(trainer, BestCheckpoint):
                     monitor, mode = saver.given[0], mode or saver.given[1]
             found = _monitored(trainer, pl_module, monitor, mode)
+            if found is None and monitor is None and not isinstance(pl_module, SequenceClassifier):
+                raise UsageError(
+                    f"early stopping is on, but which metric of {type(pl_module).__name__} to watch is not known. Set "
+                    "--early_stopping.monitor."
+                )
             if found is None:
                 raise UsageError(
                     "early stopping is on, but there is no validation. Set --data.validation_split, or leave out "

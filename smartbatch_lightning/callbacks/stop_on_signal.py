@@ -124,7 +124,8 @@ class StopOnSignal(Callback):
             raise KeyboardInterrupt
         self._received, self._since = received, time.monotonic()
         if self._trainer.is_global_zero:
-            log.warning("%s: saving and stopping after this step. Press Ctrl-C twice to stop at once.", received.name)
+            press = "Press Ctrl-C again" if received == signal.SIGINT else "Press Ctrl-C twice"
+            log.warning("%s: saving and stopping after this step. %s to stop at once.", received.name, press)
 
 
 def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:

@@ -12,6 +12,7 @@ from smartbatch_lightning.batching.planner import with_jitter
 from smartbatch_lightning.batching.spec import PADDING_WIDTHS
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
+from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.models.flops import training_flops
 
 
@@ -138,8 +139,10 @@ def measure_strategy(
 
 def training_operations(data: SmartBatchDataModule) -> tuple[float, float]:
     """Operations per token and per squared token, for the tokenizer's model, else for BERT-base."""
+    name = data.tokenizer.name_or_path
     try:
-        return training_flops(AutoConfig.from_pretrained(data.tokenizer.name_or_path))[1:]
+        with hub_or_cache(name):
+            return training_flops(AutoConfig.from_pretrained(name))[1:]
     except Exception:  # it is only used for an estimate, and there are many kinds of models
         return training_flops(BertConfig())[1:]
 
