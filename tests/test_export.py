@@ -140,7 +140,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_has_run(tmp_
     for name in ("long" * 100, "link"):
         with pytest.raises(ValueError, match=f"{name}/report cannot be written"):
             cli("report", f"--folder={tmp_path / name / 'report'}")
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         cli("report", f"--folder={tmp_path / 'new' / 'report'}", "--data.dataset=nor.csv")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
