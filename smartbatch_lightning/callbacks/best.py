@@ -155,7 +155,7 @@ class EarlyStop(EarlyStopping):
         if patience is not None:
             check_at_least(0, patience=patience)
         super().__init__(monitor or "", min_delta, patience, mode=mode or "min")  # type: ignore[arg-type]
-        self._given = (monitor, mode)
+        self.given = (monitor, mode)
         self._given_delta = min_delta
 
     @property
@@ -170,7 +170,7 @@ class EarlyStop(EarlyStopping):
             ValueError: There is no such metric, or no validation.
         """
         if stage == "fit" and self.patience is not None:
-            monitor, mode = self._given
+            monitor, mode = self.given
             if monitor is None:
                 for saver in callbacks_of(trainer, BestCheckpoint):
                     monitor, mode = saver.given[0], mode or saver.given[1]
