@@ -116,7 +116,7 @@ def fault(command: list[str], folder: Path, exit_status: int, printed: str, rank
     if given["trainer.max_epochs"] == "0":
         return f"{told}: trained" if trained else None
     rows = 20 if given.get("data.train_split") == "test" else ROWS
-    held_out = {"0.5": 0.5}.get(given["data.validation_split"], 0)
+    held_out = {"0.5": 0.5, "auto": 0.1}.get(given["data.validation_split"], 0)
     if given["data.validation_split"] in ("1e-9", "0.999"):  # at least a sample of each label stays on either side
         held_out = 1 - len(trained) / rows
     if set(trained.values()) != {1} or max(trained) >= rows or len(trained) != round(rows * (1 - held_out)):
