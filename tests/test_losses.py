@@ -217,7 +217,7 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_weights": {"positiv": 9.0}}, "class_weights has 'positiv', which is none of the labels"),
+        ({"class_weights": {"positives": 9.0}}, "class_weights has 'positives', which is none of the labels"),
         ({"pos_weight": "balanced"}, "pos_weight is given, which the loss of single_label_classification does not"),
         ({"num_labels": 3}, "num_labels is 3, but the data has 2 classes"),
         ({"pretrained": "three classes"}, "three classes classifies into 'a', 'b', 'c', but the data has"),
