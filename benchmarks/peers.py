@@ -659,6 +659,7 @@ def main() -> None:
     if args.attention_dropout is None:
         args.attention_dropout = 0.0 if args.device == "cuda" else 0.1
     if args.save_lengths:
+        args.save_lengths.parent.mkdir(parents=True, exist_ok=True)
         np.save(args.save_lengths, imdb_lengths().astype(np.int16))
         return
     quiet()
