@@ -42,7 +42,6 @@ from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.export import check_exportable, export_model
-from smartbatch_lightning.families import setting
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
@@ -180,7 +179,7 @@ class SmartBatchTrainer(L.Trainer):
         model.configure_model()
         assert model.model is not None
         max_length = datamodule.text_encoder.max_length
-        trained = setting(model.model.config, TEXT_ENCODING, {}).get("max_length", max_length)
+        trained = getattr(model.model.config, TEXT_ENCODING, {}).get("max_length", max_length)
         if max_length != trained:
             raise UsageError(
                 f"the checkpoint was trained with max_length {trained}, but it is now {max_length}, to which the "

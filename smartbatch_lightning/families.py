@@ -35,11 +35,6 @@ _DEPEND_ON_WIDTH = {
 }
 
 
-def setting(of: PretrainedConfig, name: str, default: Any = None) -> Any:
-    """A value of a configuration, or a default for families without it."""
-    return getattr(of, name, default)
-
-
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of rows that an embedding table needs; more than the number of tokens if the vocabulary skips ids."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -47,7 +42,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def pad_token_of(config: PretrainedConfig) -> int | None:
     """The token that a model treats as padding; None if its configuration has none."""
-    token: int | None = setting(config.get_text_config(), "pad_token_id")
+    token: int | None = getattr(config.get_text_config(), "pad_token_id", None)
     return token
 
 
@@ -72,7 +67,7 @@ def padding_side(config: PretrainedConfig) -> str:
 
 def takes_token_types(config: PretrainedConfig) -> bool:
     """Whether a classifier distinguishes the two texts of a pair by `token_type_ids`."""
-    if config.model_type in _TYPES_ARE_WORDS or setting(config, "type_vocab_size", 2) < 2:
+    if config.model_type in _TYPES_ARE_WORDS or getattr(config, "type_vocab_size", 2) < 2:
         return False
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return True  # custom code, whose tokenizer is trusted
@@ -98,7 +93,7 @@ def end_token_read(config: PretrainedConfig) -> int | None:
 
 def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
     """What makes a text's result depend on the width of its batch, in transformers itself; None if nothing does."""
-    if (blocks := setting(config, "num_random_blocks")) and (
+    if (blocks := getattr(config, "num_random_blocks", None)) and (
         config.attention_type == "original_full" or max_length <= (5 + 2 * blocks) * config.block_size
     ):
         return None  # full attention, which BigBird uses for short texts in any case
@@ -110,7 +105,7 @@ def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
 
 def _rotary_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
     """How a model's rotary frequencies are scaled, for each type of its layers."""
-    rope = setting(config.get_text_config(), "rope_parameters") or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [rope, *(of_type for of_type in rope.values() if isinstance(of_type, dict))]
 
 
@@ -122,7 +117,7 @@ def drop_caches(config: PretrainedConfig) -> None:
     config.return_dict = True
     for name in ("use_cache", "use_mems_eval", "output_attentions", "output_hidden_states"):
         for part in (config, config.get_text_config()):
-            if setting(part, name):
+            if getattr(part, name, False):
                 setattr(part, name, False)
 
 
@@ -132,7 +127,7 @@ def check_has_head(config: PretrainedConfig) -> None:
     Raises:
         ValueError: The family has none.
     """
-    remote = "AutoModelForSequenceClassification" in (setting(config, "auto_map") or {})
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not remote:
         raise UsageError(
             f"transformers has no classification head for {config.model_type} models. Choose a model of a family that "

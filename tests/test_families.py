@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from smartbatch_lightning import PackCollator, PadCollator, SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import export_model
-from smartbatch_lightning.families import drop_caches, pad_token_of, setting
+from smartbatch_lightning.families import drop_caches, pad_token_of
 from smartbatch_lightning.models.packing import enable_packing
 
 QUICK = ("bert", "xlnet", "llama")
@@ -452,7 +452,7 @@ def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
     torch.manual_seed(0)
     alone = AutoModelForSequenceClassification.from_config(config).eval()
     random = np.random.default_rng(0)
-    highest = min(200, setting(config.get_text_config(), "vocab_size", 200))
+    highest = min(200, getattr(config.get_text_config(), "vocab_size", 200))
     rows = [{"input_ids": random.integers(5, highest, length)} for length in (3, 40, 17, 30, 16)]
 
     def measured(model: Any, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -122,7 +122,7 @@ def test_what_a_batch_costs_is_known_in_few_places(word: str, most: int) -> None
 
 
 def test_model_data_and_trainer_are_asked_by_contract() -> None:
-    """`getattr` on objects that are Lightning's or transformers', not on modules or on numbers of one's own."""
+    """`getattr` on objects of libraries, such as configurations, which differ by family; not on modules of one's own."""
     asked = []
     for path, tree in modules().items():
         for node in ast.walk(tree):
@@ -130,8 +130,8 @@ def test_model_data_and_trainer_are_asked_by_contract() -> None:
                 of = ast.unparse(node.args[0])
                 if any(word in of for word in ("trainer", "module", "model", "data", "callback", "saver", "config")):
                     asked.append(f"{path}: {ast.unparse(node)}")
-    asked = [one for one in asked if "import_module" not in one]
-    assert len(asked) <= 5, asked
+    asked = [one for one in asked if "import_module" not in one and "config" not in one]
+    assert len(asked) <= 3, asked
 
 
 # --- a stub of each kind: one file of its own, and at most one line elsewhere, which is what is set here ---

@@ -25,7 +25,7 @@ from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, 
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, join_quoted
-from smartbatch_lightning.families import end_token_read, setting
+from smartbatch_lightning.families import end_token_read
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -475,7 +475,7 @@ class TextDataModule(L.LightningDataModule):
 
 def encoding_of(model: TextModel | None) -> dict[str, Any]:
     """How texts were tokenized in a model's training, as in `TextEncoder.settings`; empty if unknown."""
-    return {} if model is None or model.trained_config is None else setting(model.trained_config, TEXT_ENCODING, {})
+    return {} if model is None or model.trained_config is None else getattr(model.trained_config, TEXT_ENCODING, {})
 
 
 def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.families import depends_on_width, end_token_read, pad_token_of, setting, vocabulary_size
+from smartbatch_lightning.families import depends_on_width, end_token_read, pad_token_of, vocabulary_size
 from smartbatch_lightning.models.packing import can_be_tried, check_packing, logits_of
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
@@ -83,7 +83,7 @@ def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     """
     if tokenizer is None:
         return
-    known = setting(config.get_text_config(), "vocab_size")  # CANINE hashes characters
+    known = getattr(config.get_text_config(), "vocab_size", None)  # CANINE hashes characters
     if known is not None and (needed := vocabulary_size(tokenizer)) > known:
         raise UsageError(
             f"the tokenizer {tokenizer.name_or_path} has {needed} tokens, but the model has {known}. Give the data "
@@ -137,7 +137,7 @@ def check_max_length(max_length: int, longest: int | None) -> None:
 
 def positions(config: PretrainedConfig) -> int | None:
     """Number of positions that a configuration names; None if unlimited. Models like RoBERTa use some less."""
-    number = setting(config.get_text_config(), "max_position_embeddings")
+    number = getattr(config.get_text_config(), "max_position_embeddings", None)
     return number if isinstance(number, int) and number > 0 else None
 
 
@@ -149,7 +149,7 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
         return
-    end, size = end_token_read(model.config), setting(model.config.get_text_config(), "vocab_size", _MOST_TOKENS)
+    end, size = end_token_read(model.config), getattr(model.config.get_text_config(), "vocab_size", _MOST_TOKENS)
     tokens = [token for token in range(min(size, _MOST_TOKENS)) if token not in (end, pad_token_of(model.config))]
     if len(tokens) < _FEWEST_TOKENS:
         return
@@ -174,7 +174,7 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
         hook.remove()
     by_others, by_first = ([(rows[0] - rows[row]).abs().max() for rows in (logits, *compared)] for row in (1, 2))
     if all(others < _NO_DIFFERENCE * first for others, first in zip(by_others, by_first, strict=True)):
-        causal = setting(model.config.get_text_config(), "is_decoder")
+        causal = getattr(model.config.get_text_config(), "is_decoder", False)
         how = ", with is_decoder=true in its configuration. Set --model.model_kwargs.is_decoder=false" if causal else ""
         raise UsageError(f"{type(model).__name__} reads only the first token of a text{how or '. Use another model'}.")
 

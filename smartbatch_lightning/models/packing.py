@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from smartbatch_lightning.contract import TAKES_PACKED_BATCHES
 from smartbatch_lightning.errors import UsageError, root_cause_message
-from smartbatch_lightning.families import pad_token_of, setting
+from smartbatch_lightning.families import pad_token_of
 from smartbatch_lightning.models.attention import ATTENTION, FLASH_CAPABILITY
 from smartbatch_lightning.models.deberta import hook_deberta, is_deberta
 from smartbatch_lightning.models.last_layer import read_one_token
@@ -176,7 +176,7 @@ def _has_other_attention(model: PreTrainedModel) -> bool:
 def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
     """The last layer, if it is called once per forward pass and the head reads one token; not ALBERT's shared layer."""
     layers = find_layers(model)
-    if layers is None or len(layers) != setting(model.config.get_text_config(), "num_hidden_layers"):
+    if layers is None or len(layers) != getattr(model.config.get_text_config(), "num_hidden_layers", None):
         return None
     return layers[-1] if head_pooling(model) in ("first", "last") else None
 
@@ -228,7 +228,7 @@ def _before_model(
     inputs = {**dict(zip(names, args, strict=False)), **inputs}
     cu_seq_lens, input_ids = inputs.get("cu_seq_lens_q"), inputs.get("input_ids")
     wanted = ("output_hidden_states", "output_attentions")
-    one_token &= not any(inputs.get(name, setting(model.config, name, False)) for name in wanted)
+    one_token &= not any(inputs.get(name, getattr(model.config, name, False)) for name in wanted)
     one_token &= not torch.compiler.is_exporting()  # which cannot trace a layer that is called within its own hook
     if cu_seq_lens is None:
         mask = inputs.get("attention_mask")

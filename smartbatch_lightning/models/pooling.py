@@ -5,8 +5,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from smartbatch_lightning.families import setting
-
 # By the `classifier_pooling` of a configuration.
 _NAMED = {"cls": "first", "bos": "first", "mean": "mean", "late": "all"}
 
@@ -18,7 +16,7 @@ def head_pooling(model: PreTrainedModel) -> str:
         `first`, its first token; `last`, its last token that is not padding, as decoders do; `mean`, the mean over its
         tokens; or `all` of its tokens.
     """
-    named = setting(model.config.get_text_config(), "classifier_pooling")
+    named = getattr(model.config.get_text_config(), "classifier_pooling", None)
     if named is not None:
         return _NAMED.get(named, "all")
     causal = any(getattr(layer, "is_causal", False) for layer in model.base_model.modules())
