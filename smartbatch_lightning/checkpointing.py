@@ -1,7 +1,7 @@
 """Checkpoints: written atomically, and read only if undamaged and made of weights and plain values."""
 
 import zipfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from io import BytesIO
 from mmap import ACCESS_READ, mmap
 from os import SEEK_END
@@ -106,19 +106,21 @@ def _checksum(path: Path, end: int) -> bytes:
         return _MARK + xxh3_128(memoryview(content)[:end]).hexdigest().encode()
 
 
-def verified_checkpoint(path: _PATH) -> str:
+def verified_checkpoint(path: _PATH, *, trusts_code: bool = True) -> str:
     """Makes sure that a checkpoint is undamaged and can be loaded without running code.
 
     torch does not check the checksums in its files, and Lightning would run code in a remote checkpoint.
 
     Args:
         path: Path of a file, or a URL.
+        trusts_code: False to refuse a checkpoint whose arguments would make transformers run a model's own code, which
+            only users may allow.
 
     Returns:
         The path of the file; for a URL, that of a temporary copy.
 
     Raises:
-        ValueError: It does not exist, is damaged, or is not a checkpoint.
+        ValueError: It does not exist, is damaged, or is not a checkpoint; or it asks for code that is not trusted.
     """
     try:
         local = fsspec.open_local(f"simplecache::{path}") if _is_remote(path) else str(path)
@@ -142,27 +144,13 @@ def verified_checkpoint(path: _PATH) -> str:
                 "ModelParallelStrategy(save_distributed_checkpoint=False)"
             )
         raise _unusable(path, what) from error
-    return local
-
-
-def check_asks_for_no_code(path: _PATH, model_kwargs: Mapping[str, Any] | None) -> None:
-    """Refuses a checkpoint whose arguments would make transformers run a model's own code, which only users may allow.
-
-    Args:
-        path: Path of a checkpoint that was verified.
-        model_kwargs: The argument of `SequenceClassifier`, as given by the user.
-
-    Raises:
-        ValueError: The checkpoint sets `trust_remote_code`, and the user does not.
-    """
-    arguments = torch.load(path, map_location="meta", weights_only=True, mmap=True).get("hyper_parameters", {})
-    asks = (arguments.get("model_kwargs") or {}).get("trust_remote_code")
-    if asks and not (model_kwargs or {}).get("trust_remote_code"):
+    if not trusts_code and (content.get("hyper_parameters", {}).get("model_kwargs") or {}).get("trust_remote_code"):
         raise UsageError(
             f"the checkpoint {path} is of a model with its own Python code, which is not run unless you trust it. Read "
             "it, then set --model.model_kwargs.trust_remote_code=true, or in Python give load_from_checkpoint "
             "model_kwargs={'trust_remote_code': True}."
         )
+    return local
 
 
 def _unusable(path: _PATH, what: str) -> UsageError:

@@ -35,7 +35,7 @@ from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, check_asks_for_no_code, verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.contract import TEXT_ENCODING, callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -410,9 +410,9 @@ class SmartBatchCLI(LightningCLI):
             return
         if command in ("prepare", "report") and not Path(path).exists():
             return
-        verified_checkpoint(path)
         given = self.config
-        check_asks_for_no_code(path, given[command].model.get("init_args", {}).get("model_kwargs"))
+        model_kwargs = given[command].model.get("init_args", {}).get("model_kwargs") or {}
+        verified_checkpoint(path, trusts_code=model_kwargs.get("trust_remote_code", False))
         super()._parse_ckpt_path()
         saved = self.config
         if saved is given:

@@ -24,12 +24,7 @@ from torchmetrics import MetricCollection
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartbatch_lightning.checkpointing import (
-    AtomicCheckpointIO,
-    check_asks_for_no_code,
-    forget_objects,
-    verified_checkpoint,
-)
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
 from smartbatch_lightning.contract import (
     TEXT_ENCODING,
     TextData,
@@ -707,8 +702,8 @@ class SequenceClassifier(L.LightningModule):
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
         """
         if isinstance(checkpoint_path, str | Path):
-            checkpoint_path = verified_checkpoint(checkpoint_path)
-            check_asks_for_no_code(checkpoint_path, options.get("model_kwargs"))
+            trusts_code = (options.get("model_kwargs") or {}).get("trust_remote_code", False)
+            checkpoint_path = verified_checkpoint(checkpoint_path, trusts_code=trusts_code)
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
