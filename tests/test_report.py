@@ -14,6 +14,8 @@ from matplotlib.image import imread
 
 from smartbatch_lightning import SmartBatchDataModule, demo
 from smartbatch_lightning.console import echo, table_of
+from smartbatch_lightning.plots import as_png
+from smartbatch_lightning.report import figures
 from smartbatch_lightning.report.padding_report import PaddingReport
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -122,6 +124,11 @@ def test_of_very_many_classes_the_table_names_the_first(tmp_path: Path, minilm: 
     printed = capsys.readouterr().out
     assert "class 00 of thirty 2, class 01 of thirty 2, 28 more" in printed
     assert max(map(len, printed.splitlines())) <= 110
+
+
+def test_a_class_whose_name_looks_like_mathematics_is_drawn_as_it_is_written(tmp_path: Path) -> None:
+    as_png(figures.classes({"train": {r"$\frac{$": 30, "_b": 20}}), tmp_path / "classes.png")
+    assert imread(tmp_path / "classes.png")[..., :3].std() > 0.05
 
 
 @pytest.mark.parametrize("ranks", [0, -1])

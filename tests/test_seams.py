@@ -45,7 +45,7 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 # From the ground up: a room imports rooms of its own floor's line and below it, never above. Rooms of one line are apart.
 FLOORS = [
     ["errors"],
-    ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser"],
+    ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser", "plots"],
     ["batching", "demo", "checkpointing", "shards", "cache", "hub"],
     ["tasks"],
     ["contract"],

@@ -20,9 +20,9 @@ from smartbatch_lightning.data.collators import batch_lengths
 from smartbatch_lightning.data.texts import TextDataModule
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.evaluation.evaluation import Evaluation
-from smartbatch_lightning.evaluation.figures import drawing
 from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.models.classifier import SequenceClassifier
+from smartbatch_lightning.plots import drawing
 from smartbatch_lightning.storage import check_writable
 
 _STAGES = {TrainerFn.TESTING: "test", TrainerFn.VALIDATING: "val"}

@@ -156,7 +156,7 @@ class Evaluation:
         Raises:
             ValueError: The folder cannot be written.
         """
-        from smartbatch_lightning.evaluation.figures import as_png
+        from smartbatch_lightning.plots import as_png
 
         def write(tmp_folder: Path) -> None:
             tmp_folder.mkdir(parents=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from smartbatch_lightning.evaluation.figures import as_svg
+from smartbatch_lightning.plots import as_svg
 
 if TYPE_CHECKING:
     from smartbatch_lightning.evaluation.evaluation import Evaluation

@@ -138,12 +138,13 @@ class PaddingReport:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes `report.json` and a PNG for each figure; returns their paths."""
+        from smartbatch_lightning.plots import as_png
 
         def write(tmp_folder: Path) -> None:
             tmp_folder.mkdir(parents=True)
             (tmp_folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
             for name, figure in self.figures().items():
-                figure.savefig(tmp_folder / f"{name}.png", dpi=150)
+                as_png(figure, tmp_folder / f"{name}.png")
 
         return write_into(Path(folder), write)
 
