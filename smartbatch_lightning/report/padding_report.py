@@ -14,6 +14,7 @@ from smartbatch_lightning.batching.jitter import JitterPoint, measure_jitter
 from smartbatch_lightning.batching.planner import with_jitter
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
+from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.report import tables
 from smartbatch_lightning.report.measure import (
@@ -79,8 +80,8 @@ class PaddingReport:
         if is_lazy := data.tokenization == "lazy":
             data = copy(data)
             data.tokenization = "ahead"
-            data.prepare_data()
-            data.setup("fit")
+            table = data.token_table(data.splits[data.train_split])
+            data.train_data = TokenDataset(table, data.train_data.labels, data.train_data.rows)
         lengths = data.train_data.lengths
         ranks = min(ranks, len(lengths))
         operations = training_operations(data)
