@@ -49,11 +49,6 @@ class TextData:
     spec: BatchSpec = field(default_factory=BatchSpec)
     encoding: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def packed(self) -> bool:
-        """Whether batches are packed instead of padded."""
-        return self.spec.packed
-
 
 @dataclass(frozen=True)
 class TextModel:

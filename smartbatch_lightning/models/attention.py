@@ -105,7 +105,8 @@ def attention_forward(
     asked = {**options, "attention_mask": attention_mask}
     if met := [name for name in _NOT_PACKED if asked.get(name) is not None]:
         raise UsageError(
-            f"{type(layer).__name__} has {join_quoted(met)}, which attention in packed batches does not support"
+            f"{type(layer).__name__} has {join_quoted(met)}, which attention in packed batches does not support. Use "
+            "padded batches."
         )
     cu_seq_lens, max_lengths = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
     if tokens_read is None:

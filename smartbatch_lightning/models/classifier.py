@@ -61,7 +61,6 @@ from smartbatch_lightning.models.metrics import (
     Mode,
     Stage,
     StageMetrics,
-    find_monitored,
     name_in_first_set,
     summed_in_float32,
 )
@@ -369,7 +368,7 @@ class SequenceClassifier(L.LightningModule):
             setattr(self.model.config, TEXT_ENCODING, data.encoding)
             if self.hparams.get("architecture"):
                 self.hparams["architecture"][TEXT_ENCODING] = data.encoding
-        if data.packed:
+        if data.spec.packed:
             self._enable_packing()
 
     def _build(self) -> PreTrainedModel:
@@ -465,7 +464,7 @@ class SequenceClassifier(L.LightningModule):
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
         follow_rates(self.trainer)
         data = text_data_of(self._trainer)
-        if data and data.packed and self.model is not None and self.device.type == "cuda":
+        if data and data.spec.packed and self.model is not None and self.device.type == "cuda":
             capability = torch.cuda.get_device_capability(self.device)
             rank_zero_info(packed_attention(self._transformer, capability, str(self.trainer.precision)))
 
@@ -628,9 +627,22 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: There is no such metric, or its mode is unknown.
         """
-        metrics = self._make_metrics().metrics
-        first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
-        return find_monitored(metrics, self._validation_sets, first, name, mode, others=self._logs_others())
+        metrics, splits = self._make_metrics().metrics, self._validation_sets
+        higher_is_better = {"loss": False, **{str(key): metric.higher_is_better for key, metric in metrics.items()}}
+        suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
+        logged = {f"val_{metric}{suffix}": better for suffix in suffixes for metric, better in higher_is_better.items()}
+        if not name:
+            first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
+            name = name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
+        if name not in logged and not self._logs_others():
+            raise UsageError(
+                f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of "
+                "these."
+            )
+        better = logged.get(name)
+        if mode is None and better is None:
+            raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
+        return name, mode or ("max" if better else "min")
 
     @property
     def _validation_sets(self) -> Sequence[str]:

@@ -105,7 +105,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
     On a GPU, an id without a row in an embedding table would fail in a kernel assertion. Warns of a model whose results
     depend on the batch.
     """
-    if data.packed:
+    if data.spec.packed:
         check_packing(model)
     check_max_length(data.max_length, _longest_input(model))
     if model.config.model_type == "xmod" and model.config.default_language is None:

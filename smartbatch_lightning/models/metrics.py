@@ -1,4 +1,4 @@
-"""Loss and metrics of each stage and data set, updated with many batches at a time; and which one to monitor."""
+"""Loss and metrics of each stage and data set, updated with many batches at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,42 +151,3 @@ def check_logged(trainer: L.Trainer, monitor: str, who: str, remedy: str) -> Non
     if monitor not in trainer.callback_metrics:
         logged = join_quoted(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
         raise UsageError(f"{who} monitors {monitor!r}, but validation logs {logged or 'none'}. {remedy}")
-
-
-def find_monitored(
-    metrics: MetricCollection,
-    splits: Sequence[str],
-    first: str | None,
-    name: str | None,
-    mode: Mode | None,
-    *,
-    others: bool,
-) -> tuple[str, Mode]:
-    """The validation metric that decides which weights are best.
-
-    Args:
-        metrics: The logged metrics, apart from the loss.
-        splits: Names of the validation sets.
-        first: The metric to use if none is named; if it is not in `metrics`, the loss is used.
-        name: Logged name, such as `val_accuracy`.
-        mode: `min` or `max`; by default the metric's own.
-        others: Whether a subclass or a callback may log further metrics.
-
-    Returns:
-        Its name (with several validation sets, for the first one) and `min` or `max`.
-
-    Raises:
-        ValueError: There is no such metric, or its mode is unknown.
-    """
-    higher_is_better = {"loss": False, **{str(key): metric.higher_is_better for key, metric in metrics.items()}}
-    suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
-    logged = {f"val_{metric}{suffix}": better for suffix in suffixes for metric, better in higher_is_better.items()}
-    name = name or name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
-    if name not in logged and not others:
-        raise UsageError(
-            f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of these."
-        )
-    better = logged.get(name)
-    if mode is None and better is None:
-        raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
-    return name, mode or ("max" if better else "min")
