@@ -175,7 +175,7 @@ def _size(entry: Path) -> int:
 
 
 def _root(folder: str | None) -> Path:
-    return Path(folder).expanduser() if folder else cache_dir()
+    return Path(folder) if folder else cache_dir()
 
 
 def _bytes(size: str, name: str) -> int:

@@ -173,6 +173,13 @@ def test_a_file_whose_name_is_a_pattern_is_that_file(write) -> None:
     assert read(write("part[1].csv", as_csv(ROWS))) == ROWS
 
 
+def test_a_path_may_begin_with_the_home_folder(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("a/a.csv", as_csv(ROWS))
+    for dataset in ("~/a/a.csv", Path("~/a/a.csv"), ["~/a/a.csv"], {"train": "~/a/*.csv"}, "~/a"):
+        assert module(dataset).splits["train"]["text"][:] == [text for text, _ in ROWS]
+
+
 @HTTP
 def test_a_url_is_fetched(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)

@@ -75,7 +75,7 @@ def is_file_name(name: str) -> bool:
     """Whether a name is a URL, a pattern, or that of a file, by its extension or because the file exists."""
     if glob.has_magic(name) or _URL.match(name):
         return True
-    path = Path(name).expanduser()
+    path = Path(name)
     return path.is_file() or (not path.is_dir() and (ending_of(name) in FORMATS or _is_compressed(name)))
 
 
@@ -132,13 +132,13 @@ def _expanded(names: Sequence[str]) -> list[str]:
     """The files given by names and patterns; URLs and existing files are returned unchanged."""
     found: list[str] = []
     for name in map(_of_scheme, names):
-        path = Path(name).expanduser()
+        path = Path(name)
         if _URL.match(name):
             matching = _expanded_url(name) if glob.has_magic(urlsplit(name).path) else [name]
         elif path.is_file():
-            matching = [str(path)]
+            matching = [name]
         elif glob.has_magic(name):
-            matching = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            matching = sorted(match for match in glob.glob(name, recursive=True) if Path(match).is_file())
             if not matching:
                 raise UsageError(f"no file matches {name}. Set --data.dataset to existing files.")
         else:

@@ -38,13 +38,13 @@ _AS_YAML = (
 
 
 def plain_source(dataset: Any) -> Any:
-    """A name, files by split, or an object, with paths as strings.
+    """A name, files by split, or an object, with paths as strings, and `~` in them as the home folder.
 
     Raises:
         ValueError: It is none of these.
     """
     if isinstance(dataset, str | os.PathLike):
-        name = os.fspath(dataset)
+        name = os.path.expanduser(os.fspath(dataset))
         if not name or (_LIKE_YAML.fullmatch(name) and not Path(name).exists()):
             raise UsageError(f"dataset is {name!r}, which is neither a name nor a file. {_AS_YAML}")
         return name
@@ -53,7 +53,7 @@ def plain_source(dataset: Any) -> Any:
             raise UsageError(f"dataset is {dataset!r}. {_AS_YAML}")
         return {str(split): plain_source(value) for split, value in dataset.items()}
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(one, str | os.PathLike) for one in dataset):
-        return [os.fspath(one) for one in dataset]
+        return [os.path.expanduser(os.fspath(one)) for one in dataset]
     if not _is_table(dataset):
         raise UsageError(
             f"dataset is {_describe(dataset)}; give a name, files, a Dataset, a DatasetDict, a pandas or polars "
@@ -118,7 +118,7 @@ def read_dataset(
         dataset = demo.files()
     if isinstance(dataset, dict | list) or is_file_name(dataset):
         return read_files(dataset, labels, text_columns, options)
-    path = Path(dataset).expanduser()
+    path = Path(dataset)
     if path.is_absolute() and not path.exists():
         raise UsageError(f"the folder {dataset} does not exist. Set --data.dataset to a file, a folder or a Hub name.")
     name = str(path if path.name else path.resolve()) if path.is_dir() else dataset  # `datasets` needs a name
@@ -155,8 +155,7 @@ def _cannot_be_read(name: str, config: str | None, error: Exception) -> UsageErr
 
 def _is_saved(name: str) -> bool:
     """Whether a name is that of a folder written by `save_to_disk`."""
-    folder = Path(name).expanduser()
-    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+    return any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json"))
 
 
 def _read_found(
