@@ -14,6 +14,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.families import depends_on_width, end_token_read, pad_token_of, vocabulary_size
 from smartbatch_lightning.models.packing import can_be_tried, check_packing, logits_of
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
+from smartbatch_lightning.tasks.labels import other_labels_error
 from smartbatch_lightning.tasks.standardization import Standardization
 
 _FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tested
@@ -38,12 +39,7 @@ def check_labels(source: str, config: PretrainedConfig, label_names: list[str], 
         check_problem_type(config, task_fields["problem_type"])
     trained = label_names_from_config(config)
     if trained != label_names:
-        raise UsageError(
-            f"{source} classifies into {join_quoted(trained)}, but the data has {join_quoted(label_names)}. Use the "
-            "data it was trained for, or a checkpoint trained for these, loaded with "
-            "SequenceClassifier.load_from_checkpoint; where only the names differ, set --data.label_names to "
-            "the model's."
-        )
+        raise other_labels_error(source, trained, label_names)
     own, others = (Standardization.from_fields(fields) for fields in (config.to_dict(), task_fields))
     if own != others:
         raise UsageError(

@@ -143,12 +143,17 @@ class LabelEncoder:
             ValueError: The names differ.
         """
         if sorted(names) != sorted(self.names):
-            raise UsageError(
-                f"the model classifies into {join_quoted(names)}, but the data has {join_quoted(self.names)}. "
-                "Use the data it was trained for, or a checkpoint trained for these; where only the names differ, set "
-                "--data.label_names to the model's."
-            )
+            raise other_labels_error("the model", names, self.names)
         return replace(self, names=tuple(names))
+
+
+def other_labels_error(source: str, trained: Sequence[str], names: Sequence[str]) -> UsageError:
+    """The error for a model that was trained for other labels than those of the data."""
+    return UsageError(
+        f"{source} classifies into {join_quoted(trained)}, but the data has {join_quoted(names)}. Use the data it was "
+        "trained for, or a checkpoint trained for these, loaded with SequenceClassifier.load_from_checkpoint; where "
+        "only the names differ, set --data.label_names to the model's."
+    )
 
 
 def counted_by_ids(names: Sequence[str]) -> tuple[str, ...] | None:
