@@ -7,6 +7,8 @@ from transformers import AutoConfig
 
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.evaluation.classification import ClassificationResults
+from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.storage import check_writable
 from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, read_thresholds, write_thresholds
@@ -43,9 +45,6 @@ def evaluate(
     Raises:
         ValueError: The table lacks something that is needed, or the folder cannot be written.
     """
-    from smartbatch_lightning.evaluation.classification import ClassificationResults
-    from smartbatch_lightning.evaluation.evaluation import Evaluation
-
     if not predictions:
         raise UsageError("predictions is empty. Give a Parquet or CSV file written by predict.")
     check_writable(folder, "Set another --folder.")

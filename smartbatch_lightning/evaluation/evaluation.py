@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from smartbatch_lightning.console import echo, printable, table_of
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.evaluation import sections
 from smartbatch_lightning.evaluation.classification import ClassificationResults, classify
+from smartbatch_lightning.evaluation.page import page
 from smartbatch_lightning.evaluation.regression import RegressionResults, regress
 from smartbatch_lightning.evaluation.samples import Lengths
+from smartbatch_lightning.plots import as_png
 from smartbatch_lightning.storage import write_into
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification, Task
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, write_thresholds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MOST_ROWS, _MOST_MISTAKES, _LINES_OF_A_TEXT = 30, 3, 4  # in the terminal
 
@@ -127,7 +127,7 @@ class Evaluation:
             **self.results.to_dict(),
         }
 
-    def figures(self) -> "dict[str, Figure]":
+    def figures(self) -> dict[str, Figure]:
         """All figures, by name."""
         return {name: figure for section in self.sections for name, figure in section.figures.items()}
 
@@ -140,8 +140,6 @@ class Evaluation:
 
     def html(self) -> str:
         """A self-contained page with everything."""
-        from smartbatch_lightning.evaluation.page import page
-
         return page(self)
 
     def save(self, folder: str | Path, thresholds: Mapping[str, float] | None = None) -> list[Path]:
@@ -156,7 +154,6 @@ class Evaluation:
         Raises:
             ValueError: The folder cannot be written.
         """
-        from smartbatch_lightning.plots import as_png
 
         def write(tmp_folder: Path) -> None:
             tmp_folder.mkdir(parents=True)

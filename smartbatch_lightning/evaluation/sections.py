@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from matplotlib.figure import Figure
+
+from smartbatch_lightning.evaluation import figures
 from smartbatch_lightning.evaluation.calibration import Calibration
 from smartbatch_lightning.evaluation.classification import ClassificationResults, ClassResult
 from smartbatch_lightning.evaluation.regression import RegressionResults, TargetResult
 from smartbatch_lightning.evaluation.samples import Group, Lengths
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _MOST_TARGETS = 4  # with their own figures
 _OF_TARGETS = ("scatter", "residuals", "quantiles")
@@ -34,14 +33,12 @@ class Section:
 
     title: str
     rows: list[dict[str, str]] = field(default_factory=list)
-    figures: "dict[str, Figure]" = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
     note: str = ""
 
 
 def of_classification(results: ClassificationResults, several: bool, lengths: Lengths | None) -> list[Section]:
     """Sections for single-label or multi-label classification."""
-    from smartbatch_lightning.evaluation import figures
-
     names = [one.name for one in results.classes]
     sections = [
         Section(
@@ -99,8 +96,6 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
 
 def of_regression(results: RegressionResults, lengths: Lengths | None) -> list[Section]:
     """Sections for regression with one or more targets."""
-    from smartbatch_lightning.evaluation import figures
-
     sections = [Section("By target", [_target_row(one) for one in results.targets])]
     for one in results.targets[:_MOST_TARGETS]:
         labels, predictions = results.values[one.name]
@@ -170,8 +165,6 @@ def _target_row(one: TargetResult) -> dict[str, str]:
 
 
 def _by_length(groups: Sequence[Group], lengths: Lengths | None, value: str, *, share: bool) -> list[Section]:
-    from smartbatch_lightning.evaluation import figures
-
     if not groups or lengths is None:
         return []
     rows = [

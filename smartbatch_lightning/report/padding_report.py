@@ -5,9 +5,10 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from smartbatch_lightning.batching.jitter import JitterPoint, measure_jitter
@@ -16,7 +17,8 @@ from smartbatch_lightning.console import echo
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.data.tokens import TokenDataset
 from smartbatch_lightning.errors import UsageError, check_at_least
-from smartbatch_lightning.report import tables
+from smartbatch_lightning.plots import as_png
+from smartbatch_lightning.report import figures, tables
 from smartbatch_lightning.report.measure import (
     Split,
     Strategy,
@@ -26,9 +28,6 @@ from smartbatch_lightning.report.measure import (
     training_operations,
 )
 from smartbatch_lightning.storage import write_into
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -139,7 +138,6 @@ class PaddingReport:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes `report.json` and a PNG for each figure; returns their paths."""
-        from smartbatch_lightning.plots import as_png
 
         def write(tmp_folder: Path) -> None:
             tmp_folder.mkdir(parents=True)
@@ -149,10 +147,8 @@ class PaddingReport:
 
         return write_into(Path(folder), write)
 
-    def figures(self) -> "dict[str, Figure]":
+    def figures(self) -> dict[str, Figure]:
         """Figures of classes, lengths, tokens and widths."""
-        from smartbatch_lightning.report import figures
-
         computed = {one.name: one.tokens for one in self.strategies}
         return {
             "classes": figures.classes({split.name: split.classes for split in self.splits}),
