@@ -344,14 +344,12 @@ class SequenceClassifier(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds the model for the data's labels if there is none yet, and checks that it fits the data."""
-        made_elsewhere = self.model is not None
         if self.model is None:
             self.model = self._build()
+            self._store_architecture()
         if self.adapters is not None and self._strategy_loads:
             self.strict_loading = False  # checkpoints lack the pretrained weights
         self.match_data()
-        if not made_elsewhere:
-            self.hparams["architecture"] = json.loads(self.model.config.to_json_string(use_diff=False))
 
     def match_data(self) -> None:
         """Checks that the built model fits the data, and enables packed batches."""
@@ -366,10 +364,13 @@ class SequenceClassifier(L.LightningModule):
         check_inputs(self.model, data)
         if data.encoding and self.trainer.state.fn == TrainerFn.FITTING:
             setattr(self.model.config, TEXT_ENCODING, data.encoding)
-            if self.hparams.get("architecture"):
-                self.hparams["architecture"][TEXT_ENCODING] = data.encoding
         if data.spec.packed:
             self._enable_packing()
+        if self.hparams.get("architecture"):  # not of a model that a subclass has made
+            self._store_architecture()
+
+    def _store_architecture(self) -> None:
+        self.hparams["architecture"] = json.loads(self._transformer.config.to_json_string(use_diff=False))
 
     def _build(self) -> PreTrainedModel:
         model, fresh = self._load_model()
