@@ -59,7 +59,6 @@ class TextModel:
         tokenizer_kwargs: The model's options that also apply to its tokenizer, such as `revision`.
         config: Its configuration.
         trained_config: The same if the model was trained to classify, else None.
-        is_demo: Whether it is the built-in demo's model, which knows few words.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
         check: Refuses data that does not fit, such as with other classes than its head or its loss weights have.
         sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
@@ -70,7 +69,6 @@ class TextModel:
     tokenizer_kwargs: dict[str, Any]
     config: PretrainedConfig
     trained_config: PretrainedConfig | None
-    is_demo: bool
     trained_on: dict[str, Any] | None = None
     check: Callable[["TextData"], None] = lambda data: None
     sample_weights: Callable[[Tensor], Tensor | None] = lambda labels: None

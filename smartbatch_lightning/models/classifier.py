@@ -807,7 +807,6 @@ class SequenceClassifier(L.LightningModule):
             tokenizer_kwargs=self._source.location,
             config=config,
             trained_config=config if own is not None or is_fine_tuned(config) else None,
-            is_demo=self.pretrained == "demo",
             trained_on=self._trained_on,
             check=self._check_text_data,
             sample_weights=lambda labels: self.task.sample_weights(labels),
