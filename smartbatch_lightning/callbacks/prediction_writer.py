@@ -26,7 +26,7 @@ from smartbatch_lightning.errors import UsageError, did_you_mean_columns, join_q
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.shards import TableShards
 from smartbatch_lightning.storage import check_writable
-from smartbatch_lightning.tasks.thresholds import load_thresholds, read_thresholds
+from smartbatch_lightning.tasks.thresholds import read_thresholds
 
 _REMEDY = "Give another --predictions.path, or overwrite it with --predictions.overwrite=true."
 
@@ -90,7 +90,7 @@ class PredictionWriter(BasePredictionWriter):
         if self.path.exists() and not self.overwrite:
             raise UsageError(f"{self.path} already exists. {_REMEDY}")
         if self.thresholds is not None:
-            load_thresholds(self.thresholds)
+            read_thresholds(self.thresholds)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what could not be written, before anything is predicted.

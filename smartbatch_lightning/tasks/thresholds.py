@@ -12,14 +12,16 @@ from smartbatch_lightning.tasks.task import Task
 THRESHOLDS_FILE = "thresholds.json"
 
 
-def load_thresholds(path: str | Path) -> dict[str, float]:
-    """Reads thresholds by label, of any task.
+def read_thresholds(path: str | Path, task: Task | None = None) -> dict[str, float]:
+    """Reads thresholds by label.
 
     Args:
         path: The file, or a folder with a `thresholds.json`.
+        task: The task whose labels they are for; None if it is not known yet.
 
     Raises:
-        ValueError: The file cannot be read, or has a value not in [0, 1].
+        ValueError: The file cannot be read, has a value not in [0, 1], or a label to which the task applies no
+            threshold.
     """
     path = Path(path) / THRESHOLDS_FILE if Path(path).is_dir() else Path(path)
     try:
@@ -36,28 +38,13 @@ def load_thresholds(path: str | Path) -> dict[str, float]:
             raise UsageError(
                 f"the thresholds {path} have {value!r} for {join_quoted([name])}; give a number from 0 to 1."
             )
-    return {name: float(value) for name, value in thresholds.items()}
-
-
-def read_thresholds(path: str | Path, task: Task) -> dict[str, float]:
-    """Reads thresholds by label for a task.
-
-    Args:
-        path: The file, or a folder with a `thresholds.json`.
-        task: The task whose labels they are for.
-
-    Raises:
-        ValueError: The file cannot be read, has a value not in [0, 1], or a label to which the task applies no
-            threshold.
-    """
-    thresholds = load_thresholds(path)
-    names = task.names_with_threshold
+    names = [*thresholds] if task is None else task.names_with_threshold
     if unknown := [name for name in thresholds if name not in names]:
         known = "only to several labels or the second of two classes. Leave thresholds out"
         if names:
             known = f"here to {join_quoted(names)}. Remove the others from the file, or give another file"
         raise UsageError(f"the thresholds {path} are for {join_quoted(unknown)}, but thresholds apply {known}.")
-    return thresholds
+    return {name: float(value) for name, value in thresholds.items()}
 
 
 def write_thresholds(thresholds: Mapping[str, float], path: Path) -> None:
