@@ -116,6 +116,21 @@ def test_a_way_for_which_the_budget_has_no_room_is_left_out_and_test_labels_may_
     report.show()
 
 
+def test_a_budget_that_only_packed_batches_fit_into_is_reported_without_widths(tmp_path: Path) -> None:
+    long = " ".join(["dull"] * 18)  # two windows of 16 tokens at most, 32 with padding
+    (tmp_path / "train.csv").write_text("text,label\n" + f"fine,1\n{long},0\n" * 20)
+    data = SmartBatchDataModule(
+        str(tmp_path / "train.csv"), str(demo.model_dir()), validation_split=None, max_length=16,
+        truncation="windows", stride=0, padding="packed", max_tokens_per_batch=24,
+    )  # fmt: skip
+    report = PaddingReport.from_datamodule(data)
+    assert {one.padding for one in report.strategies} == {"packed"}
+    assert report.lengths.max() == 18 + 2 * 2
+    assert {path.name for path in report.save(tmp_path / "told")} == {
+        "report.json", "classes.png", "lengths.png", "tokens.png",
+    }  # fmt: skip
+
+
 def test_of_very_many_classes_the_table_names_the_first(tmp_path: Path, minilm: str, capsys) -> None:
     rows = [f"a film,class {number:02} of thirty" for number in range(30)] * 2
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n")

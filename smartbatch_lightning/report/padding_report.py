@@ -145,17 +145,19 @@ class PaddingReport:
             for name, figure in self.figures().items():
                 as_png(figure, tmp_folder / f"{name}.png")
 
-        return write_into(Path(folder), write)
+        return write_into(Path(folder), write, ["widths.png"])
 
     def figures(self) -> dict[str, Figure]:
         """Figures of classes, lengths, tokens and widths."""
         computed = {one.name: one.tokens for one in self.strategies}
-        return {
+        drawn = {
             "classes": figures.classes({split.name: split.classes for split in self.splits}),
             "lengths": figures.lengths(self.lengths, self.max_length),
             "tokens": figures.tokens(computed, int(self.lengths.sum())),
-            "widths": figures.widths(self.widths, self.max_length),
         }
+        if self.widths:  # none if the token budget is too small for padded batches
+            drawn["widths"] = figures.widths(self.widths, self.max_length)
+        return drawn
 
 
 def _examples(data: SmartBatchDataModule) -> list[tuple[str, str]]:
