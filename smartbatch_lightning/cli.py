@@ -41,7 +41,7 @@ from smartbatch_lightning.contract import TEXT_ENCODING, callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
 from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
-from smartbatch_lightning.export import check_exportable, export_model
+from smartbatch_lightning.export import check_exportable
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
@@ -187,17 +187,8 @@ class SmartBatchTrainer(L.Trainer):
             )
         model.load_state_dict(checkpoint["state_dict"])
         command = checkpoint.get("callbacks", {}).get(TrainingMonitor.__qualname__, {}).get("command")
-        export_model(
-            model,
-            datamodule,
-            folder,
-            metrics_in(checkpoint),
-            command,
-            adapter=adapter,
-            push_to_hub=push_to_hub,
-            private=private,
-            commit_message=commit_message,
-        )
+        export = ModelExport(folder, adapter, push_to_hub, private, commit_message)
+        export.write(model, datamodule, metrics_in(checkpoint), command)
 
 
 def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import lightning as L
 import torch
@@ -72,27 +71,33 @@ class ModelExport(Callback):
             return
         assert isinstance(pl_module, SequenceClassifier)  # checked in on_fit_start
         assert isinstance(datamodule, SmartBatchDataModule)
-        export = partial(
-            export_model,
-            pl_module,
-            datamodule,
-            self.folder,
-            command=command_line(),
-            adapter=self.adapter,
-            push_to_hub=self.push_to_hub,
-            private=self.private,
-            commit_message=self.commit_message,
-        )
         if (best := _best_path(trainer)) is not None:
             checkpoint = torch.load(verified_checkpoint(best), map_location="cpu", weights_only=True)
             with _weights(pl_module, checkpoint["state_dict"]):
-                export(metrics_in(checkpoint))
+                self.write(pl_module, datamodule, metrics_in(checkpoint), command_line())
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         for monitor in callbacks_of(trainer, TrainingMonitor):
             if not metrics and monitor.epochs:
                 metrics = monitor.epochs[-1][1]  # if a finished run was started again
-        export(metrics)
+        self.write(pl_module, datamodule, metrics, command_line())
+
+    def write(
+        self, model: SequenceClassifier, data: SmartBatchDataModule, metrics: dict[str, float], command: str | None
+    ) -> None:
+        """Exports a model with these metrics, trained by this command, to the folder and to the Hub if requested."""
+        assert self.folder is not None
+        export_model(
+            model,
+            data,
+            self.folder,
+            metrics,
+            command,
+            adapter=self.adapter,
+            push_to_hub=self.push_to_hub,
+            private=self.private,
+            commit_message=self.commit_message,
+        )
 
 
 def _best_path(trainer: L.Trainer) -> str | None:
