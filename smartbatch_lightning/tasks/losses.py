@@ -45,18 +45,8 @@ class LossOptions:
         if not 0 <= self.focal_gamma < math.inf:
             raise UsageError(f"focal_gamma is {self.focal_gamma}; give a number that is 0 or more, such as 2.")
         for argument, weights in (("class_weights", self.class_weights), ("pos_weight", self.pos_weight)):
-            if isinstance(weights, str) and weights != "balanced":
-                raise UsageError(f"{argument} is {weights!r}; give 'balanced', or numbers by name.")
-            if isinstance(weights, Sequence) and not isinstance(weights, str):
-                raise UsageError(f"{argument} is the list {weights!r}; give numbers by name, such as {{rare: 5.0}}.")
-            numbers: dict[Any, Any] = {"all labels": weights}
-            if isinstance(weights, Mapping):
-                numbers = dict(weights)
-            if len(set(map(str, numbers))) < len(numbers):  # since YAML distinguishes the names 1 and "1"
-                raise UsageError(f"{argument} has a name twice: {join_quoted(numbers)}. Give each once.")
-            for name, number in numbers.items() if weights not in (None, "balanced") else ():
-                if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                    raise UsageError(f"{argument} is {number!r} for {name}; give a number above 0.")
+            if weights not in (None, "balanced"):
+                _check_weights(argument, weights)
 
     @property
     def to_balance(self) -> list[str]:
@@ -184,6 +174,19 @@ def check_shape(labels: Tensor, expected: torch.Size) -> None:
             f"the batch's labels have the shape {tuple(labels.shape)}, but the loss of these logits takes "
             f"{tuple(expected)}. Give labels of that shape."
         )
+
+
+def _check_weights(argument: str, weights: Any) -> None:
+    if isinstance(weights, str):
+        raise UsageError(f"{argument} is {weights!r}; give 'balanced', or numbers by name.")
+    if isinstance(weights, Sequence):
+        raise UsageError(f"{argument} is the list {weights!r}; give numbers by name, such as {{rare: 5.0}}.")
+    numbers = weights if isinstance(weights, Mapping) else {"all labels": weights}
+    if len(set(map(str, numbers))) < len(numbers):  # since YAML distinguishes the names 1 and "1"
+        raise UsageError(f"{argument} has a name twice: {join_quoted(numbers)}. Give each once.")
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+            raise UsageError(f"{argument} is {number!r} for {name}; give a number above 0.")
 
 
 def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[float, ...] | None:
