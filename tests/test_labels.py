@@ -289,3 +289,20 @@ def test_one_data_module_serves_models_of_two_vocabularies(minilm: str, tmp_path
         run.fit(SequenceClassifier(name), data)
         assert data.tokenizer.vocab_size == run.lightning_module.model.config.vocab_size
     assert seen[0].tolist() == seen[2].tolist() != seen[1].tolist()
+
+
+@pytest.mark.slow
+def test_what_is_learnt_is_logged_once_also_if_a_run_adopts_the_seed_of_its_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged = []
+    for number in range(2):
+        torch.manual_seed(number)
+        data, run = SmartBatchDataModule(max_length=16), trainer(tmp_path, max_steps=1 + number)
+        with caplog.at_level("INFO"):
+            run.fit(SequenceClassifier(), data, ckpt_path=tmp_path / "first.ckpt" if number else None)
+        run.save_checkpoint(tmp_path / "first.ckpt")
+        logged.append(caplog.text.count("Learning 2 classes"))
+        caplog.clear()
+    assert data.seed == 0
+    assert logged == [1, 1]

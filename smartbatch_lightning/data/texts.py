@@ -332,6 +332,8 @@ class TextDataModule(L.LightningDataModule):
             check_not_blank(self._split(self.train_split), self.text_columns, self.train_split)
             if (model := self._load().model) is not None and (data := text_data_of(self.trainer)) is not None:
                 model.check(data)
+            if self.task is not None:
+                rank_zero_info(f"Learning {self.task.description}.")
         for dataset in datasets:
             self.token_table(dataset)
 
@@ -350,8 +352,6 @@ class TextDataModule(L.LightningDataModule):
             self.test_data = [self._labelled(split) for split in self._names.tested]
         elif stage == "predict":
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
-        if stage == "fit" and self.task is not None:
-            rank_zero_info(f"Learning {self.task.description}.")
         self._tell_of_other_truncation(encoding_of(self._load().model))
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
