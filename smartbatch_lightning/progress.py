@@ -171,19 +171,19 @@ def place_schedules(trainer: L.Trainer) -> None:
     """
     if math.isinf(total_steps(trainer)):
         return
-    position = trained_steps(trainer)
+    step = trained_steps(trainer)
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         by_step = config.interval == "step" and config.frequency == 1 and not config.reduce_on_plateau
-        if not by_step or scheduler.last_epoch == position:
+        if not by_step or scheduler.last_epoch == step:
             continue
         if not isinstance(scheduler, LambdaLR):
             raise UsageError(
                 f"the checkpoint's {type(scheduler).__name__} is at step {scheduler.last_epoch}, but training is at "
-                f"step {position}, since ranks, accumulation or limits have changed. Restore them, use a LambdaLR, or "
+                f"step {step}, since ranks, accumulation or limits have changed. Restore them, use a LambdaLR, or "
                 "create the schedule in SequenceClassifier.configure_scheduler."
             )
-        advance_schedule(scheduler, position)
+        advance_schedule(scheduler, step)
 
 
 def restore_loaders(trainer: L.Trainer) -> None:

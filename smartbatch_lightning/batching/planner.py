@@ -42,7 +42,7 @@ def plan_epoch(
     Raises:
         ValueError: A length is below 1 or above the token budget, or there are too few samples for so many ranks.
     """
-    checked = check_lengths(lengths)
+    checked = as_lengths(lengths)
     if num_replicas < 1:
         raise UsageError(f"num_replicas is {num_replicas}; give the number of ranks, 1 or more.")
     if len(checked) < num_replicas:
@@ -69,7 +69,7 @@ def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replic
     Raises:
         ValueError: As for `plan_epoch`.
     """
-    checked = check_lengths(lengths)
+    checked = as_lengths(lengths)
     order, offsets = np.empty(len(checked), np.int64), [np.zeros(1, np.int64)]
     for first, end in pairwise(window_offsets(len(checked), window).tolist()):
         plan = plan_epoch(checked[first:end], spec, num_replicas=num_replicas, shuffle=False)
@@ -93,7 +93,7 @@ def with_jitter(spec: BatchSpec, lengths: NDArray[np.integer]) -> BatchSpec:
     return replace(spec, jitter=choose_jitter(lengths, spec)) if spec.jitter == "auto" else spec
 
 
-def check_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
+def as_lengths(lengths: ArrayLike) -> NDArray[np.integer]:
     """The lengths as an array, if they can be planned.
 
     Raises:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from smartbatch_lightning.batching import BatchPlan, BatchSpec, plan_epoch
-from smartbatch_lightning.batching.planner import check_lengths, plan_windows, window_offsets, with_jitter
+from smartbatch_lightning.batching.planner import as_lengths, plan_windows, window_offsets, with_jitter
 from smartbatch_lightning.errors import UsageError
 
 _DEFAULT = BatchSpec()
@@ -48,7 +48,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         num_replicas: int | None = None,
         rank: int | None = None,
     ) -> None:
-        self.lengths = check_lengths(lengths)
+        self.lengths = as_lengths(lengths)
         self.spec = with_jitter(spec, self.lengths) if shuffle else spec
         self.shuffle = shuffle
         self._given_ranks = (num_replicas, rank)

@@ -40,7 +40,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class StrategyCost:
     """The cost of a combination of batching and padding, for an epoch.
 
     Attributes:
@@ -86,7 +86,7 @@ def measure_strategy(
     ranks: int,
     operations: tuple[float, float],
     planned: NDArray[np.integer],
-) -> tuple[Strategy, BatchPlan]:
+) -> tuple[StrategyCost, BatchPlan]:
     """Plans two epochs, and one for several ranks, and computes their cost.
 
     Args:
@@ -120,7 +120,7 @@ def measure_strategy(
     computed = int(tokens.sum())
     fixed = int(rows.sum()) * data.max_length
     fixed_operations = fixed * (per_token + per_pair * data.max_length)
-    strategy = Strategy(
+    strategy = StrategyCost(
         batching=spec.batching,
         padding=spec.padding,
         batches=len(plan),

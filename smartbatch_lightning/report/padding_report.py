@@ -21,7 +21,7 @@ from smartbatch_lightning.plots import as_png
 from smartbatch_lightning.report import figures, tables
 from smartbatch_lightning.report.measure import (
     Split,
-    Strategy,
+    StrategyCost,
     combinations,
     measure_splits,
     measure_strategy,
@@ -51,7 +51,7 @@ class PaddingReport:
     """
 
     splits: list[Split]
-    strategies: list[Strategy]
+    strategies: list[StrategyCost]
     examples: list[tuple[str, str]]
     lengths: NDArray[np.integer]
     widths: dict[str, NDArray[np.int64]]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from smartbatch_lightning.batching.jitter import JitterPoint
 from smartbatch_lightning.console import table_of
-from smartbatch_lightning.report.measure import Split, Strategy
+from smartbatch_lightning.report.measure import Split, StrategyCost
 
 _LINES_OF_A_TEXT = 5
 _WIDTH_OF_TEXT = 78
@@ -44,7 +44,7 @@ def splits(of: Sequence[Split], max_length: int) -> Table:
     )
 
 
-def strategies(of: Sequence[Strategy], ranks: int) -> Table:
+def strategies(of: Sequence[StrategyCost], ranks: int) -> Table:
     """Cost of each strategy; `STRATEGIES_LEGEND` explains the columns."""
     return table_of(
         [
