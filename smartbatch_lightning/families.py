@@ -6,6 +6,7 @@ Nearly everything is derived from the configuration. What depends on the family'
 import inspect
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
 from smartbatch_lightning.errors import UsageError
@@ -75,6 +76,11 @@ def takes_token_types(config: PretrainedConfig) -> bool:
     return "token_type_ids" in inspect.signature(model_class.forward).parameters
 
 
+def token_types(config: PretrainedConfig) -> int | None:
+    """Number of token types for which a model has embeddings; None if it has no table of them."""
+    return getattr(config, "type_vocab_size", None) or None
+
+
 def end_token_read(config: PretrainedConfig) -> int | None:
     """The end token whose last occurrence the head reads, and of which all samples need the same number; else None.
 
@@ -119,6 +125,19 @@ def drop_caches(config: PretrainedConfig) -> None:
         for part in (config, config.get_text_config()):
             if getattr(part, name, False):
                 setattr(part, name, False)
+
+
+def drop_chunks(config: PretrainedConfig) -> None:
+    """Makes layers compute all tokens at once, with the same result; chunks would have to divide the width of a batch.
+
+    In training, activations are stored in any case, so that chunks would save little memory.
+    """
+    if getattr(config, "chunk_size_feed_forward", None):
+        rank_zero_info(
+            f"chunk_size_feed_forward is {config.chunk_size_feed_forward} and is set to 0, since not all batches can "
+            "be divided into such chunks. The result is the same; --model.gradient_checkpointing=true saves memory."
+        )
+        config.chunk_size_feed_forward = 0
 
 
 def check_has_head(config: PretrainedConfig) -> None:

@@ -25,7 +25,6 @@ from smartbatch_lightning.data.tokenizers import check_tokenizer, check_tokens, 
 from smartbatch_lightning.data.tokens import TokenDataset, TokenTable
 from smartbatch_lightning.data.truncation import Truncation
 from smartbatch_lightning.errors import QUOTE_NAMES, UsageError, join_quoted
-from smartbatch_lightning.families import end_token_read
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.storage import cache_dir
 from smartbatch_lightning.tasks import Regression, Task
@@ -312,8 +311,8 @@ class TextDataModule(L.LightningDataModule):
                 f"tokenize gave {len(table)} rows for {len(dataset)} samples; give a list of ids for each sample."
             )
         model = self._load().model
-        end_token = None if model is None else end_token_read(model.config)
-        table.check(partial(check_tokens, encoder=self.text_encoder, end_token=end_token))
+        config = None if model is None else model.config
+        table.check(partial(check_tokens, encoder=self.text_encoder, config=config))
         return table
 
     # --- Lightning's hooks ---

@@ -13,7 +13,13 @@ from smartbatch_lightning.contract import TextModel
 from smartbatch_lightning.data.encoding import TextEncoder, tokenized_sample
 from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
-from smartbatch_lightning.families import end_token_read, pad_token_id, padding_side, takes_token_types
+from smartbatch_lightning.families import (
+    end_token_read,
+    pad_token_id,
+    padding_side,
+    takes_token_types,
+    token_types,
+)
 from smartbatch_lightning.hub import hub_or_cache
 
 _FEWEST_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
@@ -155,17 +161,20 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: Mapping[str, An
         )
 
 
-def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, end_token: int | None) -> None:
+def check_tokens(
+    table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, config: PretrainedConfig | None
+) -> None:
     """Refuses samples that the model does not take.
 
     Args:
         table: The samples.
         rows: Their row numbers, for messages.
         encoder: The encoder whose tokenizer, `max_length` and truncation they have to fit.
-        end_token: Token that the model's head reads, and of which it needs the same number in all samples.
+        config: The model's configuration; None without a model.
 
     Raises:
-        ValueError: A sample has too many tokens, an id is not the tokenizer's, or end tokens are missing or too many.
+        ValueError: A sample has too many tokens, an id is not the tokenizer's, a token type not the model's, or end
+            tokens that the model's head reads are missing or too many.
     """
     longest = int(table.lengths.max(initial=0))
     if longest > encoder.max_length and not encoder.truncation.pooling:
@@ -173,8 +182,8 @@ def check_tokens(table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder
             f"tokenize gave {longest} tokens for row {rows[int(table.lengths.argmax())]}, more than max_length, "
             f"{encoder.max_length}. Cut them, or set --data.max_length."
         )
-    table.check_ids(encoder.vocabulary_size)
-    if end_token is not None:
+    table.check_ids(encoder.vocabulary_size, None if config is None else token_types(config))
+    if config is not None and (end_token := end_token_read(config)) is not None:
         check_end_tokens(table, rows, encoder.tokenizer, end_token, -(-table.lengths // encoder.max_length))
 
 

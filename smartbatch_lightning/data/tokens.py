@@ -109,11 +109,15 @@ class TokenTable:
         """Runs a check on the token ids of all samples."""
         check(self, range(len(self)))
 
-    def check_ids(self, vocabulary_size: int) -> None:
-        """Refuses ids for which a model has no embedding.
+    def check_ids(self, vocabulary_size: int, token_types: int | None) -> None:
+        """Refuses ids and token types for which a model has no embedding.
+
+        Args:
+            vocabulary_size: The number of tokens.
+            token_types: The number of token types; None if any are taken.
 
         Raises:
-            ValueError: An id is negative, or not below the size of the vocabulary.
+            ValueError: An id or a type is negative, or not below its number.
         """
         for block in self._blocks:
             ids = block["input_ids"].flat
@@ -121,6 +125,13 @@ class TokenTable:
                 raise UsageError(
                     f"tokenize gave ids from {ids.min()} to {ids.max()}, but the tokenizer has {vocabulary_size:,} "
                     "tokens. Give the data module the tokenizer that made the ids."
+                )
+            types = block["token_type_ids"].flat if token_types and "token_type_ids" in block else ids[:0]
+            if types.size and (types.min() < 0 or types.max() >= token_types):
+                raise UsageError(
+                    f"samples have token types from {types.min()} to {types.max()}, but the model's type_vocab_size is "
+                    f"{token_types}. Give the data module the model's own tokenizer, or have tokenize return only "
+                    "input_ids."
                 )
 
     def counts(self, token: int) -> NDArray[np.int64]:
