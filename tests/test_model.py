@@ -567,8 +567,13 @@ def test_weights_that_are_not_whole_or_do_not_fit_are_refused_in_one_line(
         ),
         (
             {},
-            {"device_map": "cpu"},
-            "has 'device_map', which the configuration .* none of 'revision', .*or leave it out",
+            {"low_cpu_mem_usage": True},
+            "has 'low_cpu_mem_usage', which the configuration .* none of 'revision', .*or leave it out",
+        ),
+        (
+            {},
+            {"device_map": "auto"},
+            "has 'device_map', but the Trainer places the model on devices. Leave .*--trainer",
         ),
         ({}, {"torch_dtype": "bfloat16"}, "'torch_dtype', which transformers now calls dtype. Rename it"),
         ({}, {"id2label": {0: "no", 1: "yes"}}, "has 'id2label', but the classes are those of the data.*label_names"),
@@ -581,6 +586,27 @@ def test_a_configuration_that_cannot_be_used_is_refused_in_one_line(
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(UsageError, match=message):
         SequenceClassifier(str(path.parent), num_labels=2, model_kwargs=model_kwargs).configure_model()
+
+
+@pytest.mark.parametrize("adapted", [False, slow(True)])
+def test_the_weights_of_a_variant_are_loaded_and_its_checkpoint_is_too(
+    adapted: bool, data, base: str, tmp_path: Path
+) -> None:
+    folder = copied(base, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    doubled = {name: weight * 2 for name, weight in weights.items()}
+    save_file(doubled, folder / "model.fp16.safetensors", metadata={"format": "pt"})
+    options = {"peft_config": {"peft_type": "LORA"}} if adapted else {}
+    kwargs = {"variant": "fp16", "use_safetensors": True}
+    model = SequenceClassifier(str(folder), learning_rate=0.0, model_kwargs=kwargs, **options)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    word = "embeddings.word_embeddings.weight"
+    assert torch.equal(model.model.bert.get_parameter(word), doubled[word])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = SequenceClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    for one, other in zip(run.predict(model, data), run.predict(again, data), strict=True):
+        torch.testing.assert_close(one["probabilities"], other["probabilities"])
 
 
 def test_a_checkpoint_is_loaded_whatever_its_model_was_told_to_return(data, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from xxhash import xxh3_64
 
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
@@ -151,6 +152,11 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
             config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
             config.exclude_modules = _odd_linear_layers(model) or None
+            if not any(isinstance(module, nn.Linear | Conv1D) for module in model.base_model.modules()):
+                raise UsageError(
+                    f"{type(model).__name__} has no linear layers to which adapters could be added. Leave peft_config "
+                    "out, or set its target_modules to other layers."
+                )
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if unknown := [name for name in config.modules_to_save or [] if name.rpartition(".")[2] not in modules]:
         raise UsageError(

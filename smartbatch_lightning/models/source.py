@@ -16,10 +16,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
-from smartbatch_lightning.families import check_has_head, drop_caches
+from smartbatch_lightning.families import check_has_head, drop_caches, drop_chunks, setting
 from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.models.compatibility import adopt_tokenizer, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
@@ -31,6 +32,8 @@ from smartbatch_lightning.tasks.standardization import Standardization
 # Options of `from_pretrained` that say where a model, and thus its tokenizer, is found.
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 _NOT_IN_CONFIG = ("attn_implementation", "dtype", "quantization_config")
+_WHICH_FILES = ("use_safetensors", "variant")  # options for pretrained weights
+_PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "tp_size", "device_mesh")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class ModelSource:
         check_has_head(config)
         adopt_tokenizer(config, tokenizer)  # before the model is built, since embeddings also use the padding token
         drop_caches(config)
+        drop_chunks(config)
         if task is not None:
             self.check_classes(num_labels, task, config)
             knows_targets = is_fine_tuned(config) and label_names_from_config(config) == task.label_names
@@ -160,16 +164,18 @@ class ModelSource:
 
     def _model_for_checkpoint(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[PreTrainedModel, set[str]]:
         """The checkpoint's model before its weights are loaded, with changes from `model_kwargs`, such as dropout."""
+        self._check_options()
         config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        fixed = (*_WHERE, *_NOT_IN_CONFIG, "problem_type")  # a checkpoint always has the last one
+        fixed = (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG, "problem_type")  # a checkpoint always has the last one
         changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
         config.update(changed)
         adopt_tokenizer(config, tokenizer)
         drop_caches(config)
+        drop_chunks(config)
         if not self.adapted:
             if str(self.pretrained) not in ("demo", made_from := config.name_or_path):
                 rank_zero_warn(
@@ -189,7 +195,8 @@ class ModelSource:
             )
         return self._pretrained_model(config)
 
-    def _pretrained_config(self) -> PretrainedConfig:
+    def _check_options(self) -> None:
+        """Refuses options that belong to the data or the Trainer, or that transformers has renamed."""
         if of_data := sorted({"num_labels", "id2label", "label2id"} & self.model_kwargs.keys()):
             raise UsageError(
                 f"model_kwargs has {join_quoted(of_data)}, but the classes are those of the data. Leave that out; to "
@@ -197,7 +204,16 @@ class ModelSource:
             )
         if "torch_dtype" in self.model_kwargs:
             raise UsageError("model_kwargs has 'torch_dtype', which transformers now calls dtype. Rename it.")
-        options = {option: value for option, value in self.model_kwargs.items() if option not in _NOT_IN_CONFIG}
+        if placing := [name for name in _PLACEMENT if name in self.model_kwargs]:
+            raise UsageError(
+                f"model_kwargs has {join_quoted(placing)}, but the Trainer places the model on devices. Leave that "
+                "out, and set --trainer.accelerator, --trainer.devices or --trainer.strategy."
+            )
+
+    def _pretrained_config(self) -> PretrainedConfig:
+        self._check_options()
+        not_in_config = (*_NOT_IN_CONFIG, *_WHICH_FILES)
+        options = {option: value for option, value in self.model_kwargs.items() if option not in not_in_config}
         try:
             with hub_or_cache(self._path):
                 config, unknown = AutoConfig.from_pretrained(
@@ -223,10 +239,18 @@ class ModelSource:
         if unknown := set(unknown) - set(_WHERE):
             raise _unknown_options(unknown, repr(self.pretrained))
         assert isinstance(config, PretrainedConfig)
+        quantization = setting(config, "quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method is not None and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
+            raise UsageError(  # transformers would load the weights as if they were not quantized
+                f"the configuration of {self.pretrained!r} has quantization_config with the quant_method {method!r}, "
+                f"which transformers {version('transformers')} does not know. Upgrade transformers; or choose a model "
+                "with weights that are not quantized."
+            )
         return config
 
     def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-        passed = (*_WHERE, *_NOT_IN_CONFIG)
+        passed = (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG)
         options = {option: value for option, value in self.model_kwargs.items() if option in passed}
         how = f" with model_kwargs {self.model_kwargs}" if self.model_kwargs else ""
         correct = "Correct these, or check" if self.model_kwargs else "Check"
@@ -247,10 +271,10 @@ class ModelSource:
             ) from error
         except Exception as error:  # reading the files and passing the options may raise anything
             check_trusted(self.pretrained, error)
-            raise UsageError(
-                f"{self._path!r} cannot be loaded{how}: {root_cause_message(error)} {correct} that its files are "
-                "complete and of one model."
-            ) from error
+            remedy = f"{correct} that its files are complete and of one model."
+            if isinstance(error, ImportError):  # such as that of a package for quantized weights
+                remedy = "Install it; or choose a model that does not need it."
+            raise UsageError(f"{self._path!r} cannot be loaded{how}: {root_cause_message(error)} {remedy}") from error
         mismatched = {name for name, *_ in found["mismatched_keys"]}
         if misfits := sorted(name for name in mismatched if name.startswith(f"{model.base_model_prefix}.")):
             raise UsageError(
@@ -293,7 +317,8 @@ def _inside_layers(model: PreTrainedModel, names: Collection[str]) -> list[str]:
 
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:
+    known = ", ".join(map(repr, (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG)))
     return UsageError(
         f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know, and which is "
-        f"none of {join_quoted((*_WHERE, *_NOT_IN_CONFIG))}. Correct the name, or leave it out."
+        f"none of {known}. Correct the name, or leave it out."
     )
