@@ -23,6 +23,7 @@ from transformers import (
     MistralConfig,
     ModernBertConfig,
     MPNetConfig,
+    OPTConfig,
     RobertaConfig,
     StableLmConfig,
     XLMRobertaConfig,
@@ -337,6 +338,22 @@ def test_a_last_layer_for_the_tokens_that_are_read_gives_the_logits_and_gradient
         scale = max(gradient.norm() for gradient in wanted.values())
         assert all((got[name] - wanted[name]).norm() < 1e-6 * scale for name in wanted)
     assert actual.hidden_states[-1].shape == expected.hidden_states[-1].shape
+
+
+@pytest.mark.parametrize("layerdrop", [0.5, 1.0])
+def test_a_last_layer_that_layerdrop_leaves_out_is_followed_by_a_head_that_reads_the_right_token(
+    layerdrop: float,
+) -> None:
+    sizes = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": layerdrop}
+    whole, padded, packed = (model(OPTConfig(**sizes, pad_token_id=1)).train() for _ in range(3))
+    skip_unread_tokens(padded)
+    enable_packing(packed)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = whole(**PadCollator(1)(rows())).logits
+        for one, collator in ((padded, PadCollator(1)), (packed, PackCollator())):
+            torch.manual_seed(seed)
+            torch.testing.assert_close(one(**collator(rows())).logits, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[1], LLAMA], ids=lambda config: config.model_type)

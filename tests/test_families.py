@@ -441,7 +441,7 @@ Errors = tuple[float, float]  # of logits and of gradients, each over the larges
 
 
 def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
-    """How far padded and packed samples are from each by itself in float32."""
+    """How far each sample by itself, and packed samples, are from each by itself in float32."""
     config, _ = tiny_config(family)
     drop_caches(config)
     for part in (config, config.get_text_config()):
@@ -462,13 +462,13 @@ def packed_errors(family: str, dtype: torch.dtype) -> tuple[Errors, Errors]:
         return logits.detach(), {name: value.grad.float() for name, value in parameters.items()}
 
     padding = PadCollator(alone.config.pad_token_id)
-    padded, packed = (copy.deepcopy(alone).to(dtype) for _ in range(2))
+    each, packed = (copy.deepcopy(alone).to(dtype) for _ in range(2))
     enable_packing(packed)
     logits, gradients = measured(alone, [padding([row]) for row in rows])
     largest = max(gradient.norm() for gradient in gradients.values())
     errors = []
-    for model, batch in ((padded, padding(rows)), (packed, PackCollator()(rows))):
-        given, found = measured(model, [batch])
+    for model, batches in ((each, [padding([row]) for row in rows]), (packed, [PackCollator()(rows)])):
+        given, found = measured(model, batches)
         assert found.keys() == gradients.keys()
         off = max((found[name] - gradients[name]).norm() for name in gradients)
         errors.append((float((given - logits).abs().max() / logits.abs().max()), float(off / largest)))
@@ -483,22 +483,44 @@ def test_packed_samples_have_the_logits_and_gradients_of_each_by_itself(family: 
     _, (logits, gradients) = packed_errors(family, torch.float32)
     assert logits < 1e-5
     assert gradients < 1e-4
-    padded, packed = packed_errors(family, torch.bfloat16)
-    assert all(mine < 1.5 * theirs + 0.05 for mine, theirs in zip(packed, padded, strict=True)), (packed, padded)
+    alone, packed = packed_errors(family, torch.bfloat16)
+    assert all(mine < 1.5 * theirs + 0.05 for mine, theirs in zip(packed, alone, strict=True)), (packed, alone)
 
 
 @pytest.mark.parametrize("family", ["roberta", slow("esm"), slow("xmod")])
 def test_a_packed_text_that_spells_the_padding_token_has_the_positions_of_the_text_by_itself(family: str) -> None:
     config, _ = tiny_config(family)
+    pad = config.pad_token_id = 1
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config).eval()
-    pad = config.pad_token_id
     rows = [[5, 6, pad, 7, 8], [pad, 9, 10], [11, 12, pad, pad], [13, 14, 15]]
     with torch.no_grad():
-        expected = torch.cat([model(torch.tensor([row]), torch.ones(1, len(row))).logits for row in rows])
+        ones = [torch.ones(1, len(row)) for row in rows]
+        expected = [model(torch.tensor([row]), attention_mask=one).logits for row, one in zip(rows, ones, strict=True)]
         enable_packing(model)
         packed = model(**PackCollator(pad)([{"input_ids": row} for row in rows])).logits
-    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_samples_of_an_esm_are_scaled_by_their_own_share_of_masked_tokens() -> None:
+    config, _ = tiny_config("esm")
+    config.token_dropout, config.mask_token_id, config.pad_token_id = True, 4, 1
+    torch.manual_seed(0)
+    alone = AutoModelForSequenceClassification.from_config(config).eval()
+    packed = copy.deepcopy(alone)
+    enable_packing(packed)
+    rows = [[5, 4, 4, 4, 4], [6, 7, 8], [4, 9, 10, 4]]
+    weights = torch.tensor([1.0, -2.0, 3.0])[:, None]
+    expected = torch.cat([alone(torch.tensor([row]), torch.ones(1, len(row))).logits for row in rows])
+    given = packed(**PackCollator()([{"input_ids": row} for row in rows])).logits
+    torch.testing.assert_close(given, expected, atol=1e-6, rtol=0)
+    (expected * weights).sum().backward()
+    (given * weights).sum().backward()
+    for name, parameter in packed.named_parameters():
+        wanted = alone.get_parameter(name).grad
+        assert (parameter.grad is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.slow
@@ -548,6 +570,47 @@ ADAPTED = [family for family in FAMILIES if family not in NO_LINEAR_LAYERS]
 def test_adapters_are_found_layers_for_and_say_the_same_merged_alone_and_loaded(family: str, tmp_path: Path) -> None:
     found = adapter_differences(family, tmp_path, "max_length" if family in FIXED_WIDTH else "longest")
     assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("family", ["bert", slow("albert"), slow("xlnet"), slow("esm")])
+@pytest.mark.parametrize("padding", ["longest", slow("packed")])
+def test_chunks_that_do_not_divide_the_width_of_a_batch_are_left_out(
+    family: str, padding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if padding == "packed" and family in NOT_PACKED:
+        pytest.skip("cannot be packed")
+    make_tiny(family, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chunk_size_feed_forward": 7}))
+    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4, padding=padding)
+    model = SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=1)
+    with caplog.at_level("INFO"):
+        run.fit(model, data)
+    assert "chunk_size_feed_forward is 7 and is set to 0" in caplog.text
+    export_model(model, data, tmp_path / "told")
+    path = tmp_path / "told" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chunk_size_feed_forward": 1}))
+    alone = one_at_a_time(tmp_path / "told", SENTENCES)
+    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["longest", slow("packed")])
+def test_a_model_with_a_single_token_type_reads_pairs_without_types(padding: str, tmp_path: Path) -> None:
+    config, tokenizer = tiny_config("bert")
+    config.type_vocab_size = 1
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert max(tokenizer(*PAIRS[0])["token_type_ids"]) == 1
+    data = GivenTexts(PAIRS, max_length=MAX_LENGTH, batch_size=4, padding=padding)
+    model = SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    export_model(model, data, tmp_path / "told")
+    alone = one_at_a_time(tmp_path / "told", PAIRS)
+    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_pipeline(tmp_path / "told", PAIRS, 8), alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["bert", slow("xlnet")])
@@ -701,6 +764,34 @@ def test_a_padding_token_for_which_the_model_has_no_embedding_is_refused(tmp_pat
     tokenizer.save_pretrained(tmp_path / "base")
     size = config.vocab_size
     refused(tmp_path, f"has {size + 1} tokens, but the model has {size}. .*without the tokens that were added to it")
+
+
+def test_a_token_type_for_which_the_model_has_no_embedding_is_refused(tmp_path: Path) -> None:
+    make_tiny("bert", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    pair = "[CLS] $A [SEP] $B:2 [SEP]:2"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, special)
+    tokenizer.save_pretrained(tmp_path / "base")
+    refused(tmp_path, "token types from 0 to 2, but the model's type_vocab_size is 2. Give .* tokenizer", PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"quant_method": "nope"}, "quant_method 'nope', which transformers .* does not know. Upgrade transformers"),
+        ({"quant_method": "hqq"}, "cannot be loaded: ImportError: .*HQQ.* Install it; or choose a model"),
+    ],
+)
+def test_weights_quantized_in_a_way_that_is_not_available_are_refused(
+    found: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(found["quant_method"]):
+        pytest.skip("it is available")
+    make_tiny("bert", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": found}))
+    refused(tmp_path, message)
 
 
 @pytest.mark.slow

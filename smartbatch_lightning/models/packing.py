@@ -23,6 +23,7 @@ from smartbatch_lightning.errors import UsageError, root_cause_message
 from smartbatch_lightning.families import pad_token_of
 from smartbatch_lightning.models.attention import ATTENTION, FLASH_CAPABILITY
 from smartbatch_lightning.models.deberta import hook_deberta, is_deberta
+from smartbatch_lightning.models.esm import drops_masked_tokens, embed
 from smartbatch_lightning.models.last_layer import read_one_token
 from smartbatch_lightning.models.layers import find_layers
 from smartbatch_lightning.models.pooling import head_pooling, mean, pad, padding_mask, pick, tokens_read
@@ -256,13 +257,18 @@ def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dic
         inputs["input_ids"] = inputs.pop("all_input_ids")
     if "cu_seq_lens_q" in inputs:
         inputs["attention_mask"] = None
+        if drops_masked_tokens(base_model):
+            of_tokens = inputs.pop("input_ids"), inputs["position_ids"], inputs["cu_seq_lens_q"]
+            inputs["inputs_embeds"] = embed(base_model.embeddings, *of_tokens)
     return (), inputs
 
 
 def _after_layers(pooling: str, stack: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
     """Reduces hidden states of a packed batch, (1, tokens, hidden), to what the head reads, (batch, 1, hidden)."""
-    cu_seq_lens = inputs.get("cu_seq_lens_q")
-    if cu_seq_lens is None or "tokens_read" in inputs:
+    cu_seq_lens, read = inputs.get("cu_seq_lens_q"), inputs.get("tokens_read")
+    if read is not None and output.last_hidden_state.shape[1] > 1:  # LayerDrop has left the last layer out
+        output.last_hidden_state = pick(output.last_hidden_state, read)
+    if cu_seq_lens is None or read is not None:
         return output
     hidden = output.last_hidden_state
     if pooling == "mean":
