@@ -115,6 +115,12 @@ def text_data_of(trainer: L.Trainer | None) -> TextData | None:
     return datamodule.text_data() if isinstance(datamodule, SupportsTextData) else None
 
 
+def validates(trainer: L.Trainer) -> bool:
+    """Whether a `fit` has validation, as far as is known before its loaders are created."""
+    data = text_data_of(trainer)
+    return trainer.enable_validation and (data is None or data.evaluation_splits.get("val") != [])
+
+
 def name_of_set(trainer: L.Trainer | None, stage: str, number: int) -> str:
     """Name of a stage's data set: that of its split if the data module gives it, else Lightning's loader number."""
     data = text_data_of(trainer)

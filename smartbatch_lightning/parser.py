@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
@@ -20,6 +21,7 @@ _UNION = re.compile(
 )
 # Text among the types in a message, and a value that YAML does not read as text, alone or in a list.
 _TEXT = re.compile(r"list\[str\]|(?<![\w\[])str\b")
+_NAMES_OR_CLASSES = ("--model.lr_scheduler", "--model.init_args.lr_scheduler")
 _FIRST = {"data": "dataset", "model": "pretrained"}
 _NOT_TEXT = re.compile(r"Got value: (\[.+\]|[\d+-][\w.+-]*|True|False|None|datetime\..*)$")
 
@@ -50,10 +52,11 @@ class Parser(LightningArgumentParser):
         if most_used:
             self.add_argument("--help_all", action=_HelpAll, help="show all options and exit")
 
-    def parse_args(self, *args: Any, **options: Any) -> Any:
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         """The parsed arguments, with `~/` expanded to the home folder, which a shell does not do after a `=`."""
+        given = sys.argv[1:] if args is None else args
         try:
-            return _in_home_folder(super().parse_args(*args, **options))
+            return _in_home_folder(super().parse_args(_as_class_paths(given), *others, **options))
         except UnicodeDecodeError as error:
             self.error(f"--config: {error}. Save the file as UTF-8.", error)
 
@@ -159,6 +162,17 @@ class Parser(LightningArgumentParser):
         same = [option for option in options if option.rpartition(".")[2] == last]
         near = same or nearest(name, options)
         return f"There is no option --{name}.{did_you_mean(f'--{option}' for option in near)}"
+
+
+def _as_class_paths(args: Any) -> Any:
+    """Arguments in which `--A=B --A.c=d` gives A's class as `--A.class_path=B`.
+
+    jsonargparse itself forgets B, unless A can be nothing but a class.
+    """
+    for option in _NAMES_OR_CLASSES:
+        if any(arg.startswith(f"{option}.") for arg in args):
+            args = [re.sub(f"^{option}(?==|$)", f"{option}.class_path", arg) for arg in args]
+    return args
 
 
 def _expected(union: re.Match[str]) -> str:

@@ -176,10 +176,17 @@ def test_without_patience_nothing_is_stopped(tmp_path: Path) -> None:
     assert run.current_epoch == 3
 
 
-def test_early_stopping_without_validation_is_refused(tmp_path: Path) -> None:
+def test_early_stopping_without_validation_is_refused_before_anything_is_tokenized(tmp_path: Path) -> None:
+    class Counted(SmartBatchDataModule):
+        def tokenize(self, dataset):
+            tokenized.append(len(dataset))
+            return super().tokenize(dataset)
+
+    tokenized: list[int] = []
     run = trainer(tmp_path, callbacks=[EarlyStop(2)])
     with pytest.raises(ValueError, match="there is no validation. Set --data.validation_split"):
-        run.fit(SequenceClassifier(), SmartBatchDataModule(max_length=16, validation_split=None))
+        run.fit(SequenceClassifier(), Counted(max_length=16, validation_split=None))
+    assert not tokenized
 
 
 def test_early_stopping_of_another_module_needs_the_name_of_a_metric(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def test_the_validation_split_is_a_share_a_name_or_nothing(given: str) -> None:
     assert run.datamodule.validation_split == {"0.25": 0.25, "test": "test", "null": None}[given]
 
 
+@pytest.mark.parametrize("flag", [["--model.lr_scheduler=cosine"], ["--model.lr_scheduler", "cosine"]])
+def test_a_schedule_and_its_own_options_may_be_flags_in_any_order(flag: list[str], tmp_path: Path) -> None:
+    for flags in ([*flag, "--model.lr_scheduler.num_cycles=1.5"], ["--model.lr_scheduler.num_cycles=1.5", *flag]):
+        fitted = cli("fit", "--trainer.fast_dev_run=1", "--data.max_length=24", *flags)
+        [schedule] = (config.scheduler for config in fitted.trainer.lr_scheduler_configs)
+        assert schedule.lr_lambdas[0].keywords["num_cycles"] == 1.5
+
+
 def test_subclasses_are_named_by_class_path(tmp_path: Path) -> None:
     config = {"data": {"class_path": "test_cli.OwnData", "init_args": {"copies": 3}, "dict_kwargs": {"max_length": 24}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))

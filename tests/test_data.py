@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from helpers import trainer
+from torch.utils.data import DataLoader
 
-from smartbatch_lightning import SmartBatchDataModule, demo
+from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule, demo
 from smartbatch_lightning.data.collators import PadCollator
+from smartbatch_lightning.data.loader import SmartBatchLoader
 
 REVIEWS = [("a fine film " * (row % 7 + 1), row % 2) for row in range(60)]
 
@@ -455,3 +458,15 @@ def test_a_tokenizer_name_without_a_network_says_how_to_use_a_folder(module) -> 
         match="the tokenizer 'bert-base-uncased' was not found locally or on the Hub.*written by save_pretrained",
     ):
         module("demo", "bert-base-uncased").setup("fit")
+
+
+def test_a_failing_loader_hook_leaves_no_method_of_data_loaders_replaced(tmp_path: Path) -> None:
+    class Failing(SmartBatchDataModule):
+        def train_dataloader(self):
+            raise RuntimeError("no loader")
+
+    kinds = [DataLoader, SmartBatchLoader]
+    before = [dict(vars(kind)) for kind in kinds]
+    with pytest.raises(RuntimeError, match="no loader"):
+        trainer(tmp_path).fit(SequenceClassifier(), Failing(max_length=16))
+    assert [dict(vars(kind)) for kind in kinds] == before

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
+    EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
@@ -375,6 +376,39 @@ def test_metrics_of_one_set_have_plain_names_also_after_those_of_two(tmp_path: P
     assert set(measured) == {"val_loss", "val_accuracy", "val_f1"}
 
 
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_checkpoint_that_monitors_the_loss_of_a_step_knows_that_of_its_own_step(every: int, tmp_path: Path) -> None:
+    class Recording(SequenceClassifier):
+        def compute_loss(self, output, labels):
+            loss = super().compute_loss(output, labels)
+            losses.append(loss.item())
+            return loss
+
+    losses: list[float] = []
+    saver = ModelCheckpoint(tmp_path, "{step}", "train_loss_step", save_top_k=-1, every_n_train_steps=2)
+    options = {"enable_checkpointing": True, "limit_val_batches": 0, "log_every_n_steps": every}
+    trainer(tmp_path, callbacks=[saver], **options).fit(Recording(), data())
+    saved = {f"step={step}.ckpt": losses[step - 1] for step in (2, 4, 6)}
+    assert {Path(path).name: float(score) for path, score in saver.best_k_models.items()} == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("callback", "known"),
+    [
+        (EarlyStopping("val_loss"), "early stopping is on"),
+        (ModelCheckpoint(monitor="val_f1"), "ModelCheckpoint monitors 'val_f1'"),
+    ],
+)
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {}])
+def test_callbacks_that_monitor_validation_are_refused_before_the_first_step_if_there_is_none(
+    callback: Callback, known: str, options: dict, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True, **options)
+    with pytest.raises(ValueError, match=f"{known}, but there is no validation. Set --data.validation_split"):
+        run.fit(SequenceClassifier(), data(validation_split=0.1 if options else None))
+    assert run.global_step == 0
+
+
 # --- what is frozen, and unfrozen later ---
 
 
@@ -445,6 +479,22 @@ def test_backbone_finetuning_trains_the_backbone_at_its_own_rates_and_goes_on_af
     resumed = finetuned(tmp_path, again, tmp_path / "a.ckpt")
     assert [rates[2] for rates in again.rates] == pytest.approx(expected[3:])
     assert_same(resumed.state_dict(), model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*are frozen")
+def test_a_second_fit_trains_the_backbone_that_the_first_one_unfroze_at_the_rates_of_a_run_in_one(tmp_path) -> None:
+    rates = []
+    for ends in ([4], [2, 4]):
+        watch = Watch()
+        callback = BackboneFinetuning(1, lambda epoch: 4.0, backbone_initial_ratio_lr=0.1)
+        run = trainer(tmp_path, callbacks=[callback, watch], limit_train_batches=2, limit_val_batches=0)
+        model = SequenceClassifier(learning_rate=1e-3, lr_scheduler="constant")
+        for run.fit_loop.max_epochs in ends:
+            run.fit(model, data())
+        rates.append([rate for of_step in watch.rates for rate in of_step])
+        changed = [not torch.equal(a, b) for a, b in zip(watch.backbones, watch.backbones[1:], strict=False)]
+        assert changed == [False, True, True]
+    assert rates[0] == pytest.approx(rates[1])
 
 
 def test_the_learning_rate_finder_may_try_rates_that_diverge_and_its_rate_lasts(tmp_path: Path) -> None:

@@ -458,6 +458,20 @@ def test_a_header_in_another_order_or_case_is_not_read_as_a_row(header: str, wri
     assert message.endswith("already has the names given in reader_kwargs. Leave names out.")
 
 
+@pytest.mark.parametrize("header", ["text,class", "review,Label", "review, label"])
+def test_a_header_with_one_of_the_given_names_is_not_read_as_a_row(header: str, write) -> None:
+    path = write("a.csv", f"{header}\nfine,pos\ndull,neg\n")
+    message = refusal(path, reader_kwargs={"names": ["text", "label"]})
+    assert "so it seems to be a header. Add header: 0" in message
+    rows = read(path, reader_kwargs={"names": ["text", "label"], "header": 0})
+    assert rows == [("fine", "pos"), ("dull", "neg")]
+
+
+def test_a_row_that_has_a_given_name_in_another_column_is_a_row(write) -> None:
+    rows = read(write("a.csv", "label,pos\ndull,neg\n"), reader_kwargs={"names": ["text", "label"]})
+    assert rows == [("label", "pos"), ("dull", "neg")]
+
+
 def test_options_of_other_formats_and_of_what_is_not_in_files_are_refused(write, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="reader_kwargs has 'sep', which json files do not have; give some of 'encoding'"

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from smartbatch_lightning.contract import callbacks_of, text_data_of
+from smartbatch_lightning.contract import callbacks_of, validates
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.metrics import Mode, check_logged
@@ -225,8 +225,7 @@ def _monitored(
     trainer: L.Trainer, module: L.LightningModule, monitor: str | None, mode: Mode | None
 ) -> tuple[str, Mode] | None:
     """Name and mode of the metric to monitor; None if there is no validation, or no metric is known."""
-    data = text_data_of(trainer)
-    if not trainer.enable_validation or (data is not None and data.evaluation_splits.get("val") == []):
+    if not validates(trainer):
         return None
     if isinstance(module, SequenceClassifier):
         return module.monitored(monitor, mode)

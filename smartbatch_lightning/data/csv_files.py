@@ -234,9 +234,8 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
                 f"{join_quoted(columns)}. Put quotes around text that contains {form.sep!r}, and remove anything extra "
                 "at the ends of lines; or set sep, names or quoting in --data.reader_kwargs."
             )
-        if count == 0 and form.header is None and _unordered(row) == _unordered(form.names or ()):
-            same = "Add header: 0, or leave names out." if tuple(row) == form.names else "Leave names out."
-            raise UsageError(f"the first line of {name} already has the names given in reader_kwargs. {same}")
+        if count == 0 and form.names is not None and form.header is None:
+            _check_no_header(row, form.names, name)
         count += 1
     return count
 
@@ -284,9 +283,17 @@ def _written(separator: str) -> str:
     return '"\\t"' if separator == "\t" else f'"{separator}"'
 
 
-def _unordered(names: Iterable[str]) -> list[str]:
-    """Names in a form that ignores their order and case."""
-    return sorted(name.strip().lower() for name in names)
+def _check_no_header(row: list[str], names: tuple[str, ...], name: str) -> None:
+    """Refuses a first row that is a header, in whole or in part, although names are given for a file without one."""
+    cells, wanted = ([one.strip().lower() for one in of] for of in (row, names))
+    if sorted(cells) == sorted(wanted):
+        same = "Add header: 0, or leave names out." if tuple(row) == names else "Leave names out."
+        raise UsageError(f"the first line of {name} already has the names given in reader_kwargs. {same}")
+    if shared := [one for one, cell, want in zip(row, cells, wanted, strict=True) if cell == want]:
+        raise UsageError(
+            f"the first line of {name} has {join_quoted(shared)} where reader_kwargs has the same names, so it seems "
+            "to be a header. Add header: 0 to replace its names, or leave names out; if it is a row, give other names."
+        )
 
 
 def _column_names(header: list[str]) -> tuple[str, ...]:

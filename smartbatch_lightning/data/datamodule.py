@@ -15,7 +15,7 @@ from smartbatch_lightning.batching.strategies import find_strategy
 from smartbatch_lightning.checkpointing import forget_objects
 from smartbatch_lightning.contract import TextData, callbacks_of, check_takes_packed_batches, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
-from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs
+from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs, unpatch_loaders
 from smartbatch_lightning.data.resume import (
     adopt_lightnings_count,
     check_fingerprint,
@@ -266,6 +266,10 @@ class SmartBatchDataModule(TextDataModule):
             check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
         go_on(self.trainer, sampler, state)
         self._restored = state
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Undoes what Lightning leaves behind if an exception was raised while loaders were created."""
+        unpatch_loaders()
 
     # --- the rest ---
 

@@ -151,6 +151,20 @@ class SmartBatchLoader(DataLoader[Any]):
             self.plan_sampler.load_state_dict(state)
 
 
+def unpatch_loaders() -> None:
+    """Restores the methods of `DataLoader` that Lightning replaces while a hook creates loaders.
+
+    After an exception in the hook, Lightning leaves its replacements behind, and patches those again in the next run.
+    """
+    kinds: list[Any] = [DataLoader]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        for method in ("__setattr__", "__delattr__", "__init__"):
+            if (replaced := f"__old{method}") in vars(kind):
+                setattr(kind, method, vars(kind)[replaced])
+                delattr(kind, replaced)
+
+
 def check_loader_kwargs(options: dict[str, Any], num_workers: int) -> dict[str, Any]:
     """Returns the options, unless the batch plan sets one or `DataLoader` does not take it.
 

@@ -32,6 +32,7 @@ from smartbatch_lightning.contract import (
     callbacks_of,
     fingerprint_in,
     text_data_of,
+    validates,
 )
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 from smartbatch_lightning.models.adapters import (
@@ -104,6 +105,7 @@ from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 Batch = dict[str, Any]
 
 _ARCHITECTURE = "architecture"  # key among the weights passed between processes
+_STEP_LOSS = "train_loss_step"
 
 
 class SequenceClassifier(L.LightningModule):
@@ -238,6 +240,7 @@ class SequenceClassifier(L.LightningModule):
         self.epoch_metrics = EpochMetrics()
         self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronize only the gradients of the others
         self._losses = TrainingLosses()
+        self._step_loss_is_monitored = False  # by a callback, which needs that of its own step
         self._seed = run_seed()
         self._scheduled_steps: float | None = None
         self._trained_on: dict[str, Any] | None = None
@@ -447,7 +450,10 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuses what cannot be trained or monitored; logs which attention packed batches use on a GPU."""
-        for callback in callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping):
+        monitoring = callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping)
+        self._step_loss_is_monitored = any(callback.monitor == _STEP_LOSS for callback in monitoring)
+        self._check_validates(monitoring)
+        for callback in monitoring:
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
         if self.adapters is not None:
@@ -531,6 +537,8 @@ class SequenceClassifier(L.LightningModule):
         loss = self.step(batch, "train")
         if self._trainer is not None:
             self._losses.add(self._trainer.global_step, loss)
+            if self._step_loss_is_monitored:
+                self._log_step_loss(loss.detach(), batch)
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
 
@@ -540,10 +548,12 @@ class SequenceClassifier(L.LightningModule):
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
         if logged or self._losses.are_many:
             self.read_losses()
-        if logged and self._losses.last is not None:
+        if logged and self._losses.last is not None and not self._step_loss_is_monitored:
             # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
-            size = len(batch["labels"])
-            self.log("train_loss_step", self._losses.last, prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+            self._log_step_loss(self._losses.last, batch)
+
+    def _log_step_loss(self, loss: Tensor, batch: Batch) -> None:
+        self.log(_STEP_LOSS, loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
 
     def read_losses(self, numbers: Tensor | None = None) -> list[int]:
         """Reads the losses that were not read yet from the device, together with whole numbers, with a single wait.
@@ -649,6 +659,20 @@ class SequenceClassifier(L.LightningModule):
     def _validation_sets(self) -> Sequence[str]:
         data = text_data_of(self._trainer)
         return [] if data is None else data.evaluation_splits.get("val", [])
+
+    def _check_validates(self, callbacks: Sequence[Any]) -> None:
+        """Refuses callbacks that monitor validation if there is none; Lightning would do so after an epoch."""
+        if validates(self.trainer) or self._logs_others():
+            return
+        for callback in callbacks:
+            stops = isinstance(callback, EarlyStopping)
+            monitors = (callback.monitor or "").startswith("val_") or callback.monitor == ""  # of an EarlyStop
+            if monitors and not (stops and callback.patience is None):
+                what = "early stopping is on" if stops else f"{type(callback).__name__} monitors {callback.monitor!r}"
+                remedy = "--early_stopping.patience or the callback" if stops else "the callback"
+                raise UsageError(
+                    f"{what}, but there is no validation. Set --data.validation_split, or leave out {remedy}."
+                )
 
     def _logs_others(self) -> bool:
         """Whether a subclass or a callback may log other validation metrics than this class."""
@@ -816,6 +840,7 @@ class SequenceClassifier(L.LightningModule):
         """What can be checked without the model's weights; `check_inputs` checks the rest."""
         own = self._own_config()
         config = self._source.config() if own is None else own
+        self._check_validates(callbacks_of(self._trainer, EarlyStopping))
         check_max_length(data.max_length, positions(config))
         if data.task is not None:
             data.task.with_loss(self.loss_options.balanced({}, 0))  # the samples of each class are counted later

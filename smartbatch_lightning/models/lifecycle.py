@@ -17,6 +17,9 @@ does not reach if nothing is left to train.
 `LearningRateFinder` and `BatchSizeFinder` restore a checkpoint of their own when a `fit` begins, after which Lightning
 does not restore the one that was given: the run would start over, with its weights.
 
+A finetuning callback freezes parameters whenever a `fit` begins, and unfreezes them in a certain epoch. In a second
+`fit` of a Trainer, which goes on after that epoch, they would stay frozen, so it has to go on as after a resume.
+
 After an exception or Ctrl-C in an evaluation, or after an evaluation with `BatchSizeFinder`, Lightning leaves the model
 in evaluation mode, so that the next `fit` would train it without dropout.
 """
@@ -27,6 +30,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     LearningRateFinder,
@@ -67,6 +71,8 @@ class ModelLifecycle(Callback):
         if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
             for callback in callbacks_of(trainer, WeightAveraging):
                 callback._use_buffers = False  # they are copied then
+        for callback in callbacks_of(trainer, BaseFinetuning) if stage == "fit" and trainer.global_step else []:
+            callback._restarting = True
 
     def _build(self, trainer: L.Trainer, pl_module: Any) -> None:
         pl_module.__dict__.pop("configure_model", None)

@@ -158,7 +158,8 @@ def _resolve(
     if isinstance(chosen, Mapping):
         if arguments or "class_path" not in chosen:
             raise UsageError(
-                f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without lr_scheduler_kwargs."
+                f"lr_scheduler has {join_quoted(chosen)}; give class_path and init_args, without lr_scheduler_kwargs; "
+                "or a name and lr_scheduler_kwargs."
             )
         # flags such as --model.lr_scheduler.init_args.step_size=3 arrive without init_args
         others = {name: value for name, value in chosen.items() if name not in ("class_path", "init_args")}
