@@ -464,7 +464,11 @@ def test_the_package_is_a_command_too_and_tells_its_version() -> None:
 
 @pytest.mark.parametrize(
     "config",  # those of GLUE are in test_glue.py
-    [slow(name) if name.startswith(("cluster", "imdb", "packed")) else name for name in CONFIGS if not name.startswith("glue")],
+    [
+        slow(name) if name.startswith(("cluster", "imdb", "packed")) else name
+        for name in CONFIGS
+        if not name.startswith("glue")
+    ],
 )
 def test_every_shipped_config_runs_a_step(config: str, minilm: str) -> None:
     options = [

@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from smartbatch_lightning import demo
 from smartbatch_lightning.errors import UsageError, check_trusted, join_quoted, root_cause_message
-from smartbatch_lightning.families import check_has_head, drop_caches, drop_chunks, setting
+from smartbatch_lightning.families import check_has_head, drop_caches, drop_chunks
 from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.models.compatibility import adopt_tokenizer, check_head, is_fine_tuned
 from smartbatch_lightning.models.head import rescale_logits
@@ -239,7 +239,7 @@ class ModelSource:
         if unknown := set(unknown) - set(_WHERE):
             raise _unknown_options(unknown, repr(self.pretrained))
         assert isinstance(config, PretrainedConfig)
-        quantization = setting(config, "quantization_config")
+        quantization = getattr(config, "quantization_config", None)
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method is not None and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
             raise UsageError(  # transformers would load the weights as if they were not quantized
