@@ -396,7 +396,7 @@ def timed_steps(bench: Bench, sizes: dict[str, int], budget: int, how: bool | st
     lengths = np.concatenate([batch["cu_seq_lens_q"].diff()[: len(batch["labels"])].cpu().numpy() for batch in batches])
     real = int(lengths.sum()) / len(batches)
     squares = float((lengths.astype(float) ** 2).sum()) / len(batches)
-    flops = training_flops(config, one_token=True).of(len(lengths) / len(batches), real, squares) / seconds
+    flops = training_flops(config, one_token=True).total(len(lengths) / len(batches), real, squares) / seconds
     peak = peak_flops(torch.device(bench.device), "bf16-mixed")
     return {
         "ms": 1e3 * seconds,

@@ -58,7 +58,7 @@ def main() -> None:
     optimizers = {name: AdamW(model.parameters(), fused=True) for name, model in models.items()}
     real, squares = (float(np.mean([(lengths[rows] ** power).sum() for rows in drawn])) for power in (1, 2))
     flops = {name: training_flops(models[name].config, one_token=one) for name, one in WAYS.items()}
-    operations = {name: flops[name].of(BATCH_SIZE, real, squares) for name in WAYS}
+    operations = {name: flops[name].total(BATCH_SIZE, real, squares) for name in WAYS}
     rows: list[Row] = []
     for padding, collator in (("longest", PadCollator()), ("packed", PackCollator())):
         batches = [collator(batch) for batch in samples]

@@ -54,7 +54,7 @@ def step(sizes: dict[str, int], tokens: int, gpu: str) -> tuple[float, float]:
     moved = ACTIVATIONS * 2 * hidden * tokens * layers + BYTES_OF_A_PARAMETER * parameters
     # of the last layer what follows keys and values is computed for one token of each sample
     seconds = products * (layers - 5 / 6) + attention + moved / COPIES[gpu]
-    return seconds, flops.of(samples, tokens, samples * MEAN_SQUARE) / seconds / PEAK
+    return seconds, flops.total(samples, tokens, samples * MEAN_SQUARE) / seconds / PEAK
 
 
 def main() -> None:

@@ -250,7 +250,7 @@ class Contestant:
             "seconds": clock.seconds,
             "real_tokens_per_second": real / clock.seconds,
             "tokens_over_real": tokens / real,
-            "operations": flops.of(sum(map(len, timed)), tokens, squares) / real,
+            "operations": flops.total(sum(map(len, timed)), tokens, squares) / real,
             "data_wait": clock.data_wait,
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if setting.device == "cuda" else None,
             "mfu": _utilization(setting, flops, lengths[np.concatenate(timed)], clock.seconds),
@@ -262,7 +262,7 @@ def _utilization(setting: Setting, flops: Flops, lengths: Int64s, seconds: float
     peak = peak_flops(torch.device(setting.device), setting.precision)
     if peak is None:
         return None
-    needed = flops.of(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
+    needed = flops.total(len(lengths), int(lengths.sum()), int((lengths**2).sum()))
     return needed / seconds / peak
 
 
@@ -654,7 +654,7 @@ def main() -> None:
     parser.add_argument("--max_tokens_per_batch", type=int, help="the budget")
     parser.add_argument("--attention_dropout", type=float, help="for all; 0.1 on a CPU, 0 on a GPU")
     parser.add_argument("--compile", action="store_true", help="compiled contestants too")
-    parser.add_argument("--only", help="contestants whose names match this")
+    parser.add_argument("--only", help="measure only rows whose names match this")
     args = parser.parse_args()
     if args.attention_dropout is None:
         args.attention_dropout = 0.0 if args.device == "cuda" else 0.1

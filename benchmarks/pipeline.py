@@ -76,12 +76,12 @@ def savings(config: PretrainedConfig, tokens: NDArray[Any], orders: dict[str, ND
         orders: In which texts become batches.
         size: Texts in a batch.
     """
-    ours = training_flops(config, one_token=True).of(len(tokens), tokens.sum(), (tokens**2).sum())
+    ours = training_flops(config, one_token=True).total(len(tokens), tokens.sum(), (tokens**2).sum())
     flops, rows = training_flops(config), []
     for name, order in orders.items():
         starts = np.arange(0, len(order), size)
         widths = np.repeat(np.maximum.reduceat(tokens[order], starts), np.diff([*starts, len(order)]))
-        theirs = flops.of(len(widths), widths.sum(), (widths**2).sum())
+        theirs = flops.total(len(widths), widths.sum(), (widths**2).sum())
         rows.append({"": name, "padding": widths.sum() / tokens.sum() - 1, "expected": theirs / ours})
     return rows
 

@@ -9,7 +9,7 @@
 2. Seconds and peak memory to plan 100 million samples, alone in a fresh process; memory includes the interpreter, the
    imported libraries and the lengths (int32).
 3. Padding, and how random the batches are, on IMDB: means over some epochs. `batch_overlap_percent` is the share
-   of a sample's batch-mates that it meets again in the next epoch.
+   of the samples batched with a given sample that are batched with it again in the next epoch.
 4. The same of `smart` with `jitter: auto` beside `tutorial`, each from its own plans: on IMDB, its first 2,000 reviews,
    the demo, and 50,000 sentences of 5 to 40 tokens.
 

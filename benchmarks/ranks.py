@@ -96,7 +96,7 @@ def main() -> None:
     lengths = [bench.lengths[one] for one in rows[WARMUPS:]]
     mine = {
         "tokens": sum(int(one.sum()) for one in lengths),
-        "flops": [flops.of(len(one), int(one.sum()), int((one**2).sum())) for one in lengths],
+        "flops": [flops.total(len(one), int(one.sum()), int((one**2).sum())) for one in lengths],
     }
     shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, mine)

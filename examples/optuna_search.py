@@ -28,7 +28,7 @@ def main(trials: int = 10, **trainer_options) -> optuna.Study:
     study = optuna.create_study(
         direction="maximize",
         sampler=optuna.samplers.TPESampler(seed=321),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),  # if below the earlier trials' median at that epoch
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=2),  # below the earlier trials' median at the same epoch
     )
     study.optimize(lambda trial: objective(trial, **trainer_options), trials)
     print(f"best: {study.best_params}, val_f1 {study.best_value:.3f}")

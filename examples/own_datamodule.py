@@ -36,7 +36,7 @@ class Reviews(L.LightningDataModule):
 
 def main(**trainer_options) -> L.Trainer:
     name = str(demo.model_dir())  # or a name on the Hub
-    model = SequenceClassifier(name, num_labels=2, learning_rate=1e-3)  # nothing else tells it the number of classes
+    model = SequenceClassifier(name, num_labels=2, learning_rate=1e-3)  # this data module does not supply num_labels
     trainer = L.Trainer(**{"max_epochs": 2, **trainer_options})
     trainer.fit(model, Reviews(name))
     return trainer

@@ -28,7 +28,7 @@ class Reviewer(L.LightningModule):
     def forward(self, batch):
         inputs = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
         logits = self.model(**inputs).logits
-        return logits[: batch.get("num_samples")]  # there are more where packed rows are padded to a multiple
+        return logits[: batch.get("num_samples")]  # packed rows that are padded to a multiple have more
 
     def training_step(self, batch, batch_idx):
         loss = torch.nn.functional.cross_entropy(self(batch), batch["labels"])
@@ -36,8 +36,8 @@ class Reviewer(L.LightningModule):
         return loss * batch["loss_weight"]  # batches hold different numbers of samples
 
     def validation_step(self, batch, batch_idx):
-        right = (self(batch).argmax(1) == batch["labels"]).float().mean()
-        self.log("val_accuracy", right, batch_size=len(batch["labels"]), sync_dist=True, on_epoch=True)
+        accuracy = (self(batch).argmax(1) == batch["labels"]).float().mean()
+        self.log("val_accuracy", accuracy, batch_size=len(batch["labels"]), sync_dist=True, on_epoch=True)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), 1e-3)

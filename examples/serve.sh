@@ -8,7 +8,7 @@
 set -euo pipefail
 folder=$(realpath "$1")
 
-# the server truncates texts at `max_seq_length`; without this file, at the longest that the model can read
+# the server truncates texts to `max_seq_length`; without this file, to the model's maximum
 python -c 'import json, sys; print(json.dumps({"max_seq_length": json.load(sys.stdin)["model_max_length"]}))' \
     < "$folder/tokenizer_config.json" > "$folder/sentence_bert_config.json"
 

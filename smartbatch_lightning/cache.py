@@ -22,7 +22,7 @@ except ImportError:  # on Windows, where every entry counts as in use
 _LIMIT = "SMARTBATCH_CACHE_MAX_SIZE"
 
 
-class CacheHold:
+class CacheLock:
     """Protects a cache entry from being pruned while this object exists; creates its folder if needed.
 
     The folder's `about.txt` describes the content. Its modification time is that of the last use, and a lock on it
@@ -110,7 +110,7 @@ def prune(root: Path, max_size: int) -> int:
     total, removed = sum(sizes.values()), 0
     for entry, size in sizes.items():
         if total - removed > max_size:
-            with _unused(entry) as unused:  # until it is removed, as waiting processes then see
+            with _unused(entry) as unused:  # locked until it is removed, which waiting processes then notice
                 if unused:
                     # renamed first, so that processes that start now do not find it half removed
                     shutil.rmtree(entry.rename(entry.with_suffix(".removed")))
@@ -120,7 +120,7 @@ def prune(root: Path, max_size: int) -> int:
 
 @contextmanager
 def _unused(entry: Path) -> Iterator[bool]:
-    """Keeps other processes from using an entry, unless one already does; yields whether it exists and is unused."""
+    """Locks an entry against use by other processes, unless one is using it; yields whether it was locked."""
     try:
         lock = _locked(entry, exclusive=True)
     except OSError:

@@ -18,15 +18,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from xxhash import xxh3_128
 
 from smartbatch_lightning.errors import UsageError, root_cause_message
-from smartbatch_lightning.storage import atomic_write, refused
+from smartbatch_lightning.storage import atomic_write, reporting_write_errors
 
 _MARK = b"xxh3:"  # precedes the checksum
 
-# Numpy numbers and arrays and paths, which may be arguments and run no code, can also be loaded, in the whole process.
+# Numpy numbers and arrays, and paths, may be arguments and run no code, so torch may load them, in the whole process.
 _NUMPY_TYPES = [type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"]
-_PLAIN: list[Any] = [np.ndarray, np.dtype, *_NUMPY_TYPES, type(Path())]
-_PLAIN += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # the functions that rebuild them
-torch.serialization.add_safe_globals(_PLAIN)
+_SAFE_TYPES: list[Any] = [np.ndarray, np.dtype, *_NUMPY_TYPES, type(Path())]
+_SAFE_TYPES += [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]  # the functions that rebuild them
+torch.serialization.add_safe_globals(_SAFE_TYPES)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            with refused(path, "Free some space, or give ModelCheckpoint another dirpath."):
+            with reporting_write_errors(path, "Free some space, or give ModelCheckpoint another dirpath."):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(Path(path), lambda tmp_path: _save(checkpoint, tmp_path))
 
@@ -55,8 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(local, *args[:1], **{**options, "weights_only": True})
 
 
-def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
-    """Removes hyperparameters that a checkpoint cannot store, and says so.
+def drop_unsavable(of: Any, hparams: MutableMapping[str, Any]) -> None:
+    """Removes hyperparameters that a checkpoint cannot store, and logs their names.
 
     Args:
         of: The object whose hyperparameters they are.
@@ -71,16 +71,16 @@ def forget_objects(of: Any, hparams: MutableMapping[str, Any]) -> None:
         except Exception:  # pickling may raise anything
             del hparams[name]
             rank_zero_info(
-                f"Checkpoints are loaded without running code, so they cannot store {name}={type(value).__name__} of "
-                f"{type(of).__name__}. Pass it to load_from_checkpoint again."
+                f"Checkpoints are loaded without running code, so they cannot store the argument {name} of "
+                f"{type(of).__name__}, a {type(value).__name__}. Pass it to load_from_checkpoint again."
             )
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Saves a checkpoint; unlike Lightning's function, not via $TMPDIR, where there may be no space.
+    """Saves a checkpoint directly; Lightning's function would save it to $TMPDIR first, where there may be no space.
 
-    A checkpoint is a zip file. Its comment gets a checksum of everything before it, since zip files' own checksums do
-    not cover their directory.
+    A checkpoint is a zip file. A checksum of everything before the file's comment is stored in that comment, since zip
+    files' own checksums do not cover their directory.
     """
     with path.open("wb") as file:  # with a path, torch would not say what went wrong
         torch.save(checkpoint, file)
@@ -91,7 +91,7 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _find_damage(path: str) -> str | None:
-    """What is wrong with a checkpoint's file; None if nothing is."""
+    """How a checkpoint's file is damaged; None if it is not."""
     with zipfile.ZipFile(path) as file:
         comment = file.comment
         if not comment.startswith(_MARK):  # not written by this package
@@ -131,10 +131,10 @@ def verified_checkpoint(path: _PATH, *, trusts_code: bool = True) -> str:
         if not isinstance(content, dict) or "state_dict" not in content:
             raise KeyError("it has no state_dict")
     except FileNotFoundError as error:
-        raise _unusable(path, "does not exist") from error
+        raise _checkpoint_error(path, "does not exist") from error
     except UnpicklingError as error:
         what = "holds Python objects besides weights and plain values, and loading them could run code"
-        raise _unusable(path, what) from error
+        raise _checkpoint_error(path, what) from error
     except Exception as error:  # a damaged file may raise anything
         what = f"is damaged or not a checkpoint: {root_cause_message(error).rstrip('.')}"
         if Path(path, ".metadata").is_file():  # written by torch.distributed.checkpoint
@@ -143,17 +143,17 @@ def verified_checkpoint(path: _PATH, *, trusts_code: bool = True) -> str:
                 "strategy write full checkpoints: FSDPStrategy(state_dict_type='full') or "
                 "ModelParallelStrategy(save_distributed_checkpoint=False)"
             )
-        raise _unusable(path, what) from error
+        raise _checkpoint_error(path, what) from error
     if not trusts_code and (content.get("hyper_parameters", {}).get("model_kwargs") or {}).get("trust_remote_code"):
         raise UsageError(
             f"the checkpoint {path} is of a model with its own Python code, which is not run unless you trust it. Read "
-            "it, then set --model.model_kwargs.trust_remote_code=true, or in Python give load_from_checkpoint "
+            "the code, then set --model.model_kwargs.trust_remote_code=true, or in Python give load_from_checkpoint "
             "model_kwargs={'trust_remote_code': True}."
         )
     return local
 
 
-def _unusable(path: _PATH, what: str) -> UsageError:
+def _checkpoint_error(path: _PATH, what: str) -> UsageError:
     message = f"the checkpoint {path} {what}. Give another one with --ckpt_path"
     if not _is_remote(path):
         folder = Path(path).parent

@@ -71,7 +71,7 @@ class SmartBatchTrainer(L.Trainer):
         if shown and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.insert(0, RichProgressBar(refresh_rate=5))  # first, so that it is removed before others print
         options.update(with_precision(options))
-        super().__init__(logger=logger, callbacks=_asked_for(callbacks, options), **options)
+        super().__init__(logger=logger, callbacks=_needed_callbacks(callbacks, options), **options)
         check_flags(self)
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # written at every log, so that a kill loses nothing; the default is every hundredth step
@@ -191,7 +191,7 @@ class SmartBatchTrainer(L.Trainer):
         export.write(model, datamodule, metrics_in(checkpoint), command)
 
 
-def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
+def _needed_callbacks(callbacks: list[Callback], options: dict[str, Any]) -> list[Callback]:
     """Removes default callbacks that this run does not need: early stopping, or saving checkpoints."""
     kept = [one for one in callbacks if not (isinstance(one, EarlyStop) and one.patience is None)]
     savers = [one for one in kept if isinstance(one, ModelCheckpoint)]
@@ -202,7 +202,7 @@ def _asked_for(callbacks: list[Callback], options: dict[str, Any]) -> list[Callb
 
 
 class _ConfigDumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes configs; unlike PyYAML's, also enumerations of strings, such as the default `interval` of a `Timer`."""
+    """Writes configs, including string enumerations such as a `Timer`'s default `interval`, which PyYAML's cannot."""
 
 
 _ConfigDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
@@ -210,7 +210,7 @@ set_dumper("yaml", partial(yaml.dump, Dumper=_ConfigDumper, sort_keys=False, all
 
 
 def _check_keys(node: yaml.Node | None) -> None:
-    """Refuses a key that is given twice in a mapping, of which YAML would silently drop the first.
+    """Rejects a key that is given twice in a mapping; YAML would silently ignore the first.
 
     Raises:
         YAMLError: A key is given twice.
@@ -227,7 +227,7 @@ def _check_keys(node: yaml.Node | None) -> None:
 
 
 def _load_config(text: str) -> Any:
-    """Reads YAML as jsonargparse does, but refuses repeated keys."""
+    """Reads YAML as jsonargparse does, but rejects repeated keys."""
     _check_keys(yaml.compose(text, yaml.SafeLoader))
     return _load_yaml(text)
 
@@ -269,15 +269,15 @@ _DATA = ("config", "data.dataset", "data.text_columns", "data.label_column", "da
 _BATCHES = ("data.batch_size", "data.max_tokens_per_batch", "data.padding")
 _FIT = (*_DATA, *_BATCHES, "data.validation_split", "model.pretrained", "model.learning_rate")
 _TRAINER = ("trainer.devices", "trainer.precision", "trainer.default_root_dir")
-_OF_A_CHECKPOINT = ("ckpt_path", "config", "data.dataset")
-_MOST_USED = {
+_CHECKPOINT_OPTIONS = ("ckpt_path", "config", "data.dataset")
+_MAX_USED = {
     "fit": (*_FIT, "trainer.max_epochs", *_TRAINER, "early_stopping.patience", "export_model.folder", "ckpt_path"),
-    "validate": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "evaluation.folder"),
-    "test": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "evaluation.folder"),
-    "predict": (*_OF_A_CHECKPOINT, *_BATCHES, *_TRAINER, "predictions.path", "predictions.columns"),
+    "validate": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
+    "test": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
+    "predict": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "predictions.path", "predictions.columns"),
     "prepare": (*_DATA, "data.cache_dir", "model.pretrained"),
     "report": (*_DATA, *_BATCHES, "model.pretrained", "folder", "ranks"),
-    "export": (*_OF_A_CHECKPOINT, "folder", "push_to_hub", "private"),
+    "export": (*_CHECKPOINT_OPTIONS, "folder", "push_to_hub", "private"),
 }
 
 
@@ -312,7 +312,7 @@ class SmartBatchCLI(LightningCLI):
         options = {
             "seed_everything_default": 321,
             "save_config_callback": ConfigSaver,
-            "save_config_kwargs": {"overwrite": True},  # else Lightning would refuse its own file
+            "save_config_kwargs": {"overwrite": True},  # else Lightning would reject its own file
             "parser_class": Parser,
             "auto_configure_optimizers": False,  # configure_optimizer and configure_scheduler do that
             "trainer_class": SmartBatchTrainer,
@@ -325,7 +325,7 @@ class SmartBatchCLI(LightningCLI):
                     command: {
                         "usage": "%(prog)s [options]",
                         "classes": classes,
-                        "most_used": _MOST_USED.get(command, ()),
+                        "most_used": _MAX_USED.get(command, ()),
                     }
                     for command in self.subcommands()
                 },
@@ -333,7 +333,7 @@ class SmartBatchCLI(LightningCLI):
             **options,
         }
         self._classes = classes
-        with _as_a_command(self._forget_refused_run) if args is None else nullcontext():
+        with _as_command(self._remove_rejected_run) if args is None else nullcontext():
             super().__init__(
                 model_class,
                 datamodule_class,
@@ -385,19 +385,19 @@ class SmartBatchCLI(LightningCLI):
         for name, of in self._classes.items():
             given = self.config[command].get(name) or {}
             for argument, value in (given.get("init_args") or {}).items():
-                if value is None and not _takes_null(of, argument):
+                if value is None and not _accepts_null(of, argument):
                     raise UsageError(f"--{name}.{argument} is null. Leave it out, or give a value.")
 
     def _parse_ckpt_path(self) -> None:
-        """From a local checkpoint, takes the model arguments that are not given, and always the architecture.
+        """Takes the architecture and the model arguments that are not given from a local checkpoint.
 
-        Lightning would take all of them, silently replacing those given, before any checkpoint plugin is involved.
+        Lightning would take all arguments, silently replacing the given ones, before any checkpoint plugin is involved.
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if path in ("", "best"):  # such as from an unset shell variable; `best` refers to a run in this process
             raise UsageError(f"ckpt_path is {path!r}; give the path of a checkpoint, such as runs/reviews/best.ckpt.")
-        if not path or Path(path).is_dir() or _NO_FILE.match(str(path)):
+        if not path or Path(path).is_dir() or _NOT_A_FILE.match(str(path)):
             return
         if command in ("prepare", "report") and not Path(path).exists():
             return
@@ -417,7 +417,7 @@ class SmartBatchCLI(LightningCLI):
             self.config[architecture] = saved[architecture]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Adds `AtomicCheckpointIO` unless a `CheckpointIO` is given; plugins in a config would replace a default."""
+        """Adds `AtomicCheckpointIO` unless a `CheckpointIO` is given; as a default, other plugins would replace it."""
         given = kwargs.pop("plugins", self._get(self.config_init, "trainer", default={}).get("plugins")) or []
         plugins = list(given) if isinstance(given, list | tuple) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -427,8 +427,8 @@ class SmartBatchCLI(LightningCLI):
         self._new_folders = [one for one in (folder, *folder.parents) if trainer.loggers and not one.exists()]
         return trainer
 
-    def _forget_refused_run(self) -> None:
-        """Removes the log folders that Lightning created, if the run was refused before its first step."""
+    def _remove_rejected_run(self) -> None:
+        """Removes the log folders that this run created, if it was rejected before its first step."""
         trainer = getattr(self, "trainer", None)
         if trainer is None or not trainer.is_global_zero or trainer.global_step or not self._new_folders:
             return
@@ -440,7 +440,7 @@ class SmartBatchCLI(LightningCLI):
                     one.rmdir()  # unless another run is in it
 
     def before_fit(self) -> None:
-        """Tells the user if the data is the demo."""
+        """Logs that the data is the demo, if it is."""
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
                 "The data is the built-in demo: made-up reviews, for a small untrained BERT. The results say nothing "
@@ -465,7 +465,7 @@ class SmartBatchCLI(LightningCLI):
             )
 
 
-def _takes_null(of: type, argument: str) -> bool:
+def _accepts_null(of: type, argument: str) -> bool:
     """Whether an argument of a class or its base classes may be None; jsonargparse accepts null for all of them."""
     for one in of.__mro__:
         accepted = get_type_hints(vars(one).get("__init__", object)).get(argument)
@@ -475,14 +475,14 @@ def _takes_null(of: type, argument: str) -> bool:
 
 
 # Checkpoints that Lightning resolves itself: keywords, URLs and its registry.
-_NO_FILE = re.compile(r"(last|hpc)$|\w+://|(?i:registry)(:|$)")
+_NOT_A_FILE = re.compile(r"(last|hpc)$|\w+://|(?i:registry)(:|$)")
 _LOGGED_AT_START = ("config*.yaml", "hparams.yaml", "events.out.tfevents.*")
 # Warnings that a user cannot act on.
 _IGNORED_WARNINGS = (
     "does not have many workers",  # batches are collated in microseconds: workers gain nothing
     "using a custom batch sampler",  # ours returns every sample for prediction
-    "Total length of `list` across ranks is zero",  # a user who sets no validation data knows
-    "It is recommended to use `self.log",  # on several ranks: rank 0 logs figures for all of them
+    "Total length of `list` across ranks is zero",  # the user has turned validation off
+    "It is recommended to use `self.log",  # with sync_dist; rank 0 logs figures that cover all ranks
     "The dirpath has changed from",  # test and predict have their own folders
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # internal to Lightning
 )
@@ -494,17 +494,17 @@ _IGNORED_LINES = {
 }
 
 
-def _lacks(message: str, record: logging.LogRecord) -> bool:
+def _does_not_contain(message: str, record: logging.LogRecord) -> bool:
     return message not in record.getMessage()
 
 
 @contextmanager
-def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
+def _as_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Suppresses warnings that a user cannot act on, and reports a user's mistake in one line."""
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     for logger, message in _IGNORED_LINES.items():
-        logging.getLogger(logger).addFilter(partial(_lacks, message))
+        logging.getLogger(logger).addFilter(partial(_does_not_contain, message))
     try:
         yield
     except Exception as error:
@@ -518,7 +518,7 @@ def _as_a_command(on_mistake: Callable[[], None] = lambda: None) -> Iterator[Non
 def _user_message(error: Exception) -> str | None:
     """The line to print for an error instead of a traceback; None if it is not the user's mistake.
 
-    Some exceptions with which Lightning refuses arguments can only be recognized by where they were raised.
+    Some exceptions with which Lightning rejects arguments can only be recognized by where they were raised.
     """
     for one in exception_chain(error):  # jsonargparse wraps what a constructor raises
         raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(one.__traceback__)]
@@ -540,7 +540,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     name = "".join(sys.argv[1:2])
     if name in _WITHOUT_MODEL:
-        with _as_a_command():
+        with _as_command():
             auto_cli(
                 _WITHOUT_MODEL[name],
                 sys.argv[2:],

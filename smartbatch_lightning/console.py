@@ -17,7 +17,7 @@ def command_line() -> str:
     return _command(sys.argv[1:])
 
 
-def command_to_go_on(checkpoint: str) -> str:
+def resume_command(checkpoint: str) -> str:
     """The command that was run, with a checkpoint to resume from."""
     kept, skip = [], False
     for argument in sys.argv[1:]:
@@ -28,7 +28,7 @@ def command_to_go_on(checkpoint: str) -> str:
 
 
 def _command(arguments: list[str]) -> str:
-    """A command line: a program on the PATH by its name alone, a script by `python` and its path as given."""
+    """A command line: a program on the PATH by its name, a script as `python` and its path as given."""
     program = Path(sys.argv[0]).name
     started = [program] if shutil.which(program) and not program.endswith(".py") else ["python", sys.argv[0]]
     return shlex.join([*started, *arguments])

@@ -1,4 +1,4 @@
-"""What a data module and a model tell each other, checked when a run is set up.
+"""The information that a data module and a model exchange, checked when a run is set up.
 
 Each side has one method for this, so that other data modules and models are not mistaken for ours because of an
 attribute that happens to have the same name.
@@ -60,7 +60,7 @@ class TextModel:
         config: Its configuration.
         trained_config: The same if the model was trained to classify, else None.
         trained_on: Fingerprint of the data that a checkpoint's weights were trained on; None if unknown.
-        check: Refuses data that does not fit, such as with other classes than its head or its loss weights have.
+        check: Rejects data that does not fit, for example because its classes are not those of the head.
         sample_weights: Returns each sample's weight in the mean loss, (num_samples,), given encoded labels; or None if
             all are equal. Call it only after the model has been built.
     """
@@ -129,7 +129,7 @@ def name_of_set(trainer: L.Trainer | None, stage: str, number: int) -> str:
 
 
 def check_takes_packed_batches(module: L.LightningModule) -> None:
-    """Refuses a module whose `transformers` models would read a packed batch as one sample.
+    """Rejects a module whose `transformers` models would read a packed batch as one sample.
 
     Raises:
         ValueError: `enable_packing` was called for none of them.

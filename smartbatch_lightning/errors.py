@@ -7,8 +7,8 @@ from typing import Any
 
 QUOTE_NAMES = "In YAML, put quotes around names that look like numbers, truth values or null, such as '1' and 'no'."
 
-_NEAREST = 0.7  # minimum similarity of two names, as computed by difflib
-_MOST_NAMES, _LONGEST_NAME, _LONGEST_MESSAGE = 10, 60, 500
+_MIN_SIMILARITY = 0.7  # minimum similarity of two names, as computed by difflib
+_MAX_NAMES, _MAX_NAME_LENGTH, _MAX_MESSAGE_LENGTH = 10, 60, 500
 
 
 class UsageError(ValueError):
@@ -21,7 +21,7 @@ class UsageError(ValueError):
 def nearest(name: str, names: Iterable[str]) -> list[str]:
     """The name most similar to a misspelt one, ignoring case, as a list; empty if none is similar."""
     by_lower = {one.lower(): one for one in names}
-    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=_NEAREST)]
+    return [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=_MIN_SIMILARITY)]
 
 
 def did_you_mean(near: Iterable[str]) -> str:
@@ -39,7 +39,7 @@ def did_you_mean_columns(name: str, columns: Iterable[str]) -> str:
 
 
 def check_trusted(name: str, error: Exception) -> None:
-    """Refuses a model or tokenizer with code of its own, if that is why transformers failed to load it.
+    """Rejects a model or tokenizer with code of its own, if that is why transformers failed to load it.
 
     Args:
         name: Name on the Hub, or folder.
@@ -50,30 +50,31 @@ def check_trusted(name: str, error: Exception) -> None:
     """
     if "trust_remote_code" in str(error):
         raise UsageError(
-            f"{name!r} comes with its own Python code, which is not run unless you trust it. Read it, then set "
+            f"{name!r} comes with its own Python code, which is not run unless you trust it. Read the code, then set "
             "--model.model_kwargs.trust_remote_code=true."
         ) from error
 
 
-def check_at_least(least: int, **arguments: Any) -> None:
-    """Refuses arguments that are not whole numbers, or that are below a minimum.
+def check_at_least(minimum: int, **arguments: Any) -> None:
+    """Rejects arguments that are not whole numbers, or that are below a minimum.
 
     Raises:
         ValueError: An argument is not a whole number, or is below the minimum.
     """
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise UsageError(f"{name} is {value!r}; give a whole number, {least} or more.")
-        if int(value) < least:
-            raise UsageError(f"{name} is {value}; give {least} or more.")
+            raise UsageError(f"{name} is {value!r}; give a whole number, {minimum} or more.")
+        if int(value) < minimum:
+            raise UsageError(f"{name} is {value}; give {minimum} or more.")
 
 
 def join_quoted(names: Iterable[Any]) -> str:
-    """Quoted names, separated by commas: of many names only the first, of long names both ends."""
+    """Quoted names, separated by commas; only the first of many names, and only both ends of long ones."""
     listed = list(names)
-    shown = [repr(_shortened(name, _LONGEST_NAME) if isinstance(name, str) else name) for name in listed[:_MOST_NAMES]]
-    if len(listed) > _MOST_NAMES:
-        shown.append(f"and {len(listed) - _MOST_NAMES:,} more")
+    short = [_shortened(name, _MAX_NAME_LENGTH) if isinstance(name, str) else name for name in listed[:_MAX_NAMES]]
+    shown = [*map(repr, short)]
+    if len(listed) > _MAX_NAMES:
+        shown.append(f"and {len(listed) - _MAX_NAMES:,} more")
     return ", ".join(shown)
 
 
@@ -95,4 +96,4 @@ def root_cause_message(error: BaseException) -> str:
     *_, first = exception_chain(error)
     lines = str(first).strip().splitlines()
     message = f"{type(first).__name__}: {lines[0] if lines else ''}".rstrip(": .")
-    return f"{_shortened(message, _LONGEST_MESSAGE)}."
+    return f"{_shortened(message, _MAX_MESSAGE_LENGTH)}."

@@ -25,9 +25,9 @@ from smartbatch_lightning.tasks import SingleLabelClassification
 from smartbatch_lightning.tasks.standardization import STANDARDIZATION_FIELDS, Standardization
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE
 
-_SAMPLES, _MOST_DIFFERENCE = 4, 1e-5  # for checking that an exported model predicts in the data's unit
+_SAMPLES, _MAX_DIFFERENCE = 4, 1e-5  # for checking that an exported model predicts in the original units
 _MARK = "with smartbatch-lightning"  # identifies the model card of an export
-_IN_PARTS = {  # what a pipeline cannot do, by truncation
+_PIPELINE_LIMITS = {  # what a pipeline cannot do, by truncation
     "head_tail": "For texts of more than {} tokens, the model was trained on the beginning and the end, but a pipeline "
     "reads only the beginning; `smartbatch predict` reads both.",
     "windows": "For texts of more than {} tokens, the model was trained on overlapping windows, but a pipeline reads "
@@ -57,8 +57,8 @@ def export_model(
     `transformers.pipeline("text-classification", folder, truncation=True)` gives the same results as `predict`: the
     tokenizer's maximum length is set to the data's `max_length`, and its truncation side to that of `truncation`. With
     `head_tail` or `windows`, the pipeline reads only the beginning of long texts, and the card says so. The mean and
-    deviation of standardized targets are folded into the last layer, so that outputs are in the data's unit. Adapters
-    are merged into the weights.
+    deviation of standardized targets are folded into the last layer, so that outputs are in the original units.
+    Adapters are merged into the weights.
 
     Args:
         model: A trained, built model.
@@ -73,8 +73,8 @@ def export_model(
 
     Raises:
         ValueError: As for `check_exportable`, `check_export_folder`, `create_repository` and `push_folder`; or the data
-            has other labels than the model, the model is wrapped, weights are not finite, the disk is full, or the mean
-            of standardized targets cannot be folded into the last layer.
+            has labels that the model does not have, the model is wrapped, weights are not finite, the disk is full, or
+            the mean of standardized targets cannot be folded into the last layer.
     """
     assert model.model is not None, "a model is exported after it has been built"
     check_exportable(model, data, adapter)
@@ -121,12 +121,12 @@ def export_model(
 
 
 def _exported_model(model: SequenceClassifier, data: SmartBatchDataModule, adapter: bool) -> Any:
-    """The model to write, or a changed copy on the CPU: adapters merged or separate, targets in the data's unit."""
+    """The model to write, or a changed copy on the CPU: adapters merged or separate, targets in the original units."""
     assert model.model is not None
     exported: Any = model.model
     standardization = Standardization.from_fields(exported.config.to_dict())
     if model.adapters is not None:
-        exported = model.adapters.detached([] if adapter else _sample_inputs(data))
+        exported = model.adapters.for_saving([] if adapter else _sample_inputs(data))
     elif standardization is not None:
         exported = copy.deepcopy(exported).cpu()
     if standardization is not None:
@@ -135,7 +135,7 @@ def _exported_model(model: SequenceClassifier, data: SmartBatchDataModule, adapt
 
 
 def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list[dict[str, Tensor]]) -> None:
-    """Changes a model's last layer so that it predicts targets in the data's unit.
+    """Changes a model's last layer so that it predicts targets in the original units.
 
     Raises:
         ValueError: The layer has no bias, or does not produce the logits.
@@ -145,7 +145,7 @@ def _fold(model: PreTrainedModel, standardization: Standardization, inputs: list
         expected = standardization.restore_tensor(torch.cat([model(**one).logits for one in inputs]))
         rescale_logits(model, standardization.std, standardization.mean)
         logits = torch.cat([model(**one).logits for one in inputs])
-    tolerance = _MOST_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
+    tolerance = _MAX_DIFFERENCE * (expected.abs() + expected.new_tensor(standardization.std))
     if not ((logits - expected).abs() <= tolerance).all():
         raise UsageError(
             "the mean and deviation of standardized targets cannot be folded into the last layer of "
@@ -166,7 +166,7 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
 
 
 def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> None:
-    """Refuses what `export_model` cannot write.
+    """Rejects a model that `export_model` cannot write.
 
     Raises:
         ValueError: This is not a `SequenceClassifier` trained on a `SmartBatchDataModule`; its adapters are missing, or
@@ -198,7 +198,7 @@ def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> Non
 
 
 def check_export_folder(folder: str | Path) -> None:
-    """Refuses a folder that cannot be written, or whose README.md was not written by an export."""
+    """Rejects a folder that cannot be written, or whose README.md was not written by an export."""
     check_writable(folder, "Give another folder.")
     card = Path(folder) / "README.md"
     if card.exists() and _MARK not in card.read_text(errors="replace"):
@@ -245,7 +245,7 @@ def _card(
         f"{_escaped(model.task.description)}.",
         *([] if model.adapters is None else [_escaped(str(model.adapters))]),
         _code("python", _usage(name, f"truncation=True{width}{all_scores}", data.max_length, adapter)),
-        *([] if truncation.side else [_IN_PARTS[truncation.truncation].format(data.max_length)]),
+        *([] if truncation.side else [_PIPELINE_LIMITS[truncation.truncation].format(data.max_length)]),
         "## Metrics",
         _table("metric", {name: f"{value:.4f}" for name, value in evaluated.items()}) if evaluated else "Not measured.",
         "## Settings",

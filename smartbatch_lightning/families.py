@@ -11,8 +11,8 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedCo
 
 from smartbatch_lightning.errors import UsageError
 
-# Their head reads the last position, whatever is there. All others read the first one, average the unmasked ones, or
-# look for the last token that is not padding.
+# Their head reads the last position, even if that is padding. All others read the first position, average the unmasked
+# ones, or look for the last token that is not padding.
 _PADDED_LEFT = ("xlnet",)
 
 # They add the *word* embedding of a token type, so types of 0 are not the same as no types.
@@ -82,10 +82,10 @@ def token_types(config: PretrainedConfig) -> int | None:
 
 
 def end_token_read(config: PretrainedConfig) -> int | None:
-    """The end token whose last occurrence the head reads, and of which all samples need the same number; else None.
+    """The end token, if the head reads its last occurrence and needs equally many in all samples; else None.
 
     Raises:
-        ValueError: The head reads it, but the configuration does not name it.
+        ValueError: The head reads the end token, but the configuration does not name it.
     """
     if config.model_type not in _READ_LAST_EOS:
         return None
@@ -98,7 +98,7 @@ def end_token_read(config: PretrainedConfig) -> int | None:
 
 
 def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
-    """What makes a text's result depend on the width of its batch, in transformers itself; None if nothing does."""
+    """Why a text's result depends on the width of its batch, in transformers itself; None if it does not."""
     if (blocks := getattr(config, "num_random_blocks", None)) and (
         config.attention_type == "original_full" or max_length <= (5 + 2 * blocks) * config.block_size
     ):
@@ -110,7 +110,7 @@ def depends_on_width(config: PretrainedConfig, max_length: int) -> str | None:
 
 
 def _rotary_settings(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """How a model's rotary frequencies are scaled, for each type of its layers."""
+    """How a model scales its rotary frequencies, for each type of layer."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [rope, *(of_type for of_type in rope.values() if isinstance(of_type, dict))]
 
@@ -141,7 +141,7 @@ def drop_chunks(config: PretrainedConfig) -> None:
 
 
 def check_has_head(config: PretrainedConfig) -> None:
-    """Refuses a family that has no classification head.
+    """Rejects a family that has no classification head.
 
     Raises:
         ValueError: The family has none.

@@ -15,8 +15,8 @@ from smartbatch_lightning.errors import UsageError, root_cause_message
 def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
     """A context for loading from the Hub, in huggingface_hub's offline mode if the Hub cannot be reached.
 
-    Otherwise huggingface_hub would try for half a minute to get each file that is not cached, even optional ones, and
-    report a missing folder as an invalid name.
+    In online mode, huggingface_hub would try for half a minute to get each file that is not cached, even optional ones,
+    and report a missing folder as an invalid name.
 
     Args:
         name: Name of a repository, or a folder.
@@ -33,9 +33,9 @@ def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
     except HFValidationError:
         if repo_type == "model":  # data sets may have other names, such as those of buckets
             raise FileNotFoundError("there is no such folder") from None
-    except OSError:  # the Hub has answered, or huggingface_hub is in offline mode
+    except OSError:  # the Hub has answered with an error, or huggingface_hub is in offline mode
         pass
-    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
+    except Exception as error:  # raised by the HTTP library, which depends on the version of huggingface_hub
         unreachable, constants.HF_HUB_OFFLINE = error, True
     try:
         yield

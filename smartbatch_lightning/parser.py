@@ -31,7 +31,7 @@ class Parser(LightningArgumentParser):
 
     Args:
         args: Positional arguments of jsonargparse's parser.
-        classes: Default class of each key that takes a `class_path`; jsonargparse itself does not show its options.
+        classes: Default class of each key that takes a `class_path`; its options are shown, unlike in jsonargparse.
         most_used: Options to show in `--help`, such as `data.dataset`; all of them if empty.
         more_commands: Commands with their own parser, to list with the others.
         options: Other arguments of jsonargparse's parser.
@@ -109,7 +109,7 @@ class Parser(LightningArgumentParser):
         super().error(self._one_line(message) if self.exit_on_error else message, ex)
 
     def _one_line(self, message: str) -> str:
-        """The problem in terms of the command line; jsonargparse lists for every type why a value does not fit."""
+        """The problem in terms of the command line; jsonargparse would list why a value does not fit each type."""
         if command := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.+)\)", message):
             commands = [*re.findall(r"\w+", command[2]), *self.more_commands]
             meant = did_you_mean(nearest(command[1], commands))
@@ -183,7 +183,7 @@ def _expected(union: re.Match[str]) -> str:
 
 
 def _in_home_folder(value: Any) -> Any:
-    """The value with every text in it that begins with `~/` as a path in the home folder."""
+    """The value, with every text in it that begins with `~/` expanded to a path in the home folder."""
     if isinstance(value, str):
         return os.path.expanduser(value) if value.startswith("~/") else value
     if isinstance(value, Namespace):
@@ -197,7 +197,7 @@ def _in_home_folder(value: Any) -> Any:
 
 
 class _HelpAll(argparse._HelpAction):
-    """Shows all options; a subclass, so that jsonargparse treats it as help and not as a setting."""
+    """Shows all options; a subclass of the help action, so that jsonargparse does not treat it as a setting."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         assert isinstance(parser, Parser)

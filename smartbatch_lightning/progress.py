@@ -3,10 +3,10 @@
 Lightning counts trained epochs, batches and optimizer steps in internal counters (lightning 2.6; see
 `tests/test_resume.py` and `tests/test_schedules.py`). This file deals with the following:
 
-- A checkpoint's counters depend on the hook in which it was written. If resumed unchanged, an epoch's last batch ends
-  the epoch without validation and without its final hooks; a validation that was due is skipped for good; after an
-  exception, a batch is repeated. So the counters are rewritten before Lightning restores them, to those of a run that
-  is between two batches.
+- A checkpoint's counters depend on the hook in which it was written. If they are restored unchanged, an epoch's last
+  batch ends the epoch without validation and final hooks; a validation that was due is never run; after an exception, a
+  batch is repeated. So before Lightning restores the counters, they are rewritten to those of a run that is between two
+  batches.
 - An epoch that `max_steps`, `max_time` or a callback cuts short counts as finished; when resumed with more steps, the
   rest of it would never be trained.
 - `on_train_epoch_start` is not called when an epoch is resumed, so `GradientAccumulationScheduler` is queried here, and
@@ -31,7 +31,7 @@ from smartbatch_lightning.errors import UsageError
 
 @dataclass(frozen=True)
 class Position:
-    """Training progress, counted by what the optimizer has seen.
+    """Training progress: only batches whose optimizer step has been taken count.
 
     Attributes:
         epoch: Number of finished epochs.
@@ -53,8 +53,8 @@ def check_flags(trainer: L.Trainer) -> None:
 
 
 def validation_interval(trainer: L.Trainer) -> float | None:
-    """The given number of batches or fraction of an epoch; None if the interval is a time."""
-    return getattr(trainer, "val_check_interval", None)  # the attribute is then missing
+    """Batches between validations, or a fraction of an epoch; None if the interval is given as a time."""
+    return getattr(trainer, "val_check_interval", None)  # missing if it is a time
 
 
 def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
@@ -92,7 +92,7 @@ def trained_steps(trainer: L.Trainer) -> int:
 
 
 def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
-    """Whether the last batch completed a multiple of `every_n_steps` optimizer steps of the epoch, or the epoch."""
+    """Whether the last batch completed a multiple of `every_n_steps` optimizer steps in the epoch, or the epoch."""
     trained = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     every = trainer.accumulate_grad_batches * every_n_steps
     return bool(trained % every == 0 or trained == trainer.num_training_batches)
@@ -125,7 +125,7 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
         at: Where training resumes.
         batches_of_epoch: Batches per rank in an epoch.
     """
-    trainer.fit_loop._combined_loader = None  # strategies that restore late, such as FSDP, have made it for a new run
+    trainer.fit_loop._combined_loader = None  # created for a new run if the strategy restores late, as FSDP does
     loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
     before = at.epoch * batches_of_epoch
     epochs, batches, outer = loops["epoch_progress"], loops["epoch_loop.batch_progress"], loops["epoch_loop.state_dict"]
@@ -148,13 +148,13 @@ def rewrite_checkpoint(trainer: L.Trainer, at: Position, batches_of_epoch: int) 
         counts.update(ready=0, started=0, processed=0, completed=0)
     validation["is_last_batch"] = at.batches is None  # otherwise Lightning would count the epoch twice
     if at.validation_due:
-        validation["total"].update(ready=1, started=1)  # which tells Lightning that it was started but not finished
+        validation["total"].update(ready=1, started=1)  # Lightning then takes it as started but not finished
     # the last step is counted only after the validation still to come, or the end of the epoch
     outer["_batches_that_stepped"] = steps - (at.batches is None or at.validation_due or trained >= batches_of_epoch)
 
 
 def advance_schedule(scheduler: Any, steps: int) -> None:
-    """Advances a newly created schedule by a number of optimizer steps, as if they had been taken."""
+    """Advances a new schedule by a number of optimizer steps, as if they had been taken."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         if isinstance(scheduler, LambdaLR):  # a function of the step
@@ -163,8 +163,8 @@ def advance_schedule(scheduler: Any, steps: int) -> None:
             scheduler.step()
 
 
-def place_schedules(trainer: L.Trainer) -> None:
-    """Moves the restored schedules of a user's own module to the step that leaves as many steps as training has left.
+def sync_schedules(trainer: L.Trainer) -> None:
+    """Moves the restored schedules of a user's own module to the step where training is, as in `trained_steps`.
 
     Raises:
         ValueError: The number of steps has changed, and a schedule is not a function of the step.
@@ -187,41 +187,41 @@ def place_schedules(trainer: L.Trainer) -> None:
 
 
 def restore_loaders(trainer: L.Trainer) -> None:
-    """Restores the loaders' state, which Lightning does not do if they were created before it read the checkpoint."""
+    """Restores the loaders' state; Lightning does not if it created them before reading the checkpoint."""
     trainer.fit_loop._load_combined_loader_states()
 
 
 def begin_epoch(trainer: L.Trainer) -> None:
-    """Does what callbacks do at the start of an epoch, also when it is resumed; called before its first batch."""
+    """Does what callbacks do at the start of an epoch, even if it is resumed; called before its first batch."""
     trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
-    for callback in trainer.callbacks if stands_in_epoch(trainer) else []:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks if resumes_mid_epoch(trainer) else []:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):
             callback.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
-def stay_stopped(trainer: L.Trainer) -> None:
+def respect_early_stopping(trainer: L.Trainer) -> None:
     """Ends a run resumed from a checkpoint written after early stopping; Lightning would train another epoch."""
     stops = [one for one in trainer.early_stopping_callbacks if one.patience is not None]
     stopped = [one for one in stops if one.wait_count >= max(one.patience, 1) or one.stopped_epoch]
     if trainer.ckpt_path and stopped:
         trainer.should_stop = True
         rank_zero_info(
-            "Early stopping ended this run. To train further, raise its patience or resume without that callback."
+            "Early stopping ended this run. To train further, raise its patience, or resume without early stopping."
         )
 
 
-def stands_in_epoch(trainer: L.Trainer) -> bool:
-    """Whether Lightning resumes in the middle of an epoch."""
+def resumes_mid_epoch(trainer: L.Trainer) -> bool:
+    """Whether this run was resumed in the middle of an epoch."""
     return trainer.fit_loop.restarted_mid_epoch
 
 
-def nothing_was_left(trainer: L.Trainer) -> bool:
+def had_nothing_to_train(trainer: L.Trainer) -> bool:
     """Whether a finished `fit` had nothing left to train."""
     return trainer.fit_loop.is_resuming and trainer.fit_loop.done
 
 
 def count_logged_steps(trainer: L.Trainer) -> None:
-    """Makes loggers count optimizer steps, also after a resume; called before the first batch."""
+    """Makes loggers count optimizer steps, including those before a resume; called before the first batch."""
     if trainer.lightning_module.automatic_optimization:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
@@ -248,7 +248,7 @@ def _bounded(trainer: L.Trainer, steps: float, done: int) -> float:
 
 
 def _validation_comes_next(trainer: L.Trainer) -> bool:
-    """Whether a validation is due after the last batch, and not over."""
+    """Whether a validation is due after the last batch and has not finished."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     progress = loop.epoch_loop.val_loop.batch_progress

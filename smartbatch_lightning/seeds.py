@@ -14,7 +14,7 @@ def seed_is_given() -> bool:
 
 
 def run_seed(trainer: L.Trainer | None = None) -> int:
-    """The seed of `seed_everything`, else that of `torch.manual_seed`, else the one that torch has drawn.
+    """The seed given to `seed_everything`, else torch's: given to `torch.manual_seed`, or drawn by torch.
 
     Args:
         trainer: The run's Trainer, if every rank has reached this call, in `setup` or later; all ranks then get rank

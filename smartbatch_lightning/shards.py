@@ -16,7 +16,7 @@ import pyarrow.parquet
 from filelock import BaseFileLock
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.storage import atomic_write, lock_folder, refused
+from smartbatch_lightning.storage import atomic_write, lock_folder, reporting_write_errors
 
 
 class TableShards:
@@ -26,18 +26,18 @@ class TableShards:
     run have written theirs.
 
     Args:
-        path: The final file; its suffix says whether it is Parquet or CSV.
-        remedy: End of the messages about a folder that cannot be used: what to do.
+        path: The final file, Parquet or CSV according to its suffix.
+        remedy: What to do about a folder that cannot be used, for the end of messages.
     """
 
     def __init__(self, path: Path, remedy: str) -> None:
         self.path = path
         self.folder = path.with_name(f"{path.name}.shards")
         self.remedy = remedy
-        self._noted = self.folder / "fingerprint.json"
+        self._fingerprint_path = self.folder / "fingerprint.json"
         self._lock: BaseFileLock | None = None
 
-    def take(self, fingerprint: dict[str, Any], *, overwrite: bool) -> int:
+    def acquire(self, fingerprint: dict[str, Any], *, overwrite: bool) -> int:
         """Locks the folder for the ranks of this run, until `release`; called on rank 0.
 
         Args:
@@ -53,24 +53,24 @@ class TableShards:
         self._lock = lock_folder(self.folder / "run", self.remedy)
         fingerprint = json.loads(json.dumps(fingerprint, default=str))
         if finished := self.num_finished:
-            before = json.loads(self._noted.read_text()) if self._noted.exists() else {}
+            before = json.loads(self._fingerprint_path.read_text()) if self._fingerprint_path.exists() else {}
             differing = [name for name in {**before, **fingerprint} if before.get(name) != fingerprint.get(name)]
             if not differing:
                 return finished
             if not overwrite:
                 raise UsageError(
                     f"{self.folder} has {finished:,} shards of an unfinished run, whose {join_quoted(differing)} "
-                    f"differ from this run's. Use the same ones to resume that run. {self.remedy}"
+                    f"differ from this run's. To resume that run, use the same. {self.remedy}"
                 )
-        with refused(self.folder, self.remedy):
+        with reporting_write_errors(self.folder, self.remedy):
             for part in self.folder.glob("*.parquet"):
                 part.unlink()
-            atomic_write(self._noted, lambda tmp_path: tmp_path.write_text(json.dumps(fingerprint)))
+            atomic_write(self._fingerprint_path, lambda tmp_path: tmp_path.write_text(json.dumps(fingerprint)))
         return 0
 
     def check_shared(self) -> None:
-        """Refuses a folder that rank 0 has created on a disk that this rank does not share."""
-        if not self._noted.exists():
+        """Rejects a folder that rank 0 has created on a disk that this rank does not share."""
+        if not self._fingerprint_path.exists():
             raise UsageError(
                 f"rank 0 writes to {self.folder}, which another rank cannot find. Give a path on a disk that all ranks "
                 "share."
@@ -94,7 +94,7 @@ class TableShards:
     def write(self, table: pa.Table, shard: int, rank: int, num_ranks: int) -> None:
         """Writes a rank's part of a shard."""
         path = self.folder / f"{shard:06}.{rank}-of-{num_ranks}.parquet"
-        with refused(path, "Free some space; the same command then continues from here."):
+        with reporting_write_errors(path, "Free some space; the same command then continues from here."):
             atomic_write(path, lambda tmp_path: pyarrow.parquet.write_table(table, tmp_path))
 
     def join(self, num_shards: int, order_by: str, complete: Callable[[pa.Table], pa.Table]) -> int:
@@ -117,7 +117,7 @@ class TableShards:
                 num_rows += len(table)
                 yield table
 
-        with refused(self.path, "Free some space; the same command then continues from here."):
+        with reporting_write_errors(self.path, "Free some space; the same command then continues from here."):
             atomic_write(self.path, lambda tmp_path: _write_tables(tables(), tmp_path, self.path.suffix))
             for path in self.folder.glob("*.parquet"):
                 path.unlink()

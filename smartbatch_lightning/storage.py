@@ -1,4 +1,4 @@
-"""Derived files: where they are, and writing them atomically, with a checksum, by one process for all others."""
+"""Derived files: where they are, and how one process writes them for all others, atomically and with a checksum."""
 
 import logging
 import math
@@ -18,8 +18,8 @@ from smartbatch_lightning.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-_SILENCE = 5.0  # seconds of waiting for a lock between two messages
-_ENDING = 30.0  # seconds within which a killed process and its workers release a lock
+_SECONDS_BETWEEN_MESSAGES = 5.0  # while waiting for a lock
+_SECONDS_TO_END = 30.0  # within which a killed process and its workers release a lock
 
 
 def cache_dir() -> Path:
@@ -38,26 +38,26 @@ def write_if_missing(path: Path, write: Callable[[Path], object], *, patience: f
 
     Args:
         path: The file or folder; its checksum is stored next to it, in `NAME.xxh3`.
-        write: Writes it to the path passed to this function.
+        write: Creates it at the path that it is given.
         patience: Seconds to wait for another process that is creating it.
 
     Raises:
         ValueError: The folder cannot be written.
         Timeout: Another process is still creating it.
     """
-    noted = _noted(path)
+    checksum_path = _checksum_path(path)
     if is_valid(path):
         return path
-    with refused(path, "Free some space, or set SMARTBATCH_CACHE to a folder that can be written."):
+    with reporting_write_errors(path, "Free some space, or set SMARTBATCH_CACHE to a folder that can be written."):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path, patience)
         try:
             if not is_valid(path):
                 if path.exists():
                     log.warning("%s is damaged, or of another version. It is rebuilt.", path)
-                noted.unlink(missing_ok=True)
+                checksum_path.unlink(missing_ok=True)
                 atomic_write(path, write)
-                atomic_write(noted, lambda tmp_path: tmp_path.write_text(_checksum(path)))
+                atomic_write(checksum_path, lambda tmp_path: tmp_path.write_text(_checksum(path)))
         finally:
             lock.release()
     return path
@@ -90,10 +90,10 @@ def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
     Raises:
         ValueError: Another process still holds the lock, or it cannot be written; the message ends with the remedy.
     """
-    with refused(folder, remedy):
+    with reporting_write_errors(folder, remedy):
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
         try:
-            return _locked(Path(folder), patience=_ENDING)
+            return _locked(Path(folder), patience=_SECONDS_TO_END)
         except Timeout:
             raise UsageError(f"another process is writing to {folder}. Wait until it ends. {remedy}") from None
 
@@ -103,12 +103,12 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
     lock, waited = FileLock(f"{path}.lock"), 0.0
     while True:
         try:
-            lock.acquire(timeout=min(_SILENCE, patience - waited))
+            lock.acquire(timeout=min(_SECONDS_BETWEEN_MESSAGES, patience - waited))
             return lock
         except Timeout:
             if waited >= patience:
                 raise
-            waited += _SILENCE
+            waited += _SECONDS_BETWEEN_MESSAGES
             log.warning(
                 "Waiting for another process that holds %s, for %.0f seconds now. If no such process runs on any "
                 "machine, delete that file: a file system without flock keeps the lock of a killed process.",
@@ -120,12 +120,12 @@ def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
 def is_valid(path: Path) -> bool:
     """Whether a file or folder has the checksum stored when it was created."""
     try:
-        return _noted(path).read_text() == _checksum(path)
+        return _checksum_path(path).read_text() == _checksum(path)
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _noted(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.xxh3")
 
 
@@ -142,7 +142,7 @@ def _checksum(path: Path) -> str:
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file or folder to a temporary path, flushes and renames it, so that a kill leaves the previous one."""
-    tmp_path = _written(path, write)
+    tmp_path = _write_tmp(path, write)
     if path.is_dir():
         _remove(path)
     tmp_path.replace(path)
@@ -153,7 +153,7 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
 
     Args:
         folder: The folder.
-        write: Writes the files into the folder passed to this function.
+        write: Writes the files into the folder that it is given.
         outdated: Names of files to remove afterwards, unless they have been written.
 
     Returns:
@@ -162,9 +162,9 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
     Raises:
         ValueError: Writing fails, for example because the disk is full. The previous files are kept.
     """
-    with refused(folder, "Free some space, or give another folder."):
+    with reporting_write_errors(folder, "Free some space, or give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
-        tmp_path = _written(folder / "files", write)
+        tmp_path = _write_tmp(folder / "files", write)
         written = sorted(tmp_path.iterdir())
         for path in written:
             if path.is_dir():  # only an empty one is replaced
@@ -176,7 +176,7 @@ def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable
     return paths
 
 
-def _written(path: Path, write: Callable[[Path], object]) -> Path:
+def _write_tmp(path: Path, write: Callable[[Path], object]) -> Path:
     """Temporary path of a file or folder that has been written and is to be renamed to `path`."""
     tmp_path = path.with_name(f"{path.name}.unfinished")
     _remove(tmp_path)
@@ -193,24 +193,24 @@ def _written(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def check_writable(folder: str | Path, remedy: str) -> None:
-    """Checks that a folder can be created and written, with a file in it or in what exists of its parents.
+    """Checks that a folder can be written, or created, by writing a file to it or to the nearest parent that exists.
 
-    The file is removed, and no folder is created, so that a run that is refused later leaves none.
+    The file is removed, and no folder is created, so that a run that is rejected later leaves none.
 
     Raises:
-        ValueError: It cannot; the message ends with the remedy.
+        ValueError: The folder cannot be written or created; the message ends with the remedy.
     """
     if folder == "":  # such as from an unset shell variable; it would be the working directory
         raise UsageError(f"the name of the folder to write to is empty. {remedy}")
-    with refused(folder, remedy):
+    with reporting_write_errors(folder, remedy):
         path = Path(folder).absolute()
-        with tempfile.NamedTemporaryFile(dir=next(one for one in (path, *path.parents) if _is_there(one))):
+        with tempfile.NamedTemporaryFile(dir=next(one for one in (path, *path.parents) if _exists(one))):
             pass
 
 
 @contextmanager
-def refused(path: str | Path, remedy: str) -> Iterator[None]:
-    """Turns the system's errors on writing, such as a full disk, into one line that ends with the remedy."""
+def reporting_write_errors(path: str | Path, remedy: str) -> Iterator[None]:
+    """Turns system errors in writing, such as a full disk, into one line that ends with the remedy."""
     try:
         yield
     except Timeout:  # raised while waiting for a lock; it is also an OSError
@@ -220,12 +220,12 @@ def refused(path: str | Path, remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error.__context__, OSError):
             raise
-        # torch tries to finish a file that cannot be written, and that fails
+        # torch tries to finish the file after the system error, and fails
         raise UsageError(f"{path} cannot be written: {error.__context__}. {remedy}") from error
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is something of this name; unlike `Path.exists`, an impossible name is an error."""
+def _exists(path: Path) -> bool:
+    """Whether a path exists; unlike `Path.exists`, raises an error for an impossible name."""
     try:
         path.lstat()
     except FileNotFoundError:

@@ -33,7 +33,7 @@ class Diary(Callback):
 
 def main(folder: Path, ranks: int, number: int = 0, after: int = 0, joining: bool = False) -> None:
     torch.set_num_threads(1)
-    datamodule._ROWS_PREDICTED_TOGETHER = WINDOW
+    datamodule._PREDICTION_WINDOW = WINDOW
     if joining:
         shards._write_tables = lambda *_: os.killpg(0, number)
     model_folder = str(demo.model_dir())

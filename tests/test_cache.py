@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from smartbatch_lightning import storage
-from smartbatch_lightning.cache import CacheHold, prune, prune_cache, size_limit
+from smartbatch_lightning.cache import CacheLock, prune, prune_cache, size_limit
 from smartbatch_lightning.cli import main
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.storage import cache_dir, write_if_missing
@@ -83,7 +83,7 @@ def test_a_write_that_fails_leaves_nothing_that_looks_finished_and_says_what_to_
 def test_a_lock_that_another_process_holds_is_named_while_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "_SILENCE", 0.2)
+    monkeypatch.setattr(storage, "_SECONDS_BETWEEN_MESSAGES", 0.2)
     context = multiprocessing.get_context("fork")
     held = context.Event()
 
@@ -110,7 +110,7 @@ def test_without_flock_a_lock_that_was_left_is_named_and_can_be_deleted(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(storage, "_SILENCE", 0.2)
+    monkeypatch.setattr(storage, "_SECONDS_BETWEEN_MESSAGES", 0.2)
     lock = tmp_path / "file.lock"
     lock.touch()
     with ThreadPoolExecutor() as pool:
@@ -148,7 +148,7 @@ def entries(tmp_path: Path) -> list[Path]:
     """Three folders of 1,000 bytes, the one after the other used."""
     folders = [tmp_path / f"tokens-{number}" for number in range(3)]
     for age, folder in zip((30, 20, 10), folders, strict=True):
-        CacheHold(folder, "x" * 100)
+        CacheLock(folder, "x" * 100)
         (folder / "000000.arrow").write_bytes(bytes(900))
         os.utime(folder / "about.txt", (time.time() - age,) * 2)
     return folders
@@ -164,7 +164,7 @@ def test_what_was_not_used_for_longest_is_removed(
 
 
 def test_what_is_in_use_stays_until_it_is_no_longer(entries: list[Path], tmp_path: Path) -> None:
-    holds = [CacheHold(entries[0]), CacheHold(entries[0])]  # which is then the one used last, too
+    holds = [CacheLock(entries[0]), CacheLock(entries[0])]  # which is then the one used last, too
     holds.pop()
     assert prune(tmp_path, 500) == 2000
     assert list(tmp_path.iterdir()) == [entries[0]]
@@ -173,7 +173,7 @@ def test_what_is_in_use_stays_until_it_is_no_longer(entries: list[Path], tmp_pat
 
 
 def _hold(folder: Path, held, release) -> None:
-    hold = CacheHold(folder)
+    hold = CacheLock(folder)
     held.set()
     release.wait(30)
     del hold
@@ -195,7 +195,7 @@ def test_a_hold_that_waits_while_the_folder_is_removed_makes_it_again(entries: l
     file = os.open(entries[0] / "about.txt", os.O_RDWR)
     fcntl.flock(file, fcntl.LOCK_EX)
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(CacheHold, entries[0], "made again")
+        waiting = pool.submit(CacheLock, entries[0], "made again")
         time.sleep(0.2)
         removed = entries[0].rename(entries[0].with_suffix(".removed"))
         (removed / "about.txt").unlink()
@@ -209,7 +209,7 @@ def test_a_cache_that_can_only_be_read_is_used_as_it_is(tmp_path: Path, monkeypa
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "open", refuse)
-    CacheHold(tmp_path / "tokens-0")
+    CacheLock(tmp_path / "tokens-0")
 
 
 def test_the_commands_list_and_prune(
@@ -217,7 +217,7 @@ def test_the_commands_list_and_prune(
 ) -> None:
     monkeypatch.setenv("SMARTBATCH_CACHE", str(tmp_path))
     (entries[1] / "about.txt").write_text("9 samples of films.csv")
-    hold = CacheHold(entries[2])
+    hold = CacheLock(entries[2])
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["smartbatch", "cache", *arguments])

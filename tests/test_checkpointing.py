@@ -91,8 +91,8 @@ def test_arguments_of_numpy_and_paths_come_back_from_a_checkpoint_and_objects_ar
     run.fit(model, module)
     told = [record.message for record in caplog.records if "cannot store" in record.message]
     assert {line.split(" cannot store ")[1].split(" of ")[0] for line in told} == {
-        "reviewers=DataFrame",
-        "loader_kwargs=dict",
+        "the argument reviewers",
+        "the argument loader_kwargs",
     }
     run.save_checkpoint(tmp_path / "run.ckpt")
     loaded = Weighted.load_from_checkpoint(tmp_path / "run.ckpt")
@@ -114,7 +114,8 @@ def test_model_kwargs_beside_a_checkpoint_change_its_configuration_or_are_refuse
     loaded = SequenceClassifier.load_from_checkpoint(checkpoint, model_kwargs={"hidden_dropout_prob": 0.77})
     assert {part.p for part in loaded.modules() if isinstance(part, torch.nn.Dropout)} >= {0.77}
     with pytest.raises(
-        UsageError, match="model_kwargs has 'hiden_dropout_prob', which the configuration of the checkpoin"
+        UsageError,
+        match="model_kwargs has 'hiden_dropout_prob', which is neither in the configuration of the checkpoin",
     ):
         SequenceClassifier.load_from_checkpoint(checkpoint, model_kwargs={"hiden_dropout_prob": 0.77})
 

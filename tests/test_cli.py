@@ -17,8 +17,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
-from smartbatch_lightning.cli import _MOST_USED, main
-from smartbatch_lightning.console import command_to_go_on
+from smartbatch_lightning.cli import _MAX_USED, main
+from smartbatch_lightning.console import resume_command
 
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
 
@@ -252,7 +252,7 @@ def test_a_mistake_is_told_in_one_line() -> None:
 )
 def test_the_command_that_goes_on_is_one_that_can_be_typed(started: str, shown: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [started, "fit", "--ckpt_path", "old.ckpt", "--ckpt_path=older.ckpt", "--x=a b"])
-    assert command_to_go_on("new.ckpt") == f"{shown} fit '--x=a b' --ckpt_path=new.ckpt"
+    assert resume_command("new.ckpt") == f"{shown} fit '--x=a b' --ckpt_path=new.ckpt"
 
 
 def test_a_predictions_file_of_another_kind_is_refused() -> None:
@@ -453,7 +453,7 @@ def test_every_option_that_the_help_of_a_command_shows_is_one_that_it_takes(comm
     with pytest.raises(SystemExit):
         main()
     options = re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.MULTILINE)
-    assert options == list(_MOST_USED[command])
+    assert options == list(_MAX_USED[command])
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_labels_are_matched_by_value_whatever_their_type(module, tmp_path: Path)
         return data_module.test_data[0].labels.tolist()
 
     assert numbers([1, 1, 2, 1]) == [0, 0, 1, 0]
-    with pytest.raises(ValueError, match="row 2 .* has the label '0', which is none of the 2 classes: '1', '2'"):
+    with pytest.raises(ValueError, match="row 2 .* has the label '0', which is not one of the 2 classes: '1', '2'"):
         numbers([1, 2, 0])
 
 
@@ -285,9 +285,7 @@ def test_the_demos_tokenizer_is_refused_for_other_data(tmp_path: Path, reviews) 
     with pytest.raises(ValueError, match=r"no tokenizer is given for Own.load_dataset\(\).* Set --data.tokenizer"):
         Own().prepare_data()
     path = write_csv(tmp_path / "mine.csv", REVIEWS)
-    with pytest.raises(
-        ValueError, match="know little more than the demo's words. For .*mine.csv set --model.pretrained"
-    ):
+    with pytest.raises(ValueError, match="know few words besides the demo's. For .*mine.csv, set --model.pretrained"):
         SmartBatchDataModule(Path(path), "demo").prepare_data()
 
 
@@ -358,7 +356,9 @@ def test_a_label_never_seen_in_training_is_refused(module, tmp_path: Path, known
         "train": write_csv(tmp_path / "train.csv", [("film", known), ("dull film", type(known)(0))]),
         "test": write_csv(tmp_path / "test.csv", [("film", known), ("film", unknown)]),
     }
-    with pytest.raises(ValueError, match=f"row 1 .* of the split 'test' has the label '?{unknown}'?, which is none of"):
+    with pytest.raises(
+        ValueError, match=f"row 1 .* of the split 'test' has the label '?{unknown}'?, which is not one of"
+    ):
         module(files).setup("test")
 
 

@@ -61,7 +61,7 @@ def test_on_a_cpu_nothing_is_changed(caplog) -> None:
 @pytest.mark.parametrize(
     ("capability", "precision", "line"),
     [
-        (A100, "bf16-mixed", "is FlashAttention, without attention dropout, which is 0.1"),
+        (A100, "bf16-mixed", "use FlashAttention, without the model's attention dropout of 0.1"),
         (T4, "16-mixed", "sample by sample: the GPU does not support FlashAttention"),
         (A100, "32-true", "sample by sample: FlashAttention does not support 32-true"),
     ],

@@ -354,7 +354,7 @@ def test_where_all_is_right_it_says_so_and_fits_no_temperature(make, tmp_path: P
     assert told["mistakes"] == told["confusions"] == []
     assert told["temperature"] is None
     assert "There are no mistakes." in page.text
-    assert "No temperature was fitted: all predictions are right" in page.text
+    assert "No temperature was fitted: all predictions are correct" in page.text
     printed = capsys.readouterr().out
     assert "There are no mistakes." in printed
     assert "No temperature was fitted" in printed
@@ -572,7 +572,7 @@ def changed(column: str, value) -> pa.Table:
         (labelled(single(3)), {"label_column": "stars"}, "no column 'stars'; it has 'index', 'label', 'prediction', 'pro"),
         (labelled(single(3)), {"text_column": "body"}, "no column 'body'; it has .*Set text_column"),
         (labelled(single(3)).select(["index", "label", "prediction"]), {}, "neither a column 'probability_NAME'.*it has"),
-        (changed("label", "class 9"), {}, "row 7 .*'class 9', which is none of the 3 classes: 'class 0', 'class 1'"),
+        (changed("label", "class 9"), {}, "row 7 .*'class 9', which is not one of the 3 classes: 'class 0', 'class 1'"),
         (changed("label", None), {}, "row 7 .*has no label in 'label'"),
         (changed("probability_class 1", float("nan")), {}, "row 7 .*has nan in 'probability_class 1'"),
         (changed("probability_class 1", None), {}, "row 7 .*has None in 'probability_class 1'"),
@@ -616,7 +616,7 @@ def test_arrays_of_other_shapes_are_refused() -> None:
     task = SingleLabelClassification.from_names(["a", "b"])
     with pytest.raises(ValueError, match=r"labels has the shape \(2,\); give \(3,\), for 2 outputs"):
         Evaluation(task, np.full((3, 2), 0.5), np.zeros(2, int))
-    with pytest.raises(ValueError, match="labels are from 0 to 2; give numbers of the 2 classes"):
+    with pytest.raises(ValueError, match="labels are from 0 to 2; give class numbers from 0 to 1"):
         Evaluation(task, np.full((3, 2), 0.5), np.array([0, 1, 2]))
     with pytest.raises(ValueError, match="there are 1 texts for 3 samples"):
         Evaluation(task, np.full((3, 2), 0.5), np.zeros(3, int), texts=["a"])

@@ -81,7 +81,7 @@ def module_of(config: PretrainedConfig, dtype: torch.dtype, packed: bool) -> Seq
     built = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa").train()
     (enable_packing if packed else skip_unread_tokens)(built)  # which try the model on two samples
     module.model = built
-    module.epoch_metrics.of("train", 0, module._make_metrics)
+    module.epoch_metrics.for_data_set("train", 0, module._make_metrics)
     return module
 
 

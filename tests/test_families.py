@@ -696,7 +696,7 @@ def test_a_text_that_spells_the_end_token_is_told_by_its_row_where_the_head_coun
     family: str, tmp_path: Path
 ) -> None:
     make_tiny(family, tmp_path / "base")
-    refused(tmp_path, "row 2 .counted from 0. has 2 of the token '</s>'", ["a", "b", "fine</s>", "c"])
+    refused(tmp_path, "'</s>' tokens in row 2 .counted from 0. is 2, but 1", ["a", "b", "fine</s>", "c"])
 
 
 @pytest.mark.parametrize(
@@ -707,7 +707,10 @@ def test_a_text_that_spells_the_end_token_is_told_by_its_row_where_the_head_coun
             {"eos_token_id": None},
             "bart models read the end token .* but the configuration has none. Set --model.model_kw",
         ),
-        ({"decoder_start_token_id": None}, "BartForSequenceClassification fails on a text: TypeError.*model_kwargs"),
+        (
+            {"decoder_start_token_id": None},
+            "BartForSequenceClassification fails on a short text: TypeError.*model_kwargs",
+        ),
     ],
 )
 def test_tokens_that_an_encoder_and_decoder_need_are_asked_for(model_kwargs, message: str, tmp_path: Path) -> None:

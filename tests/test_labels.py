@@ -92,7 +92,7 @@ def test_numbers_are_never_taken_for_the_names_of_words(trained, tmp_path: Path)
     data = module({"test": write(tmp_path / "test.csv", [("a dull film", 0), ("a fine film", 1)])})
     model = SequenceClassifier.load_from_checkpoint(trained)
     with pytest.raises(
-        ValueError, match=r"has the label '0', which is none of the 2 classes: 'neg', 'pos'.*label_names"
+        ValueError, match=r"has the label '0', which is not one of the 2 classes: 'neg', 'pos'.*label_names"
     ):
         trainer(tmp_path).test(model, data)
     data = module(data.dataset, label_names=["neg", "pos"])
@@ -211,7 +211,7 @@ def test_a_float_that_is_no_number_is_named_with_its_row(label: float) -> None:
 def test_names_that_are_written_as_numbers_are_never_indexed_by_numbers(names: list[str]) -> None:
     """Else 0, read from 0.0 in a file, would be of the class that is called 1.0."""
     columns = LabelSource().read(Dataset(pa.table({"label": [0.0, 1.0]})), "train")
-    with pytest.raises(ValueError, match="has the label '0', which is none of .* such as '1' for 1.0 or 01"):
+    with pytest.raises(ValueError, match="has the label '0', which is not one of .* such as '1' for 1.0 or 01"):
         SingleLabelClassification.from_names(names).encode(columns)
 
 
@@ -247,7 +247,7 @@ def test_a_label_column_that_is_a_text_column_too_is_refused(columns: list[str])
 def test_an_unknown_label_among_a_thousand_classes_is_a_short_message(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", [("a film", f"class number {number}") for number in range(1000)] * 2)
     test = write(tmp_path / "test.csv", [("a film", "nobody")])
-    with pytest.raises(ValueError, match="none of the 1,000 classes: .* and 990 more") as caught:
+    with pytest.raises(ValueError, match="not one of the 1,000 classes: .* and 990 more") as caught:
         module({"train": train, "test": test}).setup("test")
     assert len(str(caught.value)) < 700
 

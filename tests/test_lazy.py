@@ -269,6 +269,6 @@ def test_a_text_that_spells_the_end_token_is_told_by_its_row_at_the_latest_in_it
     given[77] = "fine</s>"
     module = data(given, num_workers=workers, validation_split=None)
     run = trainer(tmp_path, limit_val_batches=0)
-    with pytest.raises(ValueError, match="row 77 .counted from 0. has 2 of the token '</s>'"):
+    with pytest.raises(ValueError, match="'</s>' tokens in row 77 .counted from 0. is 2, but 1"):
         run.fit(SequenceClassifier(str(tmp_path / "base")), module)
     assert hasattr(module, "train_data") == (number == 1000)

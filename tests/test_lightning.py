@@ -239,7 +239,7 @@ def broken() -> SequenceClassifier:
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported_nor_predicted_from(tmp_path: Path) -> None:
     module = data()
     run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "rows.csv"))])
-    with pytest.raises(ValueError, match="the model's logits are nan or infinite, and nothing can be predicted"):
+    with pytest.raises(ValueError, match="the model's logits are nan or infinite, so nothing can be predicted"):
         run.predict(broken(), module)
     with pytest.raises(ValueError, match="nothing is written to .*: the model has weights that are nan or infinite"):
         export_model(broken(), module, tmp_path / "model")
@@ -646,7 +646,7 @@ def test_without_training_batches_nothing_is_trained(tmp_path: Path) -> None:
 
 def test_a_batch_size_finder_beside_a_token_budget_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, callbacks=[BatchSizeFinder()], max_steps=2)
-    with pytest.raises(ValueError, match="bounded by max_tokens_per_batch, 500. Use one of the two"):
+    with pytest.raises(ValueError, match="limited by max_tokens_per_batch, 500. Use one of the two"):
         run.fit(SequenceClassifier(), data(max_tokens_per_batch=500))
 
 

@@ -107,7 +107,7 @@ def test_weights_first_asked_for_in_inference_mode_are_trained_with_afterwards()
         ({"class_weights": {"bad": float("nan")}}, "class_weights is nan for bad"),
         ({"pos_weight": -1.0}, "pos_weight is -1.0 for all labels"),
         ({"pos_weight": {"bad": True}}, "pos_weight is True for bad"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; give a fraction"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; give a number of 0 or more"),
         ({"focal_gamma": -0.5}, "focal_gamma is -0.5"),
     ],
 )
@@ -117,13 +117,13 @@ def test_an_option_out_of_range_is_refused_before_anything_is_loaded(options: di
 
 
 def test_options_that_do_not_fit_the_labels_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"class_weights has 'superb', which is none of the labels: 'bad', 'fair'"):
+    with pytest.raises(ValueError, match=r"class_weights has 'superb', which is not one of the labels: 'bad', 'fair'"):
         single(class_weights={"superb": 2.0})
     with pytest.raises(ValueError, match="pos_weight is given, which the loss of single_label_classification does not"):
         single(pos_weight=2.0)
     with pytest.raises(ValueError, match="class_weights is given, which the loss of multi_label_classification"):
         several(class_weights="balanced")
-    with pytest.raises(ValueError, match="label_smoothing is given, which the loss of regression does not take"):
+    with pytest.raises(ValueError, match="label_smoothing is given, which the loss of regression does not support"):
         Regression.from_names(["score"]).with_loss(LossOptions(label_smoothing=0.1))
 
 
@@ -217,7 +217,7 @@ def test_the_loss_of_a_validation_is_the_mean_by_weight_over_all_its_samples(tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_weights": {"positives": 9.0}}, "class_weights has 'positives', which is none of the labels"),
+        ({"class_weights": {"positives": 9.0}}, "class_weights has 'positives', which is not one of the labels"),
         ({"pos_weight": "balanced"}, "pos_weight is given, which the loss of single_label_classification does not"),
         ({"num_labels": 3}, "num_labels is 3, but the data has 2 classes"),
         ({"pretrained": "three classes"}, "three classes classifies into 'a', 'b', 'c', but the data has"),

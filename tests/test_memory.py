@@ -10,7 +10,7 @@ from helpers import trainer
 from run_to_be_killed import Dropped
 
 from smartbatch_lightning import SmartBatchDataModule
-from smartbatch_lightning.callbacks.memory_check import MemoryCheck, demanding_batches
+from smartbatch_lightning.callbacks.memory_check import MemoryCheck, largest_batches
 
 TESTS = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def test_the_batches_that_are_tried_are_the_longest_the_widest_and_the_fullest(o
     module.setup("fit")
     loader = module.train_dataloader()
     lengths, every = module.train_data.lengths, list(loader.plan_sampler)
-    tried = demanding_batches(loader)
+    tried = largest_batches(loader)
     assert 1 <= len(tried) <= 3
 
     def tokens(batch):

@@ -107,7 +107,7 @@ def test_several_labels_and_targets_have_theirs() -> None:
             [{"class_path": "os.system", "init_args": {"command": "exit"}}],
             "'os.system', which is not a torchmetrics.Metric",
         ),
-        (["f2"], "metrics has 'f2', which is none of 'accuracy'"),
+        (["f2"], "metrics has 'f2', which is neither one of 'accuracy'"),
         (["matthews"], "metrics has 'matthews', .*'matthews_correlation'"),
         ("f1,accuracy", r"metrics is 'f1,accuracy'; give several as a list, \[f1,accuracy\]"),
         (["torchmetrics.Nothing"], "metrics is 'torchmetrics.Nothing', which cannot be imported"),
@@ -140,7 +140,7 @@ def test_what_is_no_metric_is_refused_before_anything_is_loaded(metrics, message
     ],
 )
 def test_a_metric_that_does_not_fit_the_task_is_refused_in_one_line(task, metric) -> None:
-    with pytest.raises(ValueError, match="does not fit|which is none of") as refused:
+    with pytest.raises(ValueError, match="does not fit|which is neither one of") as refused:
         build_metrics([metric], task)
     assert "\n" not in str(refused.value)
 

@@ -141,7 +141,7 @@ def test_an_optimizer_that_is_given_in_python_is_left_out_of_checkpoints_and_giv
     ("make", "message"),
     [
         (torch.optim.LBFGS, "LBFGS doesn't support per-parameter options"),
-        (list, "optimizer makes a list; give a subclass of torch.optim.Optimizer"),
+        (list, "optimizer creates a list; give a subclass of torch.optim.Optimizer"),
     ],
 )
 def test_an_optimizer_that_takes_no_parameter_groups_is_refused(make, message: str, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_optimizer_that_takes_no_parameter_groups_is_refused(make, message: s
 def test_another_optimizer_than_the_checkpoints_is_refused_and_so_are_other_groups(tmp_path: Path) -> None:
     fit(tmp_path, SequenceClassifier(), Rates(tmp_path / "a.ckpt", 3))
     for options, differs in (
-        ({"optimizer": partial(SGD, lr=0.1)}, "is of another kind than the SGD of this run"),
+        ({"optimizer": partial(SGD, lr=0.1)}, "is not of the type of this run.s, SGD"),
         ({"layer_decay": 0.9}, r"has parameter groups of \[17, 24\] parameters, where this run has \[3, 2, 6"),
         ({"head_learning_rate": 1e-3}, r"has parameter groups of \[17, 24\] parameters, where this run has \["),
     ):
@@ -421,7 +421,7 @@ def test_what_an_optimizer_or_schedule_does_not_take_is_refused_when_it_is_given
     ("options", "message"),
     [
         slow({"lr_scheduler": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
-        ({"lr_scheduler": "builtins.id"}, "lr_scheduler builtins.id makes a int"),
+        ({"lr_scheduler": "builtins.id"}, "lr_scheduler builtins.id creates a int"),
     ],
 )
 def test_what_a_schedule_itself_refuses_ends_in_one_line(options: dict, message: str, tmp_path: Path) -> None:

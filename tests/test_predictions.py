@@ -46,7 +46,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datamodule, "_ROWS_PREDICTED_TOGETHER", run_predictions.WINDOW)
+    monkeypatch.setattr(datamodule, "_PREDICTION_WINDOW", run_predictions.WINDOW)
 
 
 def module(path: Path, **options) -> SmartBatchDataModule:
@@ -129,7 +129,7 @@ def test_columns_of_the_input_stand_beside_the_predictions_as_in_the_data(
 
 def test_the_table_in_windows_is_that_of_one_window(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict(rows, tmp_path, path=str(tmp_path / "one.parquet"))
-    monkeypatch.setattr(datamodule, "_ROWS_PREDICTED_TOGETHER", 64)
+    monkeypatch.setattr(datamodule, "_PREDICTION_WINDOW", 64)
     predict(rows, tmp_path, path=str(tmp_path / "five.parquet"))
     assert pq.ParquetFile(tmp_path / "five.parquet").num_row_groups == 5
     one, five = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("one", "five"))
@@ -375,7 +375,7 @@ def test_limited_batches_are_predicted_alone(rows, small_windows, tmp_path: Path
 
 def test_a_shard_counts_once_all_ranks_of_a_run_have_written_it(tmp_path: Path) -> None:
     shards = TableShards(tmp_path / "out.csv", "Ask.")
-    assert shards.take({"data": 1}, overwrite=False) == 0
+    assert shards.acquire({"data": 1}, overwrite=False) == 0
     for shard, rank, ranks in [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 0, 3), (2, 0, 1)]:
         shards.write(pa.table({"index": [10 * shard + rank]}), shard, rank, ranks)
     assert shards.num_finished == 1
@@ -383,7 +383,7 @@ def test_a_shard_counts_once_all_ranks_of_a_run_have_written_it(tmp_path: Path) 
     assert shards.num_finished == 3
     shards.release()
     shards = TableShards(tmp_path / "out.csv", "Ask.")
-    assert shards.take({"data": 1}, overwrite=False) == 3
+    assert shards.acquire({"data": 1}, overwrite=False) == 3
     assert shards.join(3, "index", lambda table: table) == 4
     assert pd.read_csv(tmp_path / "out.csv")["index"].tolist() == [0, 1, 10, 20]
 
@@ -391,15 +391,15 @@ def test_a_shard_counts_once_all_ranks_of_a_run_have_written_it(tmp_path: Path) 
 def test_a_folder_that_another_process_writes_to_or_a_rank_does_not_see_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_SILENCE", 0.01)
-    monkeypatch.setattr(storage, "_ENDING", 0.02)
+    monkeypatch.setattr(storage, "_SECONDS_BETWEEN_MESSAGES", 0.01)
+    monkeypatch.setattr(storage, "_SECONDS_TO_END", 0.02)
     first = TableShards(tmp_path / "out.csv", "Ask.")
     with pytest.raises(ValueError, match="Give a path on a disk that all ranks share"):
         first.check_shared()
-    first.take({}, overwrite=False)
+    first.acquire({}, overwrite=False)
     first.check_shared()
     with pytest.raises(ValueError, match="another process is writing to .*out.csv.shards/run. Wait until it ends. Ask"):
-        TableShards(tmp_path / "out.csv", "Ask.").take({}, overwrite=True)
+        TableShards(tmp_path / "out.csv", "Ask.").acquire({}, overwrite=True)
     first.release()
     assert not first.folder.exists()
 
@@ -430,7 +430,7 @@ def test_labels_in_csv_are_read_again_as_they_were_whatever_they_begin_with(tmp_
     names = ["'=a", "''-b", "'c", "-d"]
     probabilities = {f"probability_{name}": np.eye(len(names))[number] for number, name in enumerate(names)}
     shards = TableShards(tmp_path / "out.csv", "Ask.")
-    shards.take({}, overwrite=False)
+    shards.acquire({}, overwrite=False)
     columns = {"index": range(len(names)), "label": names, "prediction": names, **probabilities}
     shards.write(pa.table({name: pa.array(values) for name, values in columns.items()}), 0, 0, 1)
     shards.join(1, "index", lambda table: table)

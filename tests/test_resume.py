@@ -367,8 +367,8 @@ def test_a_run_that_was_stopped_early_trains_no_further_when_it_is_started_again
 
 @pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SILENCE", 0.1)
-    monkeypatch.setattr(storage, "_ENDING", 0.2)
+    monkeypatch.setattr(storage, "_SECONDS_BETWEEN_MESSAGES", 0.1)
+    monkeypatch.setattr(storage, "_SECONDS_TO_END", 0.2)
     savers = {"enable_checkpointing": True}
     first = lock_folder(tmp_path / "checkpoints", "")
     with pytest.raises(ValueError, match="another process is writing to .*checkpoints. Wait until it ends. Give Model"):

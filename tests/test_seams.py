@@ -288,7 +288,7 @@ def test_model_kwargs_reach_the_configuration_and_the_attention(tmp_path: Path) 
         assert built.model.bert.embeddings.dropout.p == 0.25
         assert built.model.config._attn_implementation == "eager"
     with pytest.raises(
-        ValueError, match="model_kwargs has 'hiden_dropout_prob', which the configuration of 'demo' does"
+        ValueError, match="model_kwargs has 'hiden_dropout_prob', which is neither in the configuration of 'demo' nor"
     ):
         trainer(tmp_path).fit(SequenceClassifier(model_kwargs={"hiden_dropout_prob": 0.1}), data())
 

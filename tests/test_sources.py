@@ -132,7 +132,7 @@ def test_files_that_are_named_for_other_splits_are_not_trained_on_unless_a_split
     for split in ("Train", "Test"):  # datasets takes a folder's names for splits only in lower case
         write(f"e/{split}.csv", as_csv(ROWS))
     for dataset in (paths, str(tmp_path / "d" / "*.csv"), str(tmp_path / "a.zip"), str(tmp_path / "e")):
-        assert "are named for different splits" in refusal(dataset)
+        assert "indicate different splits" in refusal(dataset)
     assert read({"train": paths}) == 2 * ROWS
 
 

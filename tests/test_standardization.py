@@ -1,4 +1,4 @@
-"""Tests of standardized targets: learnt in standard deviations, given back in the data's unit."""
+"""Tests of standardized targets: learnt in standard deviations, returned in the original units."""
 
 import json
 from pathlib import Path

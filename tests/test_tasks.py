@@ -281,7 +281,7 @@ BAD = {
     "a row that is null": (
         lambda f: saved(f, {"label": [None, *LISTS[1:]]}),
         {},
-        "row 0 .* has no labels in 'label'.*Drop such rows, or give them an empty one",
+        "row 0 .* is null in 'label'.*Drop such rows, or write an empty list",
     ),
     "a null among labels": (
         lambda f: saved(f, {"label": [["joy"], ["joy", None], *LISTS[2:]]}),
@@ -424,7 +424,7 @@ def test_a_label_that_is_unknown_to_training_is_refused_by_its_row(base: str, tm
     other = Dataset.from_dict({"text": ["a film"] * 2, "label": [["joy"], ["joy", "awe"]]})
     DatasetDict(train=split, test=other).save_to_disk(tmp_path / "saved")
     data = module(str(tmp_path / "saved"), base)
-    with pytest.raises(ValueError, match="row 1 .*split 'test' has the label 'awe', which is none of the 3 classes"):
+    with pytest.raises(ValueError, match="row 1 .*split 'test' has the label 'awe', which is not one of the 3 classes"):
         data.setup("test")
 
 
@@ -448,7 +448,7 @@ def test_targets_are_read_by_the_names_of_their_columns(tmp_path: Path, base: st
     np.testing.assert_array_equal(labels, expected)
     trained = Regression.from_config(BertConfig(**data.task.config_fields()))
     for columns in (["a", "b"], ["b", "a"]):
-        source = LabelSource.of(columns, None)
+        source = LabelSource.from_arguments(columns, None)
         np.testing.assert_array_equal(trained.encode(source.read(data.splits["train"], "train")), expected)
 
 
@@ -458,7 +458,7 @@ def test_columns_go_by_position_where_none_has_a_labels_name_and_are_refused_whe
 ) -> None:
     numbers = np.arange(60) % 2
     split = module(csv(tmp_path, {"a": numbers, "b": 1 - numbers}), base).splits["train"]
-    source = LabelSource.of(["a", "b"], None)
+    source = LabelSource.from_arguments(["a", "b"], None)
     tasks = [MultiLabelClassification.from_names(names), Regression.from_names(names)]
     for task in tasks:
         if names == ["x", "y"]:
@@ -693,5 +693,5 @@ def test_no_label_is_left_untrained_however_its_samples_share_it_with_other_labe
 
 
 def test_the_source_of_labels_is_one_column_or_several() -> None:
-    assert LabelSource.of("label", None) == LabelSource(("label",))
-    assert LabelSource.of(["a", "b"], None).columns == ("a", "b")
+    assert LabelSource.from_arguments("label", None) == LabelSource(("label",))
+    assert LabelSource.from_arguments(["a", "b"], None).columns == ("a", "b")

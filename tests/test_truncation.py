@@ -145,8 +145,8 @@ def test_pairs_are_cut_at_their_ends_and_otherwise_refused(tokenizer) -> None:
     ("options", "message"),
     [
         ({"truncation": "middle"}, "truncation is 'middle'; choose one of 'head', 'tail', 'head_tail', 'windows'"),
-        ({"head_tokens": 3}, "head_tokens is 3, but truncation is 'head'. Set it to 'head_tail'"),
-        ({"truncation": "head_tail", "stride": 3}, "stride is 3, but .* Set it to 'windows'"),
+        ({"head_tokens": 3}, "head_tokens is 3, but truncation is 'head'; set that to 'head_tail'"),
+        ({"truncation": "head_tail", "stride": 3}, "stride is 3, but .* set that to 'windows'"),
         ({"truncation": "windows", "stride": -1}, "stride is -1; give 0 or more"),
         ({"truncation": "windows", "max_windows": 0}, "max_windows is 0; give 1 or more"),
         ({"truncation": "windows", "window_pooling": "sum"}, "window_pooling is 'sum'; choose one of 'mean', 'max'"),
@@ -340,7 +340,7 @@ def test_a_trained_model_that_reads_texts_in_another_way_says_so(tmp_path: Path,
     windows = {"max_length": 20, "truncation": "windows", "stride": 5}
     told = [
         "The model was trained with max_length 24, truncation head_tail, head_tokens 6; "
-        "this run has max_length 20, truncation windows, stride 5."
+        "this run uses max_length 20, truncation windows, stride 5."
     ]
     assert said(**windows) == told
     again = SequenceClassifier(MODEL, num_labels=2)
@@ -370,5 +370,5 @@ def test_of_a_model_that_reads_the_last_end_token_each_window_has_one(tokenizer)
     rows = TokenTable.from_rows([[5, 2, 6, 2], [7, 2], [8, 2]])
     windows = np.array([2, 1, 1])
     check_end_tokens(rows, range(3), tokenizer, 2, windows)
-    with pytest.raises(ValueError, match="row 0 .counted from 0. has 2 of the token"):
+    with pytest.raises(ValueError, match="tokens in row 0 .counted from 0. is 2"):
         check_end_tokens(rows, range(3), tokenizer, 2, np.ones(3, int))

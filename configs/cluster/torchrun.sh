@@ -7,7 +7,7 @@ set -euo pipefail
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
 
 smartbatch prepare --config configs/imdb.yaml "$@" # tokenizes once, before ranks wait for each other
-for start in 1 2 3 4; do # not --max-restarts: ranks that torchrun starts again may find addresses of the dead ones
+for start in 1 2 3 4; do # not --max-restarts: ranks restarted by torchrun may connect to addresses of dead ranks
     echo "Start $start"
     torchrun --standalone --nproc-per-node="$ranks" --no-python \
         smartbatch fit \

@@ -9,7 +9,7 @@ from smartbatch_lightning.errors import UsageError
 
 Int64s = NDArray[np.int64]
 _Number = TypeVar("_Number", int, Int64s)
-_LEAST_FRACTION_BITS = 6  # minimum resolution of random numbers between two keys
+_MIN_FRACTION_BITS = 6  # minimum resolution of random numbers between two keys
 
 
 def round_up(tokens: _Number, multiple: int) -> _Number:
@@ -18,7 +18,7 @@ def round_up(tokens: _Number, multiple: int) -> _Number:
 
 
 def offsets_by_width(widths: Int64s, counts: Int64s, batch_size: int, budget: int, num_replicas: int) -> Int64s:
-    """Cuts sorted samples into as few steps as a token budget allows; an incomplete step has the shortest samples.
+    """Cuts sorted samples into as few steps as a token budget allows; an incomplete step holds the shortest samples.
 
     Args:
         widths: The distinct widths, ascending. Shape (num_widths,).
@@ -57,11 +57,11 @@ def offsets_by_cost(costs: Int64s, parts: int) -> Int64s:
 
 
 def argsort(key: NDArray[np.integer], bit_generator: np.random.PCG64 | None, spread: float = 1.0) -> Int64s:
-    """Indices in order of `key + uniform(0, spread)`; without `bit_generator`, of `key` and then index.
+    """Indices that sort `key + uniform(0, spread)`; without `bit_generator`, `key`, with ties in the given order.
 
     A spread of 1 or less only breaks ties, since keys are whole numbers. The sums are in fixed point, with 16 bits if
-    that leaves 64 or more values between two keys, else with 32; ties are broken at random. The generator's raw bits,
-    unlike its distributions, are the same in every version of numpy.
+    that leaves 64 or more values between two keys, else with 32; ties are broken at random. Only raw bits are drawn,
+    which, unlike numpy's distributions, are the same in every version of numpy.
     """
     num_keys = len(key)
     if num_keys == 0:
@@ -71,8 +71,8 @@ def argsort(key: NDArray[np.integer], bit_generator: np.random.PCG64 | None, spr
         return _radix_argsort(key, np.arange(num_keys))
     spread = max(spread, 1.0)
     whole_bits = int(int(key.max()) + spread).bit_length()
-    bits, narrow, wide = (16, "<u2", np.uint32) if whole_bits <= 16 - _LEAST_FRACTION_BITS else (32, "<u4", np.uint64)
-    assert whole_bits <= bits - _LEAST_FRACTION_BITS, "lengths and jitter do not fit into 32 bits"
+    bits, narrow, wide = (16, "<u2", np.uint32) if whole_bits <= 16 - _MIN_FRACTION_BITS else (32, "<u4", np.uint64)
+    assert whole_bits <= bits - _MIN_FRACTION_BITS, "lengths and jitter do not fit into 32 bits"
     unit = 1 << (bits - whole_bits)
     raw = bit_generator.random_raw(-(-num_keys * bits // 64)).astype("<u8", copy=False)
     words: NDArray[Any] = raw.view(narrow)[:num_keys].astype(wide)
@@ -95,7 +95,7 @@ def _radix_argsort(words: NDArray[np.integer], order: NDArray[np.integer]) -> In
 
 
 def _scattered_indices(number: int, bit_generator: np.random.PCG64) -> NDArray[np.uint32]:
-    """All indices below a number, in steps of a random width: not a good shuffle, but good enough to break ties."""
+    """All indices below a number, a random stride apart: not a good shuffle, but good enough to break ties."""
     power = 1 << (number - 1).bit_length()
     indices = np.arange(power, dtype=np.uint32)
     # odd, which makes it a permutation of all indices below the power of two
@@ -134,9 +134,9 @@ def tutorial_draws(
     Returns the positions in the original list, draw after draw, and the offsets of the draws. The last draw takes what
     is left; if that is less than one sample per rank, earlier draws are a sample shorter.
 
-    Drawing one after another would move the whole rest in memory each time. Instead, consecutive draws are composed
-    pairwise, in log2(num_steps) passes over all samples: the position that an item of the second half had before the
-    first half was drawn is found by binary search among the first half's sorted positions.
+    Drawing one after another would move all remaining samples in memory each time. Instead, consecutive draws are
+    composed pairwise, in log2(num_steps) passes over all samples: the position that an item of the second half had
+    before the first half was drawn is found by binary search among the first half's sorted positions.
     """
     last = min(max(num_samples - (num_steps - 1) * run, num_replicas), num_samples)
     takes = np.diff(even_offsets(num_samples - last, num_steps - 1)) if num_steps > 1 else np.empty(0, np.int64)
@@ -146,8 +146,8 @@ def tutorial_draws(
     choices = (remaining - takes + 1).astype(np.uint64)
     starts = ((bit_generator.random_raw(num_steps) >> np.uint64(32)) * choices >> np.uint64(32)).astype(np.int64)
 
-    # Positions in the list just before the draw. Short draws are filled up, and their number to a power of two, with
-    # positions too large ever to be searched for.
+    # Positions in the list just before the draw. Short draws are padded, and so is their number to a power of two, with
+    # positions that are too large to ever be searched for.
     width = int(takes.max())
     shape = (1 << (num_steps - 1).bit_length(), width)
     position = 2 * num_samples + np.arange(shape[0] * shape[1]).reshape(shape)
@@ -165,7 +165,7 @@ def tutorial_draws(
 
 
 def budget_too_small_error(num_samples: int, num_replicas: int, budget: int) -> UsageError:
-    """The error to raise if equal steps would need two samples in a batch that has room for one."""
+    """The error to raise if equally many steps would need two samples in a batch that has room for one."""
     return UsageError(
         f"{num_samples} samples cannot be split into equally many batches for {num_replicas} ranks, since the token "
         f"budget of {budget} allows only one sample per batch. Raise it, or use a number of devices that divides the "

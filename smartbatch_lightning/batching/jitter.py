@@ -11,8 +11,8 @@ from smartbatch_lightning.batching.spec import BatchSpec
 from smartbatch_lightning.batching.strategies import smart
 
 MAX_OVERLAP, MAX_PADDING = 0.10, 0.01
-_TENTHS_AT_FIRST = 6  # up to half a token, jitter only breaks ties
-_MOST_SAMPLES, _WINDOWS = 2**20, 16
+_FIRST_TENTHS = 6  # up to half a token, jitter only breaks ties
+_MAX_SAMPLES, _WINDOWS = 2**20, 16
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class JitterPoint:
     Attributes:
         jitter: Jitter in tokens.
         padding_ratio: Padding over real tokens, in the epoch that pads more.
-        batch_overlap: Share of a sample's batch-mates that share a batch with it again in the next epoch.
+        batch_overlap: Fraction of the samples batched with a given sample that are batched with it again in the next
+            epoch.
     """
 
     jitter: float
@@ -76,7 +77,7 @@ def choose_jitter(lengths: NDArray[np.integer], spec: BatchSpec) -> float:
         return point.batch_overlap < MAX_OVERLAP or point.padding_ratio > allowed
 
     most = 10 * int(lengths[-1])
-    low, high = 0, _TENTHS_AT_FIRST  # the answer is above `low`, and not above `high`
+    low, high = 0, _FIRST_TENTHS  # the answer is above `low` and at most `high`
     while high < most and not enough(high):
         low, high = high, 2 * high
     while high - low > 1:
@@ -89,8 +90,8 @@ def _sorted_windows(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
     """The sorted lengths; if there are very many, only some evenly spread ranges of them."""
     counts = np.bincount(lengths)
     ends = np.cumsum(counts)
-    places = np.arange(min(len(lengths), _MOST_SAMPLES))
-    if len(lengths) > _MOST_SAMPLES:
-        window, place = np.divmod(places, _MOST_SAMPLES // _WINDOWS)
+    places = np.arange(min(len(lengths), _MAX_SAMPLES))
+    if len(lengths) > _MAX_SAMPLES:
+        window, place = np.divmod(places, _MAX_SAMPLES // _WINDOWS)
         places = window * (len(lengths) // _WINDOWS) + place
     return np.searchsorted(ends, places, side="right")

@@ -65,7 +65,7 @@ class PlanRequest:
         by_cost = self._cut_by_cost(order)
         if by_cost is not None:
             return by_cost
-        return self._deal_by_length(order, even_offsets(len(order), self.num_steps))
+        return self._distribute_by_length(order, even_offsets(len(order), self.num_steps))
 
     def cut_sorted(self, order: Int64s, headroom: int = 0) -> BatchPlan:
         """Cuts samples sorted by length; under a token budget, batches have few long or many short samples.
@@ -83,7 +83,7 @@ class PlanRequest:
         return BatchPlan(order, even_offsets(len(order), self.num_steps * self.num_replicas), self.num_replicas)
 
     def is_too_large(self, samples: int, tokens: int) -> bool:
-        """Whether a batch exceeds its limits; two samples are always allowed, if steps could not be equal otherwise."""
+        """Whether a batch exceeds its limits; two samples are allowed where equally many steps per rank need them."""
         most = max(self.spec.batch_size or samples, 1 + (len(self.lengths) % self.num_replicas > 0))
         return samples > most or tokens > (self.spec.max_tokens_per_batch or tokens)
 
@@ -122,7 +122,7 @@ class PlanRequest:
         widths = self.spec.width(np.minimum(lengths + headroom, lengths[-1]))
         return offsets_by_width(widths, counts[lengths], batch_size, budget, self.num_replicas)
 
-    def _deal_by_length(self, order: Int64s, steps: Int64s) -> BatchPlan:
+    def _distribute_by_length(self, order: Int64s, steps: Int64s) -> BatchPlan:
         if self.num_replicas == 1:
             return BatchPlan(order, steps)
         step = np.repeat(np.arange(len(steps) - 1), np.diff(steps))

@@ -51,7 +51,7 @@ class BatchPlan:
 
 
 def batch_overlap(before: BatchPlan, after: BatchPlan) -> float:
-    """Share of a sample's batch-mates in one epoch that it shares a batch with in the other; 1 without shuffling."""
+    """Fraction of the samples batched with a given sample in `before` that are batched with it again in `after`."""
     num_samples = len(before.order)
     batch_of = np.empty((2, num_samples), np.int64)
     for row, plan in zip(batch_of, (before, after), strict=True):

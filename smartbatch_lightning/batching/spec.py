@@ -11,7 +11,7 @@ from smartbatch_lightning.batching.arrays import Int64s, round_up
 from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
 
 _DEFAULT_BATCH_SIZE = 16
-_MOST_JITTER = 1_000_000  # leaves practically nothing of the order by length
+_MAX_JITTER = 1_000_000  # leaves practically nothing of the order by length
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class BatchSpec:
         if self.padding == "max_length" and self.max_length is None:
             raise UsageError("padding is 'max_length', but max_length is None; set it to the width in tokens.")
         if self.window_pooling and self.max_length is None:
-            raise UsageError("texts are split into windows, but max_length is None; set it to the tokens in a window.")
-        if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= _MOST_JITTER):
-            raise UsageError(f"jitter is {self.jitter}; give a number of tokens from 0 to {_MOST_JITTER:,}, or 'auto'.")
+            raise UsageError("texts are split into windows, but max_length is None; set it to the width of a window.")
+        if self.jitter != "auto" and not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= _MAX_JITTER):
+            raise UsageError(f"jitter is {self.jitter}; give a number of tokens from 0 to {_MAX_JITTER:,}, or 'auto'.")
         if self.batch_size is None and self.max_tokens_per_batch is None:
             object.__setattr__(self, "batch_size", _DEFAULT_BATCH_SIZE)
         check_at_least(0, seed=self.seed)
@@ -130,7 +130,7 @@ class BatchSpec:
         return min(most, self.max_tokens_per_batch // int(self.width(longest)))
 
     def check_lengths(self, lengths: NDArray[np.integer], rows: Int64s | None = None) -> None:
-        """Refuses samples that are longer than the token budget.
+        """Rejects samples that are longer than the token budget.
 
         Args:
             lengths: Tokens of each sample. Shape (num_samples,).

@@ -1,4 +1,4 @@
-"""Batching strategies: an open registry of functions; the plans of users' own strategies are checked."""
+"""Batching strategies: an open registry of functions; plans of strategies added by users are checked."""
 
 import math
 from collections.abc import Callable
@@ -99,7 +99,7 @@ def _takes_one_argument(strategy: object) -> bool:
 
 
 def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
-    """Refuses a plan that does not keep the promises of `plan_epoch`.
+    """Rejects a plan that does not keep the promises of `plan_epoch`.
 
     Raises:
         ValueError: A sample is missing or repeated, ranks have unequal steps, or a batch is too large.
@@ -117,11 +117,11 @@ def _check_plan(plan: BatchPlan, request: PlanRequest, batching: str) -> None:
     if plan.num_replicas != request.num_replicas or len(plan) % request.num_replicas or sizes.min() < 1:
         raise UsageError(
             f"the plan of the strategy {batching!r} has {len(plan)} batches, the smallest of {sizes.min()} samples, "
-            f"for {request.num_replicas} ranks. Give every rank the same number, none of them empty."
+            f"for {request.num_replicas} ranks. Give every rank the same number of batches, none of them empty."
         )
     tokens = request.spec.tokens(request.lengths[order], plan.offsets)
     if request.is_too_large(int(sizes.max()), int(tokens.max())):
         raise UsageError(
             f"the strategy {batching!r} made batches of up to {sizes.max()} samples and {tokens.max()} tokens, more "
-            "than the batch size or the token budget allows. Cut its order with PlanRequest.cut."
+            "than the batch size or the token budget allows. Build its plans with PlanRequest.cut."
         )

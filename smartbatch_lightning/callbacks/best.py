@@ -79,16 +79,16 @@ class BestCheckpoint(ModelCheckpoint):
             super().load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to replace another run's checkpoints; only now do all strategies know whether the run resumes.
+        """Rejects to replace another run's checkpoints; only now do all strategies know whether the run resumes.
 
         Raises:
             ValueError: The given folder has checkpoints, and this run does not start from one of them.
         """
         super().on_train_start(trainer, pl_module)
         files = [self._path_of("best"), self._path_of("last")]
-        goes_on = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
-        goes_on = goes_on or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not self._enable_version_counter and not goes_on and any(map(self._fs.exists, files)):
+        continues = self.last_model_path or os.path.dirname(os.path.realpath(trainer.ckpt_path or "")) == self.dirpath
+        continues = continues or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self._enable_version_counter and not continues and any(map(self._fs.exists, files)):
             raise UsageError(
                 f"{self.dirpath} has checkpoints of another run, which would be replaced. Resume that run with "
                 "--ckpt_path=last, or set another --checkpoint.dirpath."
@@ -122,7 +122,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         if not self.last_model_path:
             paths = (self._path_of(f"last-v{number}" if number else "last") for number in count())
-            others = self._enable_version_counter  # whether files of other runs may be in the folder, which are kept
+            others = self._enable_version_counter  # whether the folder may have files of other runs, which are kept
             self.last_model_path = next(path for path in paths if not (others and self.file_exists(path, trainer)))
         if self.monitor is None:
             self.best_model_path = self.last_model_path
@@ -137,7 +137,7 @@ class EarlyStop(EarlyStopping):
 
     Args:
         patience: Consecutive validations without improvement before training stops; None for no early stopping.
-        monitor: Logged name of the metric; by default the one of the run's `BestCheckpoint`.
+        monitor: Logged name of the metric; by default that of the run's `BestCheckpoint`.
         mode: `min` or `max`; by default the metric's own.
         min_delta: Smallest change that counts as an improvement.
 

@@ -47,7 +47,7 @@ class CheckpointPreflight(Callback):
             check_writable(folder, _REMEDY)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to evaluate or predict with a model that was never trained to classify."""
+        """Rejects to evaluate or predict with a model that was never trained to classify."""
         if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is not None or trainer.global_step:
             return
         if not isinstance(pl_module, SequenceClassifier) or pl_module.model is None:
@@ -62,7 +62,7 @@ class CheckpointPreflight(Callback):
 
 
 def _checkpoint_folders(trainer: L.Trainer) -> list[str]:
-    """Local folders in which rank 0 will write checkpoints, as far as they are known yet."""
+    """Local folders in which rank 0 will write checkpoints, as far as they are known."""
     callbacks = trainer.checkpoint_callbacks if trainer.is_global_zero else []
     folders = {str(one.dirpath) for one in callbacks if isinstance(one, ModelCheckpoint) and one.dirpath}
     return sorted(folder for folder in folders if "://" not in folder)

@@ -46,7 +46,7 @@ class EvaluationReport(Callback):
         self._hook: Any = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what cannot be reported, before anything is evaluated.
+        """Rejects a run that cannot be reported, before anything is evaluated.
 
         Raises:
             ValueError: The module is not a `SequenceClassifier`, or the folder cannot be written.
@@ -63,7 +63,7 @@ class EvaluationReport(Callback):
             check_writable(self.folder, "Set another --evaluation.folder.")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts collecting logits, in a forward hook, which also works if `step` is overridden."""
+        """Starts collecting logits with a forward hook, which works even if `step` is overridden."""
         self._batches.clear()
         if self._reports(trainer):
             self._hook = pl_module.register_forward_hook(self._keep)

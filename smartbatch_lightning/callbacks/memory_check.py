@@ -18,8 +18,8 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 class MemoryCheck(Callback):
     """Before the first step, runs the planned batches that need the most memory forward and backward.
 
-    These are the batches with the longest sample, the most tokens and the most samples over all ranks of an epoch;
-    often they are the same one. Weights, optimizer, metrics and random state are left unchanged, and memory is reserved
+    These are the epoch's batches with the longest sample, the most tokens and the most samples, over all ranks; often
+    they are one and the same. Weights, optimizer, metrics and random state are left unchanged, and memory is reserved
     for the optimizer state, such as AdamW's two moments. Works for a `SequenceClassifier` whose `step` is not
     overridden, on one device or with DDP.
 
@@ -44,12 +44,12 @@ class MemoryCheck(Callback):
             or not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         ):
             return
-        with _restored_afterwards(pl_module), _optimizer_state_reserved(trainer):
-            for batch in demanding_batches(loader):
+        with _restoring_state(pl_module), _reserving_optimizer_state(trainer):
+            for batch in largest_batches(loader):
                 _try(trainer, pl_module, loader, batch)
 
 
-def demanding_batches(loader: SmartBatchLoader) -> list[list[int]]:
+def largest_batches(loader: SmartBatchLoader) -> list[list[int]]:
     """The loader's batches with the longest sample, the most tokens and the most samples."""
     sampler = loader.plan_sampler
     plan, lengths = sampler.plan(), sampler.lengths
@@ -83,7 +83,7 @@ def _try(trainer: L.Trainer, module: SequenceClassifier, loader: SmartBatchLoade
 
 
 @contextmanager
-def _restored_afterwards(module: SequenceClassifier) -> Iterator[None]:
+def _restoring_state(module: SequenceClassifier) -> Iterator[None]:
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
@@ -96,8 +96,8 @@ def _restored_afterwards(module: SequenceClassifier) -> Iterator[None]:
 
 
 @contextmanager
-def _optimizer_state_reserved(trainer: L.Trainer) -> Iterator[None]:
-    """Reserves the memory that the optimizer's state will take from the first step on."""
+def _reserving_optimizer_state(trainer: L.Trainer) -> Iterator[None]:
+    """Reserves the memory that the optimizer state will take up from the first step on."""
     held = [
         torch.empty_like(parameter)
         for optimizer in trainer.optimizers

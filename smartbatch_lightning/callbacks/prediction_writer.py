@@ -84,7 +84,7 @@ class PredictionWriter(BasePredictionWriter):
         self._resumed: SmartBatchSampler | None = None
 
     def check_path(self) -> None:
-        """Refuses a folder, an existing file unless it may be overwritten, and thresholds that cannot be read."""
+        """Rejects a folder, an existing file unless it may be overwritten, and thresholds that cannot be read."""
         if self.path.is_dir():
             raise UsageError(f"{self.path} is a folder. Give another --predictions.path.")
         if self.path.exists() and not self.overwrite:
@@ -93,7 +93,7 @@ class PredictionWriter(BasePredictionWriter):
             read_thresholds(self.thresholds)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what could not be written, before anything is predicted.
+        """Rejects a run whose predictions could not be written, before anything is predicted.
 
         Raises:
             ValueError: The file exists; a column is not in the input, or has the name of a column of predictions; or
@@ -143,13 +143,13 @@ class PredictionWriter(BasePredictionWriter):
                 "limit_predict_batches": trainer.limit_predict_batches,
                 "rows of a shard": loader.plan_sampler.window if known else None,
             }
-            finished = self._shards.take(fingerprint, overwrite=self.overwrite)
+            finished = self._shards.acquire(fingerprint, overwrite=self.overwrite)
         self._shard = trainer.strategy.broadcast(finished)
         self._shards.check_shared()
         self._pending = []
         self._steps = loader.plan_sampler.window_steps().tolist() if known else []
         if self._shard:
-            self._leave_out(trainer, loader.plan_sampler, self._steps[self._shard - 1])
+            self._skip_finished(trainer, loader.plan_sampler, self._steps[self._shard - 1])
             rank_zero_info(f"Resuming after {self._shard:,} of {len(self._steps):,} shards in {self._shards.folder}.")
 
     def write_on_batch_end(
@@ -182,8 +182,8 @@ class PredictionWriter(BasePredictionWriter):
         if self._pending:  # if batches are limited, or the loader is of another kind
             self._write_shard(trainer, pl_module)
         if trainer.is_global_zero:
-            carried = _input_of(trainer).select_columns(self.columns).with_format("arrow") if self.columns else None
-            num_rows = self._shards.join(self._shard, "index", lambda table: _with_columns(table, carried))
+            copied = _input_of(trainer).select_columns(self.columns).with_format("arrow") if self.columns else None
+            num_rows = self._shards.join(self._shard, "index", lambda table: _with_columns(table, copied))
             self._shards.release()
             echo(f"Wrote {num_rows:,} predictions to {self.path}")
 
@@ -195,8 +195,8 @@ class PredictionWriter(BasePredictionWriter):
             )
         self._shards.release()
 
-    def _leave_out(self, trainer: L.Trainer, sampler: SmartBatchSampler, steps: int) -> None:
-        """Skips a loader's first batches, which Lightning has already counted for its limits and progress bar."""
+    def _skip_finished(self, trainer: L.Trainer, sampler: SmartBatchSampler, steps: int) -> None:
+        """Skips a loader's first batches, also in the limits and progress bar that Lightning has already computed."""
         sampler.load_state_dict({"epoch": sampler.epoch, "consumed": [(sampler.num_replicas, steps)]})
         trainer.predict_loop.max_batches[0] -= steps
         self._steps = [step - steps for step in self._steps]
@@ -242,16 +242,16 @@ def _check_columns(columns: list[str], rows: Dataset) -> None:
         )
 
 
-def _with_columns(table: pa.Table, carried: Dataset | None) -> pa.Table:
+def _with_columns(table: pa.Table, copied: Dataset | None) -> pa.Table:
     """The table with columns copied from the input after `index`; ids of a `ClassLabel` become names."""
-    if carried is None:
+    if copied is None:
         return table
     rows = table["index"].to_numpy()
     run = range(int(rows[0]), int(rows[-1]) + 1)
-    columns = carried[run if len(run) == len(rows) else rows.tolist()]
+    columns = copied[run if len(run) == len(rows) else rows.tolist()]
     for number, name in enumerate(columns.column_names, 1):
         table = table.add_column(number, columns.schema.field(name), columns[name])
-    return table.replace_schema_metadata(carried.features.arrow_schema.metadata)
+    return table.replace_schema_metadata(copied.features.arrow_schema.metadata)
 
 
 def _weights_digest(module: L.LightningModule) -> str:

@@ -16,15 +16,15 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from smartbatch_lightning.callbacks.best import BestCheckpoint
-from smartbatch_lightning.console import command_to_go_on, echo
+from smartbatch_lightning.console import echo, resume_command
 from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.progress import between_steps
 
 log = logging.getLogger(__name__)
 
-_MOMENT = 1.0  # seconds within which a launcher such as torchrun also passes on a signal that all ranks received
-# Windows has only two of them
+_FORWARDING_SECONDS = 1.0  # within which a launcher such as torchrun also forwards a signal that all ranks received
+# Windows has only SIGTERM and SIGINT
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -35,9 +35,9 @@ class StopOnSignal(Callback):
     running validation is finished first. A second Ctrl-C exits at once. Outside `fit` there is nothing to save, and a
     signal ends the run at once. Under SLURM, `requeue_signal` requeues the job.
 
-    Lightning's own handlers act as soon as the signal arrives, in the middle of gradient accumulation or between
-    collectives of other ranks, where they can deadlock. These only set a flag; the callback acts on it at a point that
-    every rank reaches.
+    Lightning's own handlers act as soon as a signal arrives, in the middle of gradient accumulation or between
+    collectives of other ranks, where they can deadlock. This callback's handlers only set a flag, on which it acts at a
+    point that every rank reaches.
 
     It also saves `last.ckpt` when training ends, if the `ModelCheckpoint` has `save_last`, since the end may fall
     between two of its checkpoints.
@@ -65,11 +65,11 @@ class StopOnSignal(Callback):
         """Installs the signal handlers."""
         self._received = None
         self._trainer = trainer
-        self._take_signals()
+        self._install_handlers()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Installs the SIGTERM handler again: Lightning has replaced it with its own, which waits for other ranks."""
-        self._take_signals()
+        self._install_handlers()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
 
@@ -84,7 +84,7 @@ class StopOnSignal(Callback):
             return
         if not trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             return
-        received = _on_all_ranks(trainer, self._received)
+        received = _agreed_signal(trainer, self._received)
         path = _save_last(trainer)
         if trainer.is_global_zero:
             _announce(trainer, f"Stopped by {received.name} after step {trainer.global_step}.", path)
@@ -110,7 +110,7 @@ class StopOnSignal(Callback):
         if isinstance(saver, ModelCheckpoint) and saver.save_last:
             _save_last(trainer)
 
-    def _take_signals(self) -> None:
+    def _install_handlers(self) -> None:
         if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
             for number in {*_SIGNALS, self.requeue_signal} - {None}:
                 before = signal.signal(number, self._receive)
@@ -120,7 +120,7 @@ class StopOnSignal(Callback):
         received = signal.Signals(number)
         if self._trainer.state.fn != TrainerFn.FITTING:
             raise SystemExit(128 + number)
-        if self._received == received == signal.SIGINT and time.monotonic() - self._since > _MOMENT:
+        if self._received == received == signal.SIGINT and time.monotonic() - self._since > _FORWARDING_SECONDS:
             raise KeyboardInterrupt
         self._received, self._since = received, time.monotonic()
         if self._trainer.is_global_zero:
@@ -128,7 +128,7 @@ class StopOnSignal(Callback):
             log.warning("%s: saving and stopping after this step. %s to stop at once.", received.name, press)
 
 
-def _on_all_ranks(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
+def _agreed_signal(trainer: L.Trainer, received: signal.Signals | None) -> signal.Signals:
     """One of the signals received by any rank, the same on all ranks."""
     mine = torch.tensor(received or 0, device=trainer.strategy.root_device)
     return signal.Signals(int(trainer.strategy.reduce(mine, reduce_op="max")))
@@ -154,7 +154,7 @@ def _announce(trainer: L.Trainer, what: str, checkpoint: str | None) -> None:
         echo(f"{what} There is no checkpoint.")
         return
     is_command = callbacks_of(trainer, SaveConfigCallback)
-    how = command_to_go_on(checkpoint) if is_command else f"trainer.fit(..., ckpt_path={checkpoint!r})"
+    how = resume_command(checkpoint) if is_command else f"trainer.fit(..., ckpt_path={checkpoint!r})"
     echo(f"{what} Checkpoint: {checkpoint}\nResume with: {how}")
 
 

@@ -23,7 +23,7 @@ from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.models.packing import reads_one_token
-from smartbatch_lightning.progress import between_steps, stands_in_epoch
+from smartbatch_lightning.progress import between_steps, resumes_mid_epoch
 
 try:
     import resource
@@ -33,7 +33,7 @@ except ImportError:  # on Windows
 
 @dataclass
 class Counts:
-    """What was trained, over all ranks, and the time it took, excluding validation.
+    """Samples and tokens trained on, over all ranks, and the time it took, excluding validation.
 
     Attributes:
         samples: Number of samples.
@@ -69,8 +69,7 @@ class Counts:
 class TrainingMonitor(Callback):
     """Logs training throughput in real tokens and what limits it, every `log_every_n_steps` and every epoch.
 
-    In between, it only counts on the device, without synchronizing. During training it logs, for the steps since it
-    last logged:
+    Between logs, it only counts on the device, without synchronizing. Each log covers the steps since the last one:
 
     - `throughput/real_tokens_per_second`, over all ranks; padding does not count
     - `throughput/padding_ratio`: padding tokens over real tokens
@@ -80,9 +79,9 @@ class TrainingMonitor(Callback):
       over the GPUs' peak, as in *PaLM* (Chowdhery et al., 2022, appendix B): three times those of a forward pass, as
       counted by PyTorch. Only logged if the peak is known and all layers are trained
 
-    Every epoch, it logs `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, without validation.
-    When training ends, a table of all epochs is printed, with losses, metrics and times, including those before a
-    resume.
+    Every epoch, it logs `train_padding_ratio`, `train_seconds` and `train_real_tokens_per_second`, all excluding
+    validation. When training ends, it prints a table of all epochs, with losses, metrics and times, including epochs
+    before a resume.
 
     Attributes:
         command: The command that started the run.
@@ -115,7 +114,7 @@ class TrainingMonitor(Callback):
         model = pl_module.model if isinstance(pl_module, SequenceClassifier) else None
         self._flops = None
         if self._peak and model is not None and _trains_all_layers(model):
-            with suppress(Exception):  # there are many kinds of models, and a run must not fail because of a figure
+            with suppress(Exception):  # there are many kinds of models, and a run must not fail because of this
                 self._flops = training_flops(model.config, one_token=reads_one_token(model))
         self._start = perf_counter()
         self._data_wait = 0.0
@@ -124,9 +123,9 @@ class TrainingMonitor(Callback):
         self._before_log = Counts()
         self._before_epoch = Counts()
         self._trainer, self._number, self._has_ended = trainer, trainer.current_epoch, False
-        known = self._number + stands_in_epoch(trainer)
+        known = self._number + resumes_mid_epoch(trainer)
         self._epochs = {number: record for number, record in self._epochs.items() if number < known}
-        if self._number in self._epochs:  # it is resumed, without an on_train_epoch_start
+        if self._number in self._epochs:  # the epoch is resumed, without an on_train_epoch_start
             self._before_epoch -= self._epochs[self._number][0]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,7 +174,7 @@ class TrainingMonitor(Callback):
             self._validating += perf_counter() - self._validation_start
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the epoch."""
+        """Logs the epoch's padding, time and throughput."""
         self._record(trainer)
         self._has_ended = True
         epoch, _ = self._epochs[self._number]
@@ -217,7 +216,7 @@ class TrainingMonitor(Callback):
 
     @property
     def epochs(self) -> list[tuple[Counts, dict[str, float]]]:
-        """Counts and last metrics of each epoch; training metrics of a resumed one cover the part after the resume."""
+        """Counts and last metrics of each epoch; if it was resumed, training metrics cover only the part since then."""
         return list(self._epochs.values())
 
     @property
@@ -237,7 +236,7 @@ class TrainingMonitor(Callback):
         self._epochs = {number: (Counts(**counts), metrics) for number, (counts, metrics) in state["epochs"].items()}
 
     def _record(self, trainer: L.Trainer) -> None:
-        """Records what the epoch has trained, unless it has ended, and the metrics known by now.
+        """Records the epoch's counts, unless it has ended, and the latest metrics.
 
         After a resume, metrics are those of the checkpoint until they are computed again.
         """
@@ -258,7 +257,7 @@ class TrainingMonitor(Callback):
         if self._loader is not None:
             logged["data_wait"] = window.data_wait_seconds / window.seconds
         if self._peak and self._flops:
-            flops = self._flops.of(window.samples, window.real_tokens, window.sum_squared_lengths)
+            flops = self._flops.total(window.samples, window.real_tokens, window.sum_squared_lengths)
             logged["model_flops_utilization"] = flops / window.seconds / (self._peak * trainer.world_size)
         # straight to the loggers, like Lightning's LearningRateMonitor: `log` would move each figure to the device and
         # back, and wait for it every time
@@ -267,7 +266,7 @@ class TrainingMonitor(Callback):
             logger.log_metrics(figures, step=trainer.global_step - 1)
 
     def _snapshot(self, trainer: L.Trainer, read: Callable[[Tensor], list[int]] = Tensor.tolist) -> Counts:
-        """What was trained so far; waits for the other ranks, and once for the device, in `read`."""
+        """The counts so far; waits for the other ranks, and once for the device, in `read`."""
         here = nn.functional.pad(self._on_device, (2, 0))
         here[0], here[1] = self._samples, self._tokens  # without a wait, unlike a copy of a new tensor
         counted = trainer.strategy.reduce(here, reduce_op="sum")

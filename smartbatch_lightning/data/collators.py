@@ -17,8 +17,8 @@ Collator = Callable[[Rows], Any]
 
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids")
 _DEFAULT = BatchSpec()
-_LEAST_SLOTS = 32  # minimum number of samples in a filled row
-_TOKENS_OF_A_SLOT = 128
+_MIN_SLOTS = 32  # minimum number of samples in a filled row
+_TOKENS_PER_SLOT = 128
 
 
 class PadCollator:
@@ -142,11 +142,11 @@ class PackCollator:
         return {**batch, **constant, **windows, **_numbers(rows)}
 
     def _fill(self, lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-        """Lengths, followed by those of the padding samples, then empty ones up to a power of two."""
+        """Lengths of the samples, of padding samples, and of empty samples, a power of two in all."""
         missing = -int(lengths.sum()) % self.spec.pad_to_multiple_of
         fillers = np.diff([*range(0, missing, longest), missing])
-        least = (int(lengths.sum()) + missing) // _TOKENS_OF_A_SLOT
-        number = 1 << (max(least, _LEAST_SLOTS, len(lengths) + len(fillers)) - 1).bit_length()
+        least = (int(lengths.sum()) + missing) // _TOKENS_PER_SLOT
+        number = 1 << (max(least, _MIN_SLOTS, len(lengths) + len(fillers)) - 1).bit_length()
         empty = np.zeros(number - len(lengths) - len(fillers), np.int64)
         return np.concatenate((lengths, fillers, empty))
 
@@ -178,7 +178,7 @@ def window_lengths(batch: Any) -> Tensor | None:
 
 
 def _window_lengths(rows: Rows, spec: BatchSpec) -> tuple[NDArray[np.int64], dict[str, Any]]:
-    """Tokens of each window of the samples, (windows,), and the batch entries about windows, if there are any."""
+    """Number of tokens in each window, (windows,), and the batch's entries about windows, if there are any."""
     lengths = np.array([len(row["input_ids"]) for row in rows])
     if spec.window_pooling is None or spec.max_length is None:
         return lengths, {}

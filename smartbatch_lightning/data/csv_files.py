@@ -1,4 +1,4 @@
-"""CSV and TSV files: their layout, with every row checked, and whether their labels are numbers or words."""
+"""CSV and TSV files: how to read them, with every row checked, and whether their labels are numbers or words."""
 
 import codecs
 import csv
@@ -26,8 +26,8 @@ _NUMBER = r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 _NOT_FINITE = "-?(nan|NaN|inf|Infinity)"
 # A field with a quote in it, as written by a writer that quotes fields.
 _QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
-_MOST_LINES_QUOTED = 10  # lines of one field; quotes farther apart belong to two texts
-_LONGEST_FIELD = 2**31 - 1
+_MAX_LINES_QUOTED = 10  # lines of one field; quotes farther apart belong to two texts
+_MAX_FIELD_LENGTH = 2**31 - 1
 _SEPARATORS = ",;\t|"
 
 
@@ -54,7 +54,7 @@ class _Format:
     nrows: int | None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], *, tabs: bool) -> "_Format":
+    def from_options(cls, options: Mapping[str, Any], *, tabs: bool) -> "_Format":
         """The format specified by a user's options.
 
         Args:
@@ -142,7 +142,7 @@ def csv_reader_kwargs(
         ValueError: A row or an option is not usable.
     """
     try:
-        form = _Format.of(options, tabs=tabs)
+        form = _Format.from_options(options, tabs=tabs)
         form.rows(iter(()))
         codecs.lookup_error(form.encoding_errors)
     except UsageError:
@@ -198,7 +198,7 @@ def encoding_error(name: str, file_format: str, encoding: str, error: UnicodeErr
 
 
 def _without_nul(lines: Iterable[str]) -> Iterator[str]:
-    """Refuses NUL characters, at which pandas ends a field; UTF-16 text read as another encoding is full of them."""
+    """Rejects NUL characters, where pandas ends a field; UTF-16 text read in another encoding is full of them."""
     for line in lines:
         if "\0" in line:
             raise UnicodeError("a character 0x00")
@@ -221,7 +221,7 @@ def _numbered(rows: Any, skipped: int, name: str) -> Iterator[tuple[int, list[st
 
 
 def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name: str, form: _Format) -> int:
-    """Number of rows; refuses a row that does not have a field for each column."""
+    """Number of rows; rejects a row that does not have a field for each column."""
     width, count = len(columns), 0
     for line, row in rows:
         if count == form.nrows:
@@ -241,14 +241,14 @@ def _count(rows: Iterable[tuple[int, list[str]]], columns: tuple[str, ...], name
 
 
 def _without_quoted(rows: Iterable[tuple[int, list[str]]], name: str) -> Iterator[tuple[int, list[str]]]:
-    """Refuses fields that look quoted: with doubled quotes in them, or over several lines."""
-    opened = -_MOST_LINES_QUOTED
+    """Rejects fields that look quoted: with doubled quotes in them, or over several lines."""
+    opened = -_MAX_LINES_QUOTED
     for line, row in rows:
         for field in row:
             if field[:1] != '"' and field[-1:] != '"':
                 continue
             unpaired = field.count('"') % 2 == 1
-            closes = unpaired and field[-1] == '"' and line - opened < _MOST_LINES_QUOTED
+            closes = unpaired and field[-1] == '"' and line - opened < _MAX_LINES_QUOTED
             if closes or _QUOTED.fullmatch(field):
                 raise UsageError(
                     f"line {line} of {name} has a field that looks quoted, but in this format quotes are read as part "
@@ -264,13 +264,13 @@ def _check_header(header: list[str], name: str, form: _Format) -> None:
     if header[0].startswith("sep="):
         raise UsageError(
             f"the first line of {name} is {form.sep.join(header)!r}, which tells Excel the separator. Set "
-            f"--data.reader_kwargs='{{sep: {_written((header[0][4:] or form.sep)[0])}, skiprows: 1}}'."
+            f"--data.reader_kwargs='{{sep: {_quoted((header[0][4:] or form.sep)[0])}, skiprows: 1}}'."
         )
     others = [separator for separator in _SEPARATORS if len(header) == 1 and separator in header[0]]
     if others:
         raise UsageError(
             f"the first line of {name} is a single column, {join_quoted(header)}, with the separator {form.sep!r}. Set "
-            f"--data.reader_kwargs='{{sep: {_written(others[0])}}}'."
+            f"--data.reader_kwargs='{{sep: {_quoted(others[0])}}}'."
         )
     if form.unquoted_by_ending and all(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in header):
         raise UsageError(
@@ -279,12 +279,12 @@ def _check_header(header: list[str], name: str, form: _Format) -> None:
         )
 
 
-def _written(separator: str) -> str:
+def _quoted(separator: str) -> str:
     return '"\\t"' if separator == "\t" else f'"{separator}"'
 
 
 def _check_no_header(row: list[str], names: tuple[str, ...], name: str) -> None:
-    """Refuses a first row that is a header, in whole or in part, although names are given for a file without one."""
+    """Rejects a first row that is a header, in whole or in part, although names are given for a file without one."""
     cells, wanted = ([one.strip().lower() for one in of] for of in (row, names))
     if sorted(cells) == sorted(wanted):
         same = "Add header: 0, or leave names out." if tuple(row) == names else "Leave names out."
@@ -312,7 +312,7 @@ def _column_names(header: list[str]) -> tuple[str, ...]:
 @contextmanager
 def _long_fields() -> Iterator[None]:
     """Lets the csv module read fields of more than 128 KB."""
-    limit = csv.field_size_limit(_LONGEST_FIELD)
+    limit = csv.field_size_limit(_MAX_FIELD_LENGTH)
     try:
         yield
     finally:
@@ -320,7 +320,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def with_typed_labels(dataset: Dataset, column: str) -> Dataset:
-    """Labels of a CSV file as numbers or booleans if all are written so, else as text; empty fields become null."""
+    """Labels of a CSV file as numbers or booleans if all are written that way, else text; empty fields become null."""
     if column not in dataset.column_names or not len(dataset):
         return dataset
     text = dataset.select_columns(column).with_format("arrow")[:].column(column)
@@ -330,14 +330,14 @@ def with_typed_labels(dataset: Dataset, column: str) -> Dataset:
     elif _all_match(labels, "^(True|False)$"):
         labels = pc.equal(labels, "True")
     elif _are_decimals(labels):
-        labels = labels.cast(pa.float64())  # those that are not finite are refused later
+        labels = labels.cast(pa.float64())  # those that are not finite are rejected later
     typed = dataset.remove_columns(column)
     fingerprint = hashlib.sha256(f"{dataset._fingerprint} {column} typed".encode()).hexdigest()[:16]
     return typed.add_column(column, labels.combine_chunks(), new_fingerprint=fingerprint)
 
 
 def _are_decimals(labels: pa.ChunkedArray) -> bool:
-    """Whether all are numbers and some have a fraction; `1e5` and `10e4` are words, of two classes."""
+    """Whether all are numbers, some with a fraction; `1e5` and `10e4` are words, and thus two classes."""
     if not _all_match(labels, f"^({_NUMBER}|{_NOT_FINITE})$") or _all_match(labels, f"^([^.eE]+|{_NOT_FINITE})$"):
         return False
     numbers = labels.cast(pa.float64())

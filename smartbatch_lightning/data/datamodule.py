@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from smartbatch_lightning import progress
 from smartbatch_lightning.batching import BatchSpec
 from smartbatch_lightning.batching.strategies import find_strategy
-from smartbatch_lightning.checkpointing import forget_objects
+from smartbatch_lightning.checkpointing import drop_unsavable
 from smartbatch_lightning.contract import TextData, callbacks_of, check_takes_packed_batches, text_model_of
 from smartbatch_lightning.data.collators import COLLATORS, Collator
 from smartbatch_lightning.data.loader import SmartBatchLoader, check_loader_kwargs, unpatch_loaders
 from smartbatch_lightning.data.resume import (
-    adopt_lightnings_count,
+    check_data_parallel,
     check_fingerprint,
     check_ranks_agree,
-    check_shares,
     dataset_fingerprint,
-    go_on,
     has_trained,
+    resume_from_lightning_counters,
+    resume_training,
     training_state,
 )
 from smartbatch_lightning.data.sampler import SmartBatchSampler
@@ -34,7 +34,7 @@ from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.seeds import seed_is_given
 
 WIDTH_STEP_ON_GPU = 32  # cuDNN takes about 0.1 s to set up attention for a new shape; this adds 5 % padding on IMDB
-_ROWS_PREDICTED_TOGETHER = 2**15  # few enough to keep and to repeat after a kill, enough to fill batches by length
+_PREDICTION_WINDOW = 2**15  # few enough to keep and to repeat after a kill, enough to fill batches by length
 
 
 class SmartBatchDataModule(TextDataModule):
@@ -170,18 +170,18 @@ class SmartBatchDataModule(TextDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Refuses unsupported Trainer settings, then prepares the data like `TextDataModule`.
+        """Rejects unsupported Trainer settings, then prepares the data like `TextDataModule`.
 
         Raises:
             ValueError: A flag is out of range, a batch size finder is used with a token budget, or data is not usable.
         """
         if self.trainer is not None:
-            check_shares(self.trainer)
+            check_data_parallel(self.trainer)
             if self.trainer.state.fn == TrainerFn.FITTING:
                 progress.check_flags(self.trainer)
             if self.max_tokens_per_batch and callbacks_of(self.trainer, BatchSizeFinder):
                 raise UsageError(
-                    f"a batch size finder was given, but batches are bounded by max_tokens_per_batch, "
+                    f"a batch size finder was given, but batches are limited by max_tokens_per_batch, "
                     f"{self.max_tokens_per_batch}. Use one of the two."
                 )
         super().prepare_data()
@@ -194,14 +194,14 @@ class SmartBatchDataModule(TextDataModule):
         """
         super().setup(stage)
         if stage == "fit":
-            forget_objects(self, self.hparams)
+            drop_unsavable(self, self.hparams)
             self._train_sampler = self._restored = None
             self.spec.check_lengths(self.train_data.lengths, self.train_data.rows)
         check_ranks_agree(self.data_sets(stage), self.label_names, self.spec)
         model = self._load().model
         before = None if model is None or self.trainer is None or self.trainer.ckpt_path else model.trained_on
         if stage == "validate" and before is not None:
-            self._set_aside_as_trained(before)
+            self._set_aside_same_samples(before)
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches in a new plan every epoch; with `overfit_batches`, always the same ones."""
@@ -224,7 +224,7 @@ class SmartBatchDataModule(TextDataModule):
     def predict_dataloader(self) -> SmartBatchLoader:
         """Batches in order of length within windows of consecutive rows; each sample's `index` is its row."""
         loader = self._evaluation_loader(self.predict_data)
-        loader.plan_sampler.window = _ROWS_PREDICTED_TOGETHER
+        loader.plan_sampler.window = _PREDICTION_WINDOW
         return loader
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,19 +252,19 @@ class SmartBatchDataModule(TextDataModule):
                 raise UsageError(
                     f"the checkpoint was trained with {name} {trained_on[name]}, but now it is {now[name]}. Set the "
                     "same on the data module, or load the model with SequenceClassifier.load_from_checkpoint, which "
-                    "knows it."
+                    "restores it."
                 )
         if not encoding_of(self._load().model):  # else `setup` has done so
-            self._tell_of_other_truncation(trained_on)
+            self._log_changed_truncation(trained_on)
         if stage == TrainerFn.VALIDATING:
-            self._set_aside_as_trained(state["fingerprint"])
+            self._set_aside_same_samples(state["fingerprint"])
         if stage != TrainerFn.FITTING:
             return
         self._adopt_seed(state["fingerprint"]["seed"], "fit")
         sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
         if has_trained(state) and not self.ignore_fingerprint_mismatch:
             check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
-        go_on(self.trainer, sampler, state)
+        resume_training(self.trainer, sampler, state)
         self._restored = state
 
     def on_exception(self, exception: BaseException) -> None:
@@ -284,26 +284,27 @@ class SmartBatchDataModule(TextDataModule):
             self._seed = seed
             self.setup(stage)  # since the seed decides which samples are set aside
 
-    def _set_aside_as_trained(self, fingerprint: dict[str, Any]) -> None:
+    def _set_aside_same_samples(self, fingerprint: dict[str, Any]) -> None:
         """Sets aside the same samples as in a checkpoint's training, or refuses: others may have been trained on."""
         if not self.validates_share or self.ignore_fingerprint_mismatch:
             return
         self._adopt_seed(fingerprint["seed"], "validate")
         if dataset_fingerprint(self.train_data, self.spec)["data"] != fingerprint["data"]:
             raise UsageError(
-                f"{self.source}'s validation samples are set aside from its training split, but not the same ones as "
-                "for this checkpoint, which may have been trained on them. Use its config, data, max_length and seed, "
-                f"{fingerprint['seed']}; or name a split with --data.validation_split; or use test."
+                f"the validation samples set aside from the training split of {self.source} are not those set aside "
+                "for this checkpoint, which may have been trained on them. Use the checkpoint's config, data, "
+                f"max_length and seed, {fingerprint['seed']}; or name a split with --data.validation_split; or use "
+                "test."
             )
 
     def _on_epoch(self, sampler: SmartBatchSampler) -> None:
         assert self.trainer is not None
-        if self._restored is None and progress.stands_in_epoch(self.trainer):
-            adopt_lightnings_count(self.trainer, sampler)
+        if self._restored is None and progress.resumes_mid_epoch(self.trainer):
+            resume_from_lightning_counters(self.trainer, sampler)
         progress.begin_epoch(self.trainer)
         resumes = self._restored is not None and self._restored["epoch"] == sampler.epoch
         if resumes and text_model_of(self.trainer) is None:
-            progress.place_schedules(self.trainer)
+            progress.sync_schedules(self.trainer)
 
     def _loss_weights(self, sampler: SmartBatchSampler) -> Iterator[float]:
         if self.trainer is None:  # the user's own loop

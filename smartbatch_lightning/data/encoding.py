@@ -83,7 +83,7 @@ class TextEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is stored with a trained model, so that other texts are tokenized in the same way."""
+        """The settings stored with a trained model, so that other texts are tokenized in the same way."""
         return {
             "max_length": self.max_length,
             "truncation": self.truncation.to_dict(),
@@ -124,12 +124,14 @@ class TextEncoder:
         samples = [sample if sample.ids else nothing for sample in self._backend.encode(texts)]
         for row, sample in zip(rows, samples, strict=True):
             if not sample.ids or (len(sample.ids) > self.max_length and not self.truncation.pooling):
-                what = "has no tokens. Drop it" if not sample.ids else "has more special tokens than that. Raise it"
-                raise UsageError(f"with max_length {self.max_length}, row {row} (counted from 0) {what}.")
+                what = "has no tokens. Drop it"
+                if sample.ids:
+                    what = f"has more special tokens than max_length, {self.max_length}. Raise --data.max_length"
+                raise UsageError(f"row {row} (counted from 0) {what}.")
         return samples
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without what each process creates for itself."""
+        """The state without the backend, which each process creates for itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_backend"}
 
     @cached_property
@@ -177,7 +179,7 @@ def text_blocks(texts: Dataset, rows: range) -> Iterator[tuple[int, pa.Table]]:
 
 
 def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
-    """Refuses columns that are not text, and rows without text.
+    """Rejects columns that are not text, and rows without text.
 
     Raises:
         ValueError: There is such a column or row.
@@ -202,7 +204,7 @@ def check_texts(dataset: Dataset, text_columns: Sequence[str]) -> None:
 
 
 def check_not_blank(dataset: Dataset, text_columns: Sequence[str], split: str) -> None:
-    """Refuses a split without a word in any text, from which nothing can be learned.
+    """Rejects a split whose texts are all empty or blank.
 
     Raises:
         ValueError: All texts are empty.
@@ -219,7 +221,7 @@ def check_not_blank(dataset: Dataset, text_columns: Sequence[str], split: str) -
 
 
 def _cut(whole: EncodedText, first: int, end: int, truncation: Truncation, max_length: int) -> EncodedText:
-    """What is kept of a text, with the special tokens around it.
+    """The part of a text that is kept, with the special tokens around it.
 
     Args:
         whole: The uncut text.

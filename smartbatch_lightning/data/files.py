@@ -67,7 +67,7 @@ class _File:
 
     @property
     def format(self) -> str:
-        """Its format, by the ending."""
+        """Its format, according to its extension."""
         return FORMATS[self.ending]
 
 
@@ -131,7 +131,7 @@ def read_files(
 def _expanded(names: Sequence[str]) -> list[str]:
     """The files given by names and patterns; URLs and existing files are returned unchanged."""
     found: list[str] = []
-    for name in map(_of_scheme, names):
+    for name in map(_normalized_url, names):
         path = Path(name)
         if _URL.match(name):
             matching = _expanded_url(name) if glob.has_magic(urlsplit(name).path) else [name]
@@ -150,7 +150,7 @@ def _expanded(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _of_scheme(name: str) -> str:
+def _normalized_url(name: str) -> str:
     """A URL with a lower-case scheme, or the path that a `file://` URL stands for; other names are unchanged."""
     if not _URL.match(name):
         return name
@@ -165,10 +165,10 @@ def _expanded_url(name: str) -> list[str]:
     try:
         return list(DataFilesList.from_patterns([name]))
     except Exception as error:  # it depends on the file system that the scheme names
-        raise _unreachable(name, error) from error
+        raise _fetch_error(name, error) from error
 
 
-def _unreachable(name: str, error: Exception) -> UsageError:
+def _fetch_error(name: str, error: Exception) -> UsageError:
     return UsageError(
         f"{name} cannot be fetched: {root_cause_message(error)} Check the address and the network, or set "
         "--data.dataset to local files."
@@ -217,7 +217,7 @@ def _local_files(name: str) -> Iterator[_File]:
         try:
             path = DownloadManager(download_config=DownloadConfig(cache_dir=str(cache))).download(name)
         except Exception as error:  # it depends on the file system that the scheme names
-            raise _unreachable(name, error) from error
+            raise _fetch_error(name, error) from error
     digest = _digest(path, name)
     if not _is_compressed(name):
         yield _File(str(path), name, ending_of(name), digest)
@@ -248,7 +248,7 @@ def _local_files(name: str) -> Iterator[_File]:
 
 
 def _check_is_one_split(files: Sequence[_File]) -> None:
-    """Refuses files given without splits if they are named for different ones, such as training and test."""
+    """Rejects files given without splits if their names indicate different ones, such as training and test."""
     of_split: dict[str, str] = {}
     for file in files:
         words = set(re.findall("[a-z]+", f"{Path(file.path).name} {Path(file.name).name}".lower()))
@@ -257,8 +257,8 @@ def _check_is_one_split(files: Sequence[_File]) -> None:
             of_split.setdefault(named[0], file.name)
     if len(of_split) > 1:
         raise UsageError(
-            f"{join_quoted(of_split.values())} are named for different splits, but would all be trained on. Give files "
-            "by split, as in --data.dataset='{train: a.csv, test: b.csv}'."
+            f"the names of {join_quoted(of_split.values())} indicate different splits, but all files would be trained "
+            "on. Give files by split, as in --data.dataset='{train: a.csv, test: b.csv}'."
         )
 
 
@@ -297,13 +297,13 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
         elif file.format == "parquet":
             dataset = _read_parquet(file, options, wanted)
         else:
-            dataset = _built(file, options)
+            dataset = _read_with_datasets(file, options)
     except UsageError:
         raise
     except UnicodeDecodeError as error:
         raise csv_files.encoding_error(file.name, file.format, options.get("encoding", "utf-8"), error) from error
     except Exception as error:  # datasets raises dozens of kinds, all of them about this file
-        cause = (_bad_line(file) if file.format == "json" else None) or root_cause_message(error)
+        cause = (_describe_bad_line(file) if file.format == "json" else None) or root_cause_message(error)
         raise UsageError(
             f"{file.name} cannot be read as {file.format}: {cause} Check that the file is complete, not empty, and of "
             "the format that its extension says."
@@ -317,7 +317,7 @@ def _read(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequence[str]) 
     return dataset
 
 
-def _built(file: _File, options: Mapping[str, Any]) -> Dataset:
+def _read_with_datasets(file: _File, options: Mapping[str, Any]) -> Dataset:
     """Reads a file with the reader that `datasets` has for its format, into the cache of `datasets`."""
     # load_dataset would first report its use to a server, and wait for seconds if none answers
     reader: Any = import_main_class(f"datasets.packaged_modules.{file.format}.{file.format}")
@@ -343,19 +343,19 @@ def _read_parquet(file: _File, reader_kwargs: Mapping[str, Any], wanted: Sequenc
             except ValueError:
                 if field.name in wanted:
                     raise
-    if not pq.read_metadata(file.path).num_rows:  # datasets refuses it
+    if not pq.read_metadata(file.path).num_rows:  # datasets rejects it
         return Dataset(pq.read_table(file.path, columns=list(known)))
     options = {"columns": list(known), "features": known} if len(known) < len(schema) else {}
-    return _built(file, {**reader_kwargs, **options})
+    return _read_with_datasets(file, {**reader_kwargs, **options})
 
 
 def _read_csv(file: _File, reader_kwargs: Mapping[str, Any]) -> Dataset:
     options, num_rows = csv_files.csv_reader_kwargs(
         file.path, file.name, file.digest, reader_kwargs, tabs=file.ending == ".tsv"
     )
-    if num_rows == 0:  # datasets refuses it
+    if num_rows == 0:  # datasets rejects it
         return Dataset.from_dict({name: [] for name in options["names"]}, features=options["features"])
-    dataset = _built(file, options)
+    dataset = _read_with_datasets(file, options)
     if len(dataset) != num_rows:
         raise UsageError(
             f"{file.name} has {num_rows:,} rows, but pandas reads {len(dataset):,}. Remove blank lines with spaces, "
@@ -365,7 +365,7 @@ def _read_csv(file: _File, reader_kwargs: Mapping[str, Any]) -> Dataset:
 
 
 def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -> Dataset:
-    """Reads a list of rows, also under a key, or a row per line.
+    """Reads a list of rows, possibly under a key, or one row per line.
 
     The reader of `datasets` mistakes texts for times, and rounds numbers to ten decimals unless the file has a row per
     line and one type per column. In these cases, Python's reader is used, which reads the file into memory.
@@ -381,16 +381,16 @@ def _read_json(file: _File, options: Mapping[str, Any], wanted: Sequence[str]) -
         if beginning.startswith("["):
             return _dataset_of(json.load(content), file)
         _check_holds_rows(content, file)
-        while content.read(_BYTES_READ):  # to its end, since pyarrow reads bytes of other encodings unchanged
+        while content.read(_BYTES_READ):  # decodes the whole file, since pyarrow accepts bytes in other encodings
             pass
     try:
-        dataset = _built(file, options)
+        dataset = _read_with_datasets(file, options)
     except Exception:
         size = Path(file.path).stat().st_size
         if size <= _JSON_BYTES_READ:
             raise
         # in one block, since later rows may have other columns or types
-        dataset = _built(file, {**options, "chunksize": size})
+        dataset = _read_with_datasets(file, {**options, "chunksize": size})
     kinds = repr([dataset.features.get(name) for name in wanted])
     if "timestamp" in kinds or ("float" in kinds and "Json(" in repr(dataset.features)):
         with open(file.path, encoding=encoding) as lines:
@@ -407,7 +407,7 @@ def _under_key(content: Any, field: Any, file: _File) -> Any:
 
 
 def _check_holds_rows(content: TextIO, file: _File) -> None:
-    """Refuses a single JSON object of columns or tables, which `datasets` would read as one row."""
+    """Rejects a single JSON object of columns or tables, which `datasets` would read as one row."""
     first = content.readline()
     if first.strip() == "{":
         first += content.read()
@@ -434,8 +434,8 @@ def _dataset_of(rows: Any, file: _File) -> Dataset:
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
-def _bad_line(file: _File) -> str | None:
-    """What is wrong with the first line that is not JSON; None if the file does not have a row per line."""
+def _describe_bad_line(file: _File) -> str | None:
+    """The error in the first line that is not JSON; None if the file does not have one row per line."""
     with open(file.path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1 and line.strip() in ("{", "[", "[{"):
@@ -472,7 +472,7 @@ def _concatenated(parts: list[tuple[_File, Dataset]], wanted: Sequence[str]) -> 
 
 
 def _content_fingerprint(files: list[_File], reader_kwargs: Mapping[str, Any], dataset: Dataset) -> str:
-    """Fingerprint for the token cache, from the content, whereas `datasets` uses paths and times."""
+    """Fingerprint for the token cache, from the files' content; that of `datasets` is from paths and times."""
     read_as = [(file.digest, file.ending) for file in files], sorted(reader_kwargs.items()), dataset.features
     return str(xxh3_64(repr(read_as).encode()).hexdigest())
 

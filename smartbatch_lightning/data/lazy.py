@@ -1,4 +1,4 @@
-"""Texts that are tokenized when their batch is made; until then, token counts are estimated from their bytes."""
+"""Lazy tokenization: texts are tokenized when their batch is made; until then, token counts are estimated."""
 
 import os
 import string
@@ -58,10 +58,10 @@ class LazyTokenTable(TokenTable):
         return self.samples([sample])[0]
 
     def samples(self, rows: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
-        """The same for several samples.
+        """Like `self[row]`, for several rows.
 
         Raises:
-            ValueError: A check refuses one.
+            ValueError: A check rejects one.
         """
         if get_worker_info() is not None:  # one core per worker; and threads do not survive a fork
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -142,7 +142,7 @@ def _sums(table: pa.Table, by_byte: Int64s) -> Int64s:
 
 
 def _utf8(column: pa.ChunkedArray) -> tuple[NDArray[np.uint8], Int64s]:
-    """The concatenated bytes of all texts of a column, where each text starts, and the end."""
+    """The concatenated bytes of a column's texts, and the offsets at which texts start, plus the end."""
     texts = pa.concat_arrays(column.cast(pa.large_string()).chunks)
     _, offsets, content = texts.buffers()
     ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]

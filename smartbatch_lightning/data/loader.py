@@ -1,6 +1,6 @@
 """A DataLoader that works under Lightning, with workarounds for what Lightning does to data loaders.
 
-Each is needed with lightning 2.6 and has a test that fails without it.
+Each workaround is needed with lightning 2.6 and has a test that fails without it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -56,15 +56,15 @@ class _LazyIterator(Iterator[Any]):
                 self._iterator = self._loader.batches()
             batch = next(self._iterator)
             self._loader.num_yielded += 1
-            self._forget_batches()
+            self._drop_batch_indices()
             return batch
         finally:
             self._loader.data_wait_seconds += perf_counter() - start
 
-    def _forget_batches(self) -> None:
-        """Deletes the sample indices that Lightning keeps of all predicted batches, except the newest.
+    def _drop_batch_indices(self) -> None:
+        """Deletes the sample indices that Lightning keeps for predicted batches, except those of the newest.
 
-        Lightning would keep all of them to the end, as Python numbers, but uses only the newest.
+        Lightning uses only the newest, but would keep all of them, as Python numbers.
         """
         if isinstance(self._loader.batch_sampler, _IndexBatchSamplerWrapper):
             if self._num_batches:
@@ -85,7 +85,7 @@ class SmartBatchLoader(DataLoader[Any]):
     Args:
         dataset: A map-style data set.
         batch_sampler: Chooses this rank's batches.
-        on_epoch: Called when Lightning has set the epoch, before its first batch. Given by a data module, which then
+        on_epoch: Called after Lightning has set the epoch, before its first batch. Given by a data module, which then
             stores the training progress; without it, the loader does so itself.
         loss_weights: Called at the start of an epoch, returns a weight for each batch to come; a batch that is a
             dictionary then gets its weight as `loss_weight`, a float.
@@ -93,7 +93,7 @@ class SmartBatchLoader(DataLoader[Any]):
             them when it recreates loaders for prediction.
 
     Attributes:
-        plan_sampler: The batch sampler, also if Lightning has wrapped it.
+        plan_sampler: The batch sampler, unwrapped if Lightning has wrapped it.
         data_wait_seconds: Time spent waiting for batches, over all epochs.
     """
 

@@ -28,7 +28,7 @@ def dataset_fingerprint(data: TokenDataset, spec: BatchSpec) -> dict[str, Any]:
 
 
 def check_fingerprint(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuses a checkpoint made with other data or batching.
+    """Rejects a checkpoint made with other data or batching.
 
     Raises:
         ValueError: The fingerprints differ; the message lists the differences.
@@ -54,8 +54,8 @@ def data_digest(data: TokenDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_shares(trainer: L.Trainer) -> None:
-    """Rejects strategies that need some ranks to get the same samples."""
+def check_data_parallel(trainer: L.Trainer) -> None:
+    """Rejects strategies in which some ranks need the same samples, such as tensor parallelism."""
     shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", trainer.world_size)
     if shares != trainer.world_size:
         raise UsageError(
@@ -66,7 +66,7 @@ def check_shares(trainer: L.Trainer) -> None:
 
 
 def check_ranks_agree(sets: list[TokenDataset], label_names: list[str] | None, spec: BatchSpec) -> None:
-    """Refuses, on every rank, a stage whose ranks differ in data, labels or settings; all ranks must call it.
+    """Rejects, on every rank, a stage whose ranks differ in data, labels or settings; all ranks must call it.
 
     Args:
         sets: Data sets of the stage.
@@ -99,7 +99,7 @@ def training_state(trainer: L.Trainer, sampler: SmartBatchSampler) -> dict[str, 
 
 
 def has_trained(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was written after the first batch; until then, as in a batch size finder, plans may change.
+    """Whether a checkpoint was written after the first batch; before, plans may change, as in a batch size finder.
 
     Args:
         state: As returned by `training_state`.
@@ -107,8 +107,8 @@ def has_trained(state: dict[str, Any]) -> bool:
     return bool(state["epoch"] or any(batches for _, batches in state["consumed"]))
 
 
-def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any]) -> None:
-    """Makes Lightning resume at a checkpoint's position, counted in batches of the current number of ranks.
+def resume_training(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any]) -> None:
+    """Makes Lightning resume at a checkpoint's progress, in batches per rank of the current number of ranks.
 
     Args:
         trainer: In `fit`, about to restore its counters.
@@ -123,7 +123,7 @@ def go_on(trainer: L.Trainer, sampler: SmartBatchSampler, state: dict[str, Any])
     progress.rewrite_checkpoint(trainer, progress.Position(state["epoch"], batches, due), length)
 
 
-def adopt_lightnings_count(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
+def resume_from_lightning_counters(trainer: L.Trainer, sampler: SmartBatchSampler) -> None:
     """Resumes from Lightning's counters if a checkpoint has no state of the data module, with a warning."""
     batches = progress.position(trainer).batches or 0
     rank_zero_warn(

@@ -29,7 +29,7 @@ class SmartBatchSampler(Sampler[list[int]]):
         shuffle: False for evaluation: the same batches every time, in order.
         num_replicas: Number of ranks; by default the world size of the default process group, even if that is started
             later, or 1.
-        rank: This process' rank; by default that in the process group, or 0.
+        rank: This process's rank; by default that in the process group, or 0.
 
     Attributes:
         spec: The given one, with a number in place of `jitter: auto`.
@@ -60,7 +60,7 @@ class SmartBatchSampler(Sampler[list[int]]):
             raise UsageError(
                 f"rank is {self.rank}; with num_replicas={self.num_replicas} give 0 to {self.num_replicas - 1}."
             )
-        len(self)  # refuses what cannot be planned
+        len(self)  # plans an epoch, so that samples that cannot be planned are rejected now
 
     @property
     def num_replicas(self) -> int:
@@ -69,7 +69,7 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     @property
     def rank(self) -> int:
-        """This process' rank."""
+        """This process's rank."""
         given = self._given_ranks[1]
         return (dist.get_rank() if _is_distributed() else 0) if given is None else given
 
@@ -103,7 +103,7 @@ class SmartBatchSampler(Sampler[list[int]]):
 
     @property
     def consumed(self) -> list[tuple[int, int]]:
-        """What earlier runs consumed of the current epoch: the number of ranks and the steps per rank of each run."""
+        """The number of ranks and the steps per rank of each earlier run that consumed part of the current epoch."""
         return list(self._unfinished["consumed"]) if self.epoch == self._unfinished["epoch"] else []
 
     @property

@@ -28,16 +28,16 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.hub import hub_or_cache
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelSource
 
-_MOST_FILES_NAMED = 5
+_MAX_FILES_NAMED = 5
 # Text that looks like a mapping or a list, but was not read as one because it is not valid YAML.
-_LIKE_YAML = re.compile(r"\{.*|\[.*\]", re.DOTALL)
-_AS_YAML = (
+_LOOKS_LIKE_YAML = re.compile(r"\{.*|\[.*\]", re.DOTALL)
+_YAML_REMEDY = (
     "Give a name, a file, or files by split, as in '{train: a.csv, test: [b.csv, c.csv]}', with a space after each "
     "colon and quotes around names with brackets, commas or colons."
 )
 
 
-def plain_source(dataset: Any) -> Any:
+def normalized_source(dataset: Any) -> Any:
     """A name, files by split, or an object, with paths as strings, and `~` in them as the home folder.
 
     Raises:
@@ -45,13 +45,13 @@ def plain_source(dataset: Any) -> Any:
     """
     if isinstance(dataset, str | os.PathLike):
         name = os.path.expanduser(os.fspath(dataset))
-        if not name or (_LIKE_YAML.fullmatch(name) and not Path(name).exists()):
-            raise UsageError(f"dataset is {name!r}, which is neither a name nor a file. {_AS_YAML}")
+        if not name or (_LOOKS_LIKE_YAML.fullmatch(name) and not Path(name).exists()):
+            raise UsageError(f"dataset is {name!r}, which is neither a name nor a file. {_YAML_REMEDY}")
         return name
     if isinstance(dataset, Mapping) and not isinstance(dataset, DatasetDict | IterableDatasetDict):
         if not dataset or any(isinstance(value, dict | int | float | None) for value in dataset.values()):
-            raise UsageError(f"dataset is {dataset!r}. {_AS_YAML}")
-        return {str(split): plain_source(value) for split, value in dataset.items()}
+            raise UsageError(f"dataset is {dataset!r}. {_YAML_REMEDY}")
+        return {str(split): normalized_source(value) for split, value in dataset.items()}
     if isinstance(dataset, list | tuple) and dataset and all(isinstance(one, str | os.PathLike) for one in dataset):
         return [os.path.expanduser(os.fspath(one)) for one in dataset]
     if not _is_table(dataset):
@@ -70,8 +70,8 @@ def is_named(dataset: Any) -> bool:
 def describe_source(dataset: Any) -> str:
     """The data set, as messages name it."""
     names = [one if isinstance(one, str) else f"the given {type(one).__name__}" for one in _flat(dataset)]
-    more = len(names) - _MOST_FILES_NAMED
-    return ", ".join(names[:_MOST_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - _MAX_FILES_NAMED
+    return ", ".join(names[:_MAX_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _flat(dataset: Any) -> list[Any]:
@@ -126,14 +126,14 @@ def read_dataset(
         if saved:
             return splits_of(load_from_disk(name))
         with hub_or_cache(name, "dataset"):
-            return _read_found(name, config, labels, text_columns, options)
+            return _read_folder_or_hub(name, config, labels, text_columns, options)
     except UsageError:
         raise
     except Exception as error:  # datasets raises dozens of kinds, all of them about this one name
-        raise _cannot_be_read(name, config, error) from error
+        raise _read_error(name, config, error) from error
 
 
-def _cannot_be_read(name: str, config: str | None, error: Exception) -> UsageError:
+def _read_error(name: str, config: str | None, error: Exception) -> UsageError:
     """The error for a folder or a data set on the Hub with which `datasets` fails."""
     if config is None and "Config name is missing" in str(error):
         return UsageError(
@@ -158,7 +158,7 @@ def _is_saved(name: str) -> bool:
     return any(Path(name, file).exists() for file in ("dataset_dict.json", "state.json"))
 
 
-def _read_found(
+def _read_folder_or_hub(
     name: str, config: str | None, labels: LabelSource, text_columns: Sequence[str], options: dict[str, Any]
 ) -> DatasetDict:
     """Reads a folder or a Hub data set; `datasets` assigns files to splits by their names or a README.
@@ -188,7 +188,7 @@ def _read_found(
 
 
 def _warn_of_unread(folder: Path, files: Mapping[Any, Sequence[Any]]) -> None:
-    """Warns of data files that `datasets` skips: of another format, or next to files named for splits."""
+    """Warns of data files that `datasets` skips because of their format, or because others are named for splits."""
     read = {Path(file).resolve() for of_split in files.values() for file in of_split}
     endings = set(FORMATS) - {".json"}  # also used by other files, such as a model's configuration
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ending_of(path.name) in endings]

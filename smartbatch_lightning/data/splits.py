@@ -1,4 +1,4 @@
-"""Which splits a run uses, and setting samples aside for validation without leaving a class untrained."""
+"""Which splits a run uses, and setting samples aside for validation without removing a class from training."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ def find_split(
 
 
 def _names_of_a_row(values: Sequence[str]) -> list[str]:
-    """A name for each value of a row: `text` for the longest, and `label` for the shorter of the other ends."""
+    """A name for each value of a row: `text` for the longest, `label` for the shorter end other than that."""
     names = [f"column_{number}" for number in range(1, len(values) + 1)]
     longest = max(range(len(values)), key=lambda number: len(values[number]))
     names[longest] = "text"

@@ -26,9 +26,9 @@ class StreamDataModule(SmartBatchDataModule):
     lengths. With `tokenization="ahead"` every rank tokenizes whole buffers, so that lengths are exact and
     `max_tokens_per_batch` can be used.
 
-    Every rank reads all rows and trains its share, so ranks take the same number of steps, and no row is trained twice
-    before all have been. A run resumes exactly from the stream's own state, on the same number of ranks, except that
-    rows in the shuffle buffer of `IterableDataset.shuffle` are lost.
+    Every rank reads all rows and trains on its share, so ranks take the same number of steps, and no row is used twice
+    before all have been used once. On the same number of ranks, a run resumes exactly, from the stream's own state,
+    except that rows in the shuffle buffer of `IterableDataset.shuffle` are lost.
 
     Only the first buffer is known in advance: it determines class weights and the mean and deviation of targets, while
     classes must be given by `label_names` or a `ClassLabel`. There are no epochs, samples are batched only within their
@@ -153,7 +153,7 @@ class StreamDataModule(SmartBatchDataModule):
         """Tokenized samples with labels for some rows.
 
         Raises:
-            ValueError: A text or a label is missing, or a label is none of the classes.
+            ValueError: A text or a label is missing, or a label is not one of the classes.
         """
         dataset = self._buffer(rows)
         assert self.task is not None

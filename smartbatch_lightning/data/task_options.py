@@ -11,7 +11,7 @@ from smartbatch_lightning.tasks.config import problem_type_of
 from smartbatch_lightning.tasks.detection import detect_problem_type
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource
 
-_USUAL = "single_label_classification"
+_DEFAULT_PROBLEM_TYPE = "single_label_classification"
 
 
 def find_task_class(problem_type: str) -> type[Task]:
@@ -52,8 +52,8 @@ class TaskOptions:
     standardize_targets: bool = False
 
     def __post_init__(self) -> None:
-        task_class = find_task_class(self.problem_type or _USUAL)
-        # a single name may be that of a regression's target
+        task_class = find_task_class(self.problem_type or _DEFAULT_PROBLEM_TYPE)
+        # a single name may be that of a regression target
         if self.label_names is not None and (self.problem_type is not None or len(self.label_names) != 1):
             task_class.from_names(self.label_names, self.source)
 
@@ -77,7 +77,7 @@ class TaskOptions:
         """
         problem_type = self.problem_type
         if problem_type is None:
-            found = _USUAL if train_labels is None else detect_problem_type(train_labels)
+            found = _DEFAULT_PROBLEM_TYPE if train_labels is None else detect_problem_type(train_labels)
             problem_type = found if training or trained_config is None else problem_type_of(trained_config)
             train_labels = train_labels if found == problem_type else None
         task_class = find_task_class(problem_type)

@@ -17,7 +17,7 @@ from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_data_of, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder, check_not_blank
 from smartbatch_lightning.data.lazy import LazyTokenTable
-from smartbatch_lightning.data.sources import describe_source, is_named, plain_source, read_dataset, splits_of
+from smartbatch_lightning.data.sources import describe_source, is_named, normalized_source, read_dataset, splits_of
 from smartbatch_lightning.data.splits import SplitNames, find_split, train_and_validation_rows
 from smartbatch_lightning.data.task_options import TaskOptions
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
@@ -68,7 +68,7 @@ class TextDataModule(L.LightningDataModule):
         label_names: Class names in the order of their ids; by default those of the `ClassLabel`, or the labels in the
             training split, sorted. If none of the names is a number, integers in the data are class ids.
         standardize_targets: For regression: learn `(target - mean) / deviation`, per target, computed on the training
-            samples. Predictions and metrics stay in the data's unit; the loss does not.
+            samples. Predictions and metrics stay in the original units; the loss does not.
         train_split: Split to train on.
         validation_split: Split or splits to validate on; or the fraction of the training split to set aside for
             validation, stratified by label and drawn with `seed`; 0 or None for no validation. `auto` uses a split
@@ -126,11 +126,11 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        dataset = plain_source(dataset)
+        dataset = normalized_source(dataset)
         objects = {"tokenizer": not isinstance(tokenizer, str | None), "dataset": not is_named(dataset)}
         self.save_hyperparameters(ignore=[name for name, is_object in objects.items() if is_object])
         if objects["dataset"]:
-            self.hparams["dataset"] = None  # so that load_from_checkpoint refuses it instead of using the demo
+            self.hparams["dataset"] = None  # so that load_from_checkpoint rejects it instead of using the demo
         if max_length is not None and max_length < 3:
             raise UsageError(
                 f"max_length is {max_length}, but two tokens are special tokens; set --data.max_length to 3 or more."
@@ -138,8 +138,8 @@ class TextDataModule(L.LightningDataModule):
         if tokenization not in ("ahead", "lazy"):
             raise UsageError(f"tokenization is {tokenization!r}; choose 'ahead' or 'lazy'.")
         columns = _checked_columns(text_columns, text_separator)
-        SplitNames(train_split, validation_split, test_split, predict_split)  # refuses invalid names
-        source = LabelSource.of(label_column, label_delimiter)
+        SplitNames(train_split, validation_split, test_split, predict_split)  # rejects invalid names
+        source = LabelSource.from_arguments(label_column, label_delimiter)
         if both := [column for column in columns if column in source.columns]:
             raise UsageError(
                 f"text_columns and label_column both name {join_quoted(both)}, so the text would give the label away. "
@@ -207,7 +207,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def is_demo(self) -> bool:
         """Whether the data is the built-in demo."""
-        return isinstance(self.dataset, str) and self.dataset == "demo" and not self._loads_by_itself
+        return isinstance(self.dataset, str) and self.dataset == "demo" and not self._overrides_load_dataset
 
     @property
     def splits(self) -> DatasetDict:
@@ -288,7 +288,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def source(self) -> str:
         """The data set, as messages name it."""
-        if self._loads_by_itself:
+        if self._overrides_load_dataset:
             return f"{type(self).__name__}.load_dataset()"
         return describe_source(self.dataset)
 
@@ -351,7 +351,7 @@ class TextDataModule(L.LightningDataModule):
             self.test_data = [self._labelled(split) for split in self._names.tested]
         elif stage == "predict":
             self.predict_data = TokenDataset(self.token_table(self.predict_rows))
-        self._tell_of_other_truncation(encoding_of(self._load().model))
+        self._log_changed_truncation(encoding_of(self._load().model))
 
     def data_sets(self, stage: str) -> list[TokenDataset]:
         """The data sets that `setup` created for a stage."""
@@ -380,13 +380,13 @@ class TextDataModule(L.LightningDataModule):
             if isinstance(task, Regression) and train_labels is not None and (training or trained is None):
                 task = self._standardized(task, splits, train_labels)
             if (truncation := self.truncation) is None:
-                truncation = Truncation(**known["truncation"]) if known else Truncation.of_tokenizer(tokenizer)
+                truncation = Truncation(**known["truncation"]) if known else Truncation.from_tokenizer(tokenizer)
             encoder = TextEncoder(tokenizer, self.text_columns, self.text_separator, max_length, truncation)
             self._loaded = _Loaded(splits, model, encoder, train_labels, task)
         return self._loaded
 
-    def _tell_of_other_truncation(self, known: dict[str, Any]) -> None:
-        """Logs if texts are not truncated as in the model's training, which may be intended.
+    def _log_changed_truncation(self, known: dict[str, Any]) -> None:
+        """Logs that texts are truncated differently than when the model was trained, which may be intended.
 
         Args:
             known: The settings of its training, as in `TextEncoder.settings`; empty if unknown.
@@ -395,10 +395,10 @@ class TextDataModule(L.LightningDataModule):
             before = Truncation(**known["truncation"]).settings(known["max_length"])
             now = self.truncation_in_use.settings(self.max_length)
             if before != now:
-                rank_zero_info(f"The model was trained with {before}; this run has {now}.")
+                rank_zero_info(f"The model was trained with {before}; this run uses {now}.")
 
     @property
-    def _loads_by_itself(self) -> bool:
+    def _overrides_load_dataset(self) -> bool:
         return type(self).load_dataset is not TextDataModule.load_dataset
 
     @property
@@ -429,7 +429,7 @@ class TextDataModule(L.LightningDataModule):
                 )
             return train, [self._labelled(split) for split in validated]
         loaded = self._load()
-        assert loaded.task is not None  # or `_labelled` would have refused
+        assert loaded.task is not None  # otherwise `_labelled` would have raised an error
         assert loaded.train_labels is not None
         parts = self._set_aside(loaded.task, loaded.train_labels, share)
         unused = [split for split in self.splits if split not in self._names.used(self.splits)]
@@ -492,6 +492,6 @@ def _checked_columns(text_columns: Any, text_separator: str | None) -> list[str]
         )
     if len(columns) == 1 and text_separator is not None:
         raise UsageError(
-            f"text_separator is {text_separator!r}, but text_columns is {text_columns!r}; give two or more."
+            f"text_separator is {text_separator!r}, but text_columns is {text_columns!r}; give two or more columns."
         )
     return list(columns)

@@ -1,4 +1,4 @@
-"""Texts -> token ids in the cache, in shards written by all cores of one or more processes; a kill loses one shard."""
+"""Texts -> token ids in the cache, in shards, written by one or more processes on all cores; a kill loses one shard."""
 
 import json
 from collections import deque
@@ -13,14 +13,14 @@ import pyarrow as pa
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from smartbatch_lightning.cache import CacheHold, prune, size_limit
+from smartbatch_lightning.cache import CacheLock, prune, size_limit
 from smartbatch_lightning.data.encoding import TextEncoder, stored_texts, text_blocks
 from smartbatch_lightning.data.tokens import COLUMN_TYPES, TokenFile
 from smartbatch_lightning.storage import is_valid, write_together
 
 _FORMAT = 5
 _ROWS_PER_SHARD = 2**16
-_THREADS = 3  # some convert encoded texts while the Rust tokenizer of another uses all cores
+_THREADS = 3  # some convert tokenized texts while another one's Rust tokenizer uses all cores
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,7 +48,7 @@ def tokenize_to_cache(
     named = [_FORMAT, rows_per_shard, dataset._fingerprint, encoder.identity]
     folder = cache_dir / f"tokens-{sha256(json.dumps(named).encode()).hexdigest()[:32]}"
     num_samples, limit = len(dataset), size_limit()
-    hold = CacheHold(folder, f"{num_samples:,} samples of {source}, tokens of {encoder.tokenizer.name_or_path}")
+    lock = CacheLock(folder, f"{num_samples:,} samples of {source}, tokens of {encoder.tokenizer.name_or_path}")
     shards = {
         folder / f"{shard:06}.arrow": range(first, min(first + rows_per_shard, num_samples))
         for shard, first in enumerate(range(0, max(num_samples, 1), rows_per_shard))
@@ -65,7 +65,7 @@ def tokenize_to_cache(
         if limit is not None:
             prune(cache_dir, limit)
     tokens = TokenFile(folder)
-    del hold
+    del lock
     return tokens
 
 

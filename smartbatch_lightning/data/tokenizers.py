@@ -22,7 +22,7 @@ from smartbatch_lightning.families import (
 )
 from smartbatch_lightning.hub import hub_or_cache
 
-_FEWEST_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
+_MIN_WORDS = 4  # besides special tokens, as for DNA; a tokenizer without files has at most two
 
 
 def find_tokenizer(
@@ -41,7 +41,7 @@ def find_tokenizer(
         ValueError: There is no tokenizer, it takes fewer tokens, or it is the demo's and the texts are not.
     """
     if isinstance(given, PreTrainedTokenizerBase):
-        return given if model is None else fit_tokenizer(given, model.config)
+        return given if model is None else tokenizer_for_model(given, model.config)
     if given is None and model is None and not is_demo:
         raise UsageError(
             f"no tokenizer is given for {source}, and there is no model to take one from. Set --data.tokenizer, or "
@@ -50,15 +50,15 @@ def find_tokenizer(
     name = given or (model.tokenizer_name if model else "demo")
     if name == "demo" and not is_demo:
         raise UsageError(
-            f"the demo's model and tokenizer know little more than the demo's words. For {source} set "
-            "--model.pretrained, or tokenizer= in Python, for example to bert-base-uncased."
+            f"the demo's model and tokenizer know few words besides the demo's. For {source}, set --model.pretrained, "
+            "or tokenizer= in Python, for example to bert-base-uncased."
         )
     tokenizer = load_tokenizer(name, max_length, model.tokenizer_kwargs if model and given is None else {})
-    return tokenizer if model is None else fit_tokenizer(tokenizer, model.config)
+    return tokenizer if model is None else tokenizer_for_model(tokenizer, model.config)
 
 
 def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer, and refuses one that takes fewer tokens than samples will have.
+    """Loads a tokenizer, and rejects one that takes fewer tokens than samples will have.
 
     Args:
         name: Name on the Hub, folder written by `save_pretrained`, or `demo`.
@@ -66,7 +66,7 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
         kwargs: Other arguments of `from_pretrained`.
 
     Raises:
-        ValueError: There is no tokenizer, it knows no words, or it takes fewer tokens.
+        ValueError: There is no tokenizer, it has no vocabulary, or it takes fewer tokens.
     """
     folder = str(demo.model_dir()) if name == "demo" else name
     try:
@@ -84,9 +84,9 @@ def load_tokenizer(name: str, max_length: int, kwargs: dict[str, Any]) -> PreTra
             f"the tokenizer {name!r} was not found locally or on the Hub: {root_cause_message(error)} Give a folder "
             "written by save_pretrained or a Hub name, and check the network."
         ) from error
-    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < _FEWEST_WORDS:
+    if len(tokenizer) - len(set(tokenizer.all_special_ids)) < _MIN_WORDS:
         raise UsageError(
-            f"{name} has no tokenizer, so transformers would make one up that knows no words. Save the model's "
+            f"{name} has no tokenizer, so transformers would create one without a vocabulary. Save the model's "
             "tokenizer there with tokenizer.save_pretrained, or set --data.tokenizer."
         )
     if 0 < tokenizer.model_max_length < max_length:  # XLNet's says -1
@@ -107,7 +107,7 @@ def _missing_package(error: BaseException | None) -> str | None:
     return "sentencepiece with protobuf, or tiktoken" if error.name == "tiktoken" else error.name
 
 
-def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+def tokenizer_for_model(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     """A tokenizer that pads as a model expects, and returns the inputs that the model takes.
 
     Args:
@@ -148,7 +148,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer other than the one that a model was trained with.
+    """Rejects a tokenizer other than the one that a model was trained with.
 
     Args:
         tokenizer: The tokenizer.
@@ -156,15 +156,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, trained: Mapping[str, An
     """
     if trained and trained["sample"] != tokenized_sample(tokenizer):
         raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} splits texts into other tokens than the one that the model was "
-            "trained with. Leave --data.tokenizer and --model.pretrained out, or give those of the training."
+            f"the tokenizer {tokenizer.name_or_path} does not split texts into the same tokens as the one that the "
+            "model was trained with. Leave --data.tokenizer and --model.pretrained out, or give those of the training."
         )
 
 
 def check_tokens(
     table: TokenTable, rows: Sequence[int], *, encoder: TextEncoder, config: PretrainedConfig | None
 ) -> None:
-    """Refuses samples that the model does not take.
+    """Rejects samples that the model does not take.
 
     Args:
         table: The samples.
@@ -194,7 +194,7 @@ def check_end_tokens(
     end_token: int,
     windows: NDArray[np.integer],
 ) -> None:
-    """Refuses samples without an end token, or with more of them than others, for example because a text contains one.
+    """Rejects samples without an end token, or with more of them than others, for example because a text contains one.
 
     For models whose head needs the same number in all rows of a batch.
 
@@ -221,7 +221,7 @@ def check_end_tokens(
     odd = np.flatnonzero((counts != usual * windows) | (counts == 0))
     if len(odd):
         raise UsageError(
-            f"row {rows[odd[0]]} (counted from 0) has {counts[odd[0]]} of the token {name!r}, of which "
-            f"the model reads the last, but other rows have {usual}; {len(odd):,} rows are affected. A text that "
-            "contains the token has one too many: drop the row, or change the text."
+            f"the number of {name!r} tokens in row {rows[odd[0]]} (counted from 0) is {counts[odd[0]]}, but {usual} in "
+            f"other rows; the model reads the last one, and {len(odd):,} rows are affected. A text that contains the "
+            "token has one too many: drop the row, or change the text."
         )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset as TorchDataset
 from xxhash import xxh3_128
 
-from smartbatch_lightning.cache import CacheHold
+from smartbatch_lightning.cache import CacheLock
 from smartbatch_lightning.errors import UsageError
 
 COLUMN_TYPES: dict[str, np.dtype[Any]] = {"input_ids": np.dtype(np.int32), "token_type_ids": np.dtype(np.int8)}
@@ -110,7 +110,7 @@ class TokenTable:
         check(self, range(len(self)))
 
     def check_ids(self, vocabulary_size: int, token_types: int | None) -> None:
-        """Refuses ids and token types for which a model has no embedding.
+        """Rejects ids and token types for which a model has no embedding.
 
         Args:
             vocabulary_size: The number of tokens.
@@ -153,11 +153,11 @@ class TokenTable:
         return {name: column[row] for name, column in self._blocks[block].items()}
 
     def samples(self, rows: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
-        """The same for several samples."""
+        """Like `self[row]`, for several rows."""
         return [self[row] for row in rows]
 
 
-Check = Callable[[TokenTable, Sequence[int]], None]  # refuses samples, naming them by these row numbers
+Check = Callable[[TokenTable, Sequence[int]], None]  # rejects samples, naming them by these row numbers
 
 
 class TokenFile(TokenTable):
@@ -172,7 +172,7 @@ class TokenFile(TokenTable):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._hold = CacheHold(path)
+        self._lock = CacheLock(path)
         shards = [_Shard(file) for file in sorted(path.glob("*.arrow"))]
         super().__init__(
             [block for shard in shards for block in shard.blocks],
@@ -220,7 +220,7 @@ class TokenDataset(TorchDataset[dict[str, Any]]):
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: Sequence[int]) -> list[dict[str, Any]]:
-        """The same for the samples of a batch; torch requests them together."""
+        """Like `self[sample]`, for all samples of a batch, which torch requests together."""
         rows = self.rows[samples].tolist()
         fields: list[dict[str, Any]] = [
             {**tokens, "index": row} for tokens, row in zip(self.table.samples(rows), rows, strict=True)

@@ -47,7 +47,7 @@ class Truncation:
         for name, value in self.to_dict().items():
             if name != "truncation" and name not in _OPTIONS[self.truncation]:
                 of = next(kind for kind, names in _OPTIONS.items() if name in names)
-                raise UsageError(f"{name} is {value!r}, but truncation is {self.truncation!r}. Set it to {of!r}.")
+                raise UsageError(f"{name} is {value!r}, but truncation is {self.truncation!r}; set that to {of!r}.")
         for name, least in (("head_tokens", 0), ("stride", 0), ("max_windows", 1)):
             if getattr(self, name) is not None:
                 check_at_least(least, **{name: getattr(self, name)})
@@ -55,16 +55,16 @@ class Truncation:
             raise UsageError(f"window_pooling is {self.window_pooling!r}; choose one of {join_quoted(_POOLINGS)}.")
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "Truncation":
         """`tail` if the tokenizer truncates on the left, else `head`."""
         return cls("tail" if tokenizer.truncation_side == "left" else "head")
 
     def check_columns(self, text_columns: Sequence[str], text_separator: str | None) -> None:
-        """Refuses text pairs unless their beginnings or ends are kept."""
+        """Rejects text pairs unless their beginnings or ends are kept."""
         if self.side is None and len(text_columns) == 2 and text_separator is None:
             raise UsageError(
                 f"truncation is {self.truncation!r}, but text pairs can only be cut on one side, the longer text "
-                "first. Set it to head or tail; or join the two with --data.text_separator."
+                "first. Set truncation to head or tail; or join the two with --data.text_separator."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,14 +110,14 @@ class Truncation:
         if self.truncation == "tail":
             return [tokens[number - room :]], lost
         if self.truncation == "head_tail":
-            head = self._fitting("head_tokens", room, max_length)
+            head = self._option_within("head_tokens", room, max_length)
             return [[*tokens[:head], *tokens[number - room + head :]]], lost
-        stride = self._fitting("stride", room - 1, max_length)
+        stride = self._option_within("stride", room - 1, max_length)
         step = room - stride
         starts = range(0, number - stride, step)[: self.max_windows]
         return [tokens[start : start + room] for start in starts], max(0, number - starts[-1] - room)
 
-    def _fitting(self, name: str, most: int, max_length: int) -> int:
+    def _option_within(self, name: str, most: int, max_length: int) -> int:
         value = getattr(self, name)
         if value is None:
             return min(max_length // 4, most)

@@ -12,8 +12,8 @@ _SEED = 3
 _SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _VOCABULARY_SIZE = 2000
 _MAX_TOKENS = 512
-# A step of Adam moves a weight by about the learning rate. Embeddings this small are soon shaped by these steps instead
-# of by where they started, so the model learns from scratch at a rate meant for fine-tuning.
+# A step of Adam changes a weight by about the learning rate. With embeddings this small, such steps soon outweigh the
+# initial values, so the model learns from scratch at a learning rate meant for fine-tuning.
 _EMBEDDING_LIMIT = 0.002
 _WEIGHT_LIMIT = 0.17
 

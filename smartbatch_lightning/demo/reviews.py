@@ -17,7 +17,7 @@ _LOG_SPREAD = 0.75
 _MAX_WORDS = 1200
 _SHORT_REVIEWS = 0.02
 _FILLERS = 0.35
-_MOST_CONCESSIONS = 0.35
+_MAX_CONCESSIONS = 0.35
 
 _ADJECTIVES = {
     "positive": """gripping/moving/delightful/clever/superb/charming/thoughtful/graceful/inspired/funny/
@@ -132,7 +132,7 @@ def _review(rng: random.Random, phrases: dict[str, list[str]]) -> str:
     if rng.random() < _SHORT_REVIEWS:
         return sentences[0]
     words = min(rng.lognormvariate(math.log(_MEDIAN_WORDS), _LOG_SPREAD), _MAX_WORDS)
-    concessions = rng.uniform(0, _MOST_CONCESSIONS)
+    concessions = rng.uniform(0, _MAX_CONCESSIONS)
     written = len(sentences[0].split())
     while written < words:
         kinds = ["filler", "concession", "opinion"]

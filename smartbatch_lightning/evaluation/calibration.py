@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error
 
 _BINS = 15
-_LARGEST = 100.0  # maximum temperature, at which all probabilities are nearly equal
+_MAX_TEMPERATURE = 100.0  # maximum temperature, at which all probabilities are nearly equal
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CalibrationBin:
 
     Attributes:
         probability: Mean predicted probability.
-        observed: Share of these predictions that came true.
+        observed: Observed frequency: the share of these predictions that came true.
         count: Number of predictions.
     """
 
@@ -76,8 +76,8 @@ class Logits:
             return F.cross_entropy(scaled, self.labels, reduction=reduction)
         return F.binary_cross_entropy_with_logits(scaled, self.labels, reduction=reduction)
 
-    def all_right(self) -> bool:
-        """Whether all predictions are right, so that the loss keeps falling with the temperature."""
+    def all_correct(self) -> bool:
+        """Whether all predictions are correct, so that the loss keeps falling with the temperature."""
         if self.labels.ndim == 1:
             others = self.values.scatter(1, self.labels[:, None], -torch.inf).amax(1)
             return bool((self.values.gather(1, self.labels[:, None])[:, 0] > others).all())
@@ -123,4 +123,4 @@ def fit_temperature(loss: Callable[[Tensor], Tensor]) -> float | None:
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     temperature = float(log_temperature.detach().exp())
-    return temperature if 1 / _LARGEST < temperature < _LARGEST else None
+    return temperature if 1 / _MAX_TEMPERATURE < temperature < _MAX_TEMPERATURE else None

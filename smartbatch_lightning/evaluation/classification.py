@@ -24,9 +24,9 @@ from smartbatch_lightning.evaluation.samples import Group, Mistake, text_at
 if TYPE_CHECKING:
     from smartbatch_lightning.evaluation.evaluation import Evaluation
 
-_MOST_CURVES, _CURVE_POINTS = 8, 300
-_MOST_CONFUSIONS, _MOST_MISTAKES, _MOST_SCORES = 20, 50, 10
-_LARGEST_MATRIX = 100  # maximum number of classes for writing the whole confusion matrix as JSON
+_MAX_CURVES, _CURVE_POINTS = 8, 300
+_MAX_CONFUSIONS, _MAX_MISTAKES, _MAX_SCORES = 20, 50, 10
+_MAX_MATRIX_CLASSES = 100  # maximum number of classes for writing the whole confusion matrix as JSON
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class ClassificationResults:
     Attributes:
         summary: Metrics over all samples, by name.
         classes: Results for each class.
-        confusion_matrix: Number of samples by class (rows) and prediction (columns); for multi-label, for each label
-            those without and with it (rows) by whether it was predicted (columns), (num_labels, 2, 2).
+        confusion_matrix: Number of samples by class (rows) and prediction (columns); for multi-label, by whether they
+            have each label (rows) and whether it was predicted (columns), (num_labels, 2, 2).
         confusions: The most frequent confusions, for single-label tasks.
         curves: Curves of the classes with the lowest average precision; with two classes, of the second.
         calibration: Calibration of the unchanged probabilities.
@@ -135,12 +135,12 @@ class ClassificationResults:
     def to_dict(self) -> dict[str, Any]:
         """All results, ready for JSON; with very many classes, only the most frequent confusions."""
         written = {name: value for name, value in asdict(self).items() if name != "confusion_matrix"}
-        if len(self.classes) <= _LARGEST_MATRIX:
+        if len(self.classes) <= _MAX_MATRIX_CLASSES:
             written["confusion_matrix"] = self.confusion_matrix.tolist()
         return written
 
 
-def classify(evaluation: "Evaluation") -> ClassificationResults:
+def classification_results(evaluation: "Evaluation") -> ClassificationResults:
     """Computes the results of a single-label or multi-label evaluation."""
     with warnings.catch_warnings():
         # torchmetrics warns of classes without samples, which the results show anyway
@@ -157,7 +157,7 @@ class _Measured:
         self.probabilities = torch.from_numpy(np.ascontiguousarray(evaluation.scores))
         self.labels = torch.from_numpy(np.asarray(evaluation.labels, np.int64))
         self.predicted = torch.from_numpy(np.asarray(evaluation.predicted, np.int64))
-        self.several = self.labels.ndim == 2
+        self.multi_label = self.labels.ndim == 2
         self.logits = Logits.from_probabilities(evaluation.scores, np.asarray(evaluation.labels))
 
     def results(self) -> ClassificationResults:
@@ -165,14 +165,14 @@ class _Measured:
         classes = self._classes(matrix)
         temperature, notes = self._temperature()
         wrong = self.predicted != self.labels
-        right = ~(wrong.any(1) if self.several else wrong)
+        right = ~(wrong.any(1) if self.multi_label else wrong)
         lengths = self.evaluation.lengths
         calibration = self.logits.calibration()
         return ClassificationResults(
             summary=self._summary(classes, calibration),
             classes=classes,
             confusion_matrix=matrix,
-            confusions=[] if self.several else _confusions(matrix, self.names),
+            confusions=[] if self.multi_label else _confusions(matrix, self.names),
             curves=self._curves(classes),
             calibration=calibration,
             temperature=temperature,
@@ -184,7 +184,7 @@ class _Measured:
 
     def _by_sample(self, right: Tensor) -> Tensor:
         """Whether each sample is predicted correctly; for multi-label, its F1. Shape (num_samples,)."""
-        if not self.several:
+        if not self.multi_label:
             return right
         return multilabel_f1_score(
             self.predicted[..., None],
@@ -198,14 +198,14 @@ class _Measured:
 
     def _metric(self, metric: Callable[..., Tensor], **options: Any) -> Tensor:
         """A metric of torchmetrics for predicted labels."""
-        task, number = "multilabel" if self.several else "multiclass", len(self.names)
+        task, number = "multilabel" if self.multi_label else "multiclass", len(self.names)
         given = {"task": task, "num_labels": number, "num_classes": number, "validate_args": False}
         return metric(self.predicted, self.labels, **given, **options)
 
     def _summary(self, classes: list[ClassResult], calibration: Calibration) -> dict[str, float | None]:
         aurocs = [one.auroc for one in classes if one.auroc is not None]
         precisions = [one.average_precision for one in classes if one.average_precision is not None]
-        if self.several:
+        if self.multi_label:
             measured = {
                 "exact_match": self._metric(metrics.exact_match),
                 "f1": self._metric(metrics.f1_score, average="macro"),
@@ -227,7 +227,7 @@ class _Measured:
         }
 
     def _classes(self, matrix: NDArray[np.int64]) -> list[ClassResult]:
-        if self.several:
+        if self.multi_label:
             support, predicted = matrix[:, 1].sum(1), matrix[:, :, 1].sum(1)
         else:
             support, predicted = matrix.sum(1), matrix.sum(0)
@@ -261,44 +261,46 @@ class _Measured:
 
     def _one_against_all(self, number: int) -> tuple[Tensor, Tensor]:
         """Probabilities of a class, and whether each sample is of it. Shapes (num_samples,)."""
-        truth = self.labels[:, number] if self.several else (self.labels == number).long()
+        truth = self.labels[:, number] if self.multi_label else (self.labels == number).long()
         return self.probabilities[:, number].contiguous(), truth
 
     def _curves(self, classes: list[ClassResult]) -> dict[str, Curves]:
         ranked = [number for number, one in enumerate(classes) if one.average_precision is not None]
-        if not self.several and len(self.names) == 2:
+        if not self.multi_label and len(self.names) == 2:
             ranked = ranked[1:]
-        shown = sorted(ranked, key=lambda number: classes[number].average_precision or 0.0)[:_MOST_CURVES]
+        shown = sorted(ranked, key=lambda number: classes[number].average_precision or 0.0)[:_MAX_CURVES]
         return {self.names[number]: _curves_of(*self._one_against_all(number)) for number in sorted(shown)}
 
     def _temperature(self) -> tuple[float | None, list[str]]:
         asked = self.evaluation.temperature
         if asked != "fit":
             return asked, []
-        if self.logits.all_right():
+        if self.logits.all_correct():
             return None, [
-                "No temperature was fitted: all predictions are right, and ever lower temperatures lower the loss."
+                "No temperature was fitted: all predictions are correct, so the loss falls as long as the temperature "
+                "does."
             ]
         fitted = fit_temperature(self.logits.loss)
         if fitted is None:
             return None, [
-                "No temperature was fitted: ever higher ones lower the loss, until all labels are equally likely."
+                "No temperature was fitted: the loss falls as long as the temperature rises, until all labels are "
+                "equally likely."
             ]
         return fitted, []
 
     def _mistakes(self, wrong: Tensor) -> list[Mistake]:
         losses = self.logits.loss(reduction="none")
-        if self.several:
+        if self.multi_label:
             losses = losses.mean(1)
         rows = wrong.nonzero()[:, 0]
-        worst = rows[losses[rows].argsort(descending=True, stable=True)[:_MOST_MISTAKES]].numpy()
+        worst = rows[losses[rows].argsort(descending=True, stable=True)[:_MAX_MISTAKES]].numpy()
         evaluation = self.evaluation
         task, lengths = evaluation.task, evaluation.lengths
         labels = task.decode(np.asarray(evaluation.labels)[worst]).to_pylist()
         predictions = task.decode(evaluation.predicted[worst]).to_pylist()
         mistakes = []
         for sample, label, prediction in zip(worst.tolist(), labels, predictions, strict=True):
-            probabilities, likeliest = self.probabilities[sample].topk(min(_MOST_SCORES, len(self.names)))
+            probabilities, likeliest = self.probabilities[sample].topk(min(_MAX_SCORES, len(self.names)))
             scores = zip(likeliest.tolist(), probabilities.tolist(), strict=True)
             mistakes.append(
                 Mistake(
@@ -339,7 +341,7 @@ def _thinned(points: Tensor) -> list[float]:
 
 def _confusions(matrix: NDArray[np.int64], names: list[str]) -> list[Confusion]:
     wrong = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_CONFUSIONS]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_MAX_CONFUSIONS]
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
     support = matrix.sum(1)
     return [

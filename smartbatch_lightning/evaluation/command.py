@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _check_model(folder: str, names: list[str]) -> None:
-    """Refuses a folder without a model, or with a model for other labels."""
+    """Rejects a folder without a model, or with a model for other labels."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

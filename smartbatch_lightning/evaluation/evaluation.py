@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from smartbatch_lightning.console import echo, printable, table_of
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.evaluation import sections
-from smartbatch_lightning.evaluation.classification import ClassificationResults, classify
+from smartbatch_lightning.evaluation.classification import ClassificationResults, classification_results
 from smartbatch_lightning.evaluation.page import page
-from smartbatch_lightning.evaluation.regression import RegressionResults, regress
+from smartbatch_lightning.evaluation.regression import RegressionResults, regression_results
 from smartbatch_lightning.evaluation.samples import Lengths
 from smartbatch_lightning.plots import as_png
 from smartbatch_lightning.storage import write_into
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification, Task
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, write_thresholds
 
-_MOST_ROWS, _MOST_MISTAKES, _LINES_OF_A_TEXT = 30, 3, 4  # in the terminal
+_MAX_ROWS, _MAX_MISTAKES, _LINES_PER_TEXT = 30, 3, 4  # in the terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +108,15 @@ class Evaluation:
     @cached_property
     def results(self) -> ClassificationResults | RegressionResults:
         """All results."""
-        return regress(self) if self.is_regression else classify(self)
+        return regression_results(self) if self.is_regression else classification_results(self)
 
     @cached_property
     def sections(self) -> list[sections.Section]:
         """Tables and figures, in order."""
         if isinstance(self.results, RegressionResults):
-            return sections.of_regression(self.results, self.lengths)
-        several = isinstance(self.task, MultiLabelClassification)
-        return sections.of_classification(self.results, several, self.lengths)
+            return sections.regression_sections(self.results, self.lengths)
+        multi_label = isinstance(self.task, MultiLabelClassification)
+        return sections.classification_sections(self.results, multi_label, self.lengths)
 
     def to_dict(self) -> dict[str, Any]:
         """All results, ready for JSON."""
@@ -168,14 +168,14 @@ class Evaluation:
         return write_into(Path(folder), write, [THRESHOLDS_FILE, *(f"{name}.png" for name in sections.FIGURES)])
 
     def show(self) -> None:
-        """Prints the tables and the worst mistakes."""
+        """Prints the tables, remarks and the worst mistakes."""
         echo(f"{self.title}: {len(self.scores):,} samples. {self.summary_line()}")
         for section in self.sections:
             if section.rows:
                 echo("")
-                echo(table_of(section.rows[:_MOST_ROWS], section.title))
-                if len(section.rows) > _MOST_ROWS:
-                    echo(f"... and {len(section.rows) - _MOST_ROWS:,} more.")
+                echo(table_of(section.rows[:_MAX_ROWS], section.title))
+                if len(section.rows) > _MAX_ROWS:
+                    echo(f"... and {len(section.rows) - _MAX_ROWS:,} more.")
         for note in self.results.notes:
             echo(note)
         self._show_mistakes()
@@ -189,9 +189,9 @@ class Evaluation:
         mistakes = self.results.mistakes
         echo("")
         echo("The worst mistakes:" if mistakes else "There are no mistakes.")
-        for one in mistakes[:_MOST_MISTAKES]:
+        for one in mistakes[:_MAX_MISTAKES]:
             echo(f"row {one.row:,}: {one.label}, predicted as {one.prediction}, loss {one.loss:.4g}")
-            for line in textwrap.wrap(printable(one.text or ""), 78, max_lines=_LINES_OF_A_TEXT, placeholder=" ..."):
+            for line in textwrap.wrap(printable(one.text or ""), 78, max_lines=_LINES_PER_TEXT, placeholder=" ..."):
                 echo(f"  {line}")
 
     def _check_shapes(self) -> None:
@@ -231,8 +231,8 @@ class Evaluation:
                 )
             if self.labels.min() < 0 or self.labels.max() >= len(self.task.label_names):
                 raise UsageError(
-                    f"labels are from {self.labels.min()} to {self.labels.max()}; give numbers of the "
-                    f"{len(self.task.label_names):,} classes, from 0."
+                    f"labels are from {self.labels.min()} to {self.labels.max()}; give class numbers from 0 to "
+                    f"{len(self.task.label_names) - 1}."
                 )
 
 

@@ -17,7 +17,7 @@ from smartbatch_lightning.evaluation.samples import Group
 from smartbatch_lightning.plots import MAIN, SECOND, THIRD, THOUSANDS, drawing, plain
 
 _WIDTH, _HEIGHT = 4.8, 3.6  # inches
-_MOST_CLASSES, _MOST_BARS, _MOST_POINTS = 20, 40, 5000
+_MAX_CLASSES, _MAX_BARS, _MAX_POINTS = 20, 40, 5000
 _SHADES = LinearSegmentedColormap.from_list("shades", [(0.18, 0.5, 0.62, 0.0), (0.18, 0.5, 0.62, 0.85)])
 
 
@@ -25,10 +25,10 @@ _SHADES = LinearSegmentedColormap.from_list("shades", [(0.18, 0.5, 0.62, 0.0), (
 def confusion(matrix: NDArray[np.int64], names: Sequence[str]) -> Figure:
     """Samples by class and prediction; if there are many classes, only those with the most mistakes."""
     title, shown = "Confusion", np.arange(len(names))
-    if len(names) > _MOST_CLASSES:
+    if len(names) > _MAX_CLASSES:
         wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
-        shown = np.sort(np.argsort(-wrong, kind="stable")[:_MOST_CLASSES])
-        title += f" of the {_MOST_CLASSES} of {len(names):,} classes with the most mistakes"
+        shown = np.sort(np.argsort(-wrong, kind="stable")[:_MAX_CLASSES])
+        title += f" of the {_MAX_CLASSES} of {len(names):,} classes with the most mistakes"
         matrix = matrix[np.ix_(shown, shown)]
     size = max(_HEIGHT, 1.6 + 0.38 * len(shown))
     figure, axes = _figure(size + 1.0, size)
@@ -52,10 +52,10 @@ def label_counts(classes: Sequence[ClassResult]) -> Figure:
     """Hits, misses and false alarms of each label; if there are many labels, only those with the most mistakes."""
     title, hits = "Hits, misses and false alarms", [round((one.recall or 0) * one.support) for one in classes]
     order = list(range(len(classes)))
-    if len(order) > _MOST_BARS:
+    if len(order) > _MAX_BARS:
         wrong = [one.support + one.predicted - 2 * hit for one, hit in zip(classes, hits, strict=True)]
-        order = sorted(sorted(order, key=lambda number: -wrong[number])[:_MOST_BARS])
-        title += f" of the {_MOST_BARS} of {len(classes):,} labels with the most mistakes"
+        order = sorted(sorted(order, key=lambda number: -wrong[number])[:_MAX_BARS])
+        title += f" of the {_MAX_BARS} of {len(classes):,} labels with the most mistakes"
     figure, axes = _figure(_WIDTH + 2, 1.3 + 0.26 * len(order))
     left = np.zeros(len(order))
     parts = {
@@ -106,7 +106,7 @@ def reliability(calibrations: Mapping[str, Calibration]) -> Figure:
         )
         axes.plot(x, y, color=color, linewidth=1)
         axes.scatter(x, y, 8 + 92 * counts / counts.max(), color=color, label=name, alpha=0.8)
-    axes.set(title="Reliability", xlabel="predicted probability", ylabel="share that came true")
+    axes.set(title="Reliability", xlabel="predicted probability", ylabel="observed frequency")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     if len(calibrations) > 1:
         axes.legend(loc="upper left")
@@ -134,8 +134,8 @@ def scatter(labels: NDArray[np.float64], predictions: NDArray[np.float64], name:
     """Predictions against targets; if there are very many samples, a random part of them."""
     figure, axes = _figure()
     shown = np.arange(len(labels))
-    if len(shown) > _MOST_POINTS:
-        shown = np.random.default_rng(0).choice(shown, _MOST_POINTS, replace=False)
+    if len(shown) > _MAX_POINTS:
+        shown = np.random.default_rng(0).choice(shown, _MAX_POINTS, replace=False)
     ends = [min(labels.min(), predictions.min()), max(labels.max(), predictions.max())]
     axes.plot(ends, ends, color=THIRD, linestyle=":", linewidth=1)
     axes.scatter(labels[shown], predictions[shown], 6, color=MAIN, alpha=0.4, linewidths=0, rasterized=True)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "accuracy": "accuracy",
-    "exact_match": "all labels right",
+    "exact_match": "exact match",
     "f1": "macro F1",
     "f1_micro": "micro F1",
-    "hamming_distance": "wrong labels",
+    "hamming_distance": "Hamming distance",
     "matthews": "Matthews",
     "auroc": "mean AUROC",
     "average_precision": "mean average precision",

@@ -19,7 +19,7 @@ from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.evaluation.samples import Lengths, Texts
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
-from smartbatch_lightning.tasks.labels import LabelEncoder, counted_by_ids, label_type_of, whole_numbers
+from smartbatch_lightning.tasks.labels import LabelEncoder, id_names_for, label_type_of, whole_numbers
 from smartbatch_lightning.tasks.source import LabelColumns, LabelSource, is_list, is_text
 from smartbatch_lightning.tasks.thresholds import read_thresholds
 
@@ -39,15 +39,15 @@ def read_predictions(
 ) -> Evaluation:
     """Reads predictions with their labels.
 
-    The table has a column `probability_NAME` for each class or label, and `prediction`; for regression, it has only
-    `prediction`, a list in the order of `label_column` if there are several targets; and columns of the input.
+    The table has `prediction`, columns copied from the input, and, except for regression, `probability_NAME` for each
+    class or label. With several regression targets, `prediction` is a list in the order of `label_column`.
 
     Args:
         path: A Parquet, CSV or TSV file, or a folder of Parquet files.
         label_column: Label column; or several, one for each label or target.
         label_delimiter: Separator for several labels in one string.
-        label_names: Class names in the order of the integer ids in the label column; needed if that column has ids
-            without names.
+        label_names: Class names in the order of the integer ids in the label column; needed if the table does not have
+            the names of the ids.
         text_column: Text column or columns.
         thresholds: File of decision thresholds; by default, the column `prediction` is used.
         temperature: As in `Evaluation`.
@@ -56,7 +56,7 @@ def read_predictions(
     Raises:
         ValueError: A column is missing or has the wrong type; the message says what is there.
     """
-    source = LabelSource.of(label_column, label_delimiter)
+    source = LabelSource.from_arguments(label_column, label_delimiter)
     texts = [text_column] if isinstance(text_column, str) else list(text_column or [])
     table = _Table.read(Path(path), source, texts, label_names)
     task = table.task()
@@ -130,7 +130,7 @@ class _Table:
                     f"label_names is {join_quoted(self.label_names)}, but {self.path} has probabilities of "
                     f"{join_quoted(classes)}. Give these names, in the order of their ids."
                 )
-            encoder = replace(encoder, counted=counted_by_ids(self.label_names))
+            encoder = replace(encoder, id_names=id_names_for(self.label_names))
         source = self.label_source
         read = [*source.columns, *([_PREDICTION] if _PREDICTION in self.names else [])]
         several = source.delimiter is not None or len(source.columns) > 1
@@ -211,7 +211,7 @@ class _Table:
         return Regression(columns if width == len(columns) else tuple(f"{columns[0]}_{one}" for one in range(width)))
 
     def _check_ids(self) -> None:
-        """Refuses integers as labels if classes have names and nothing says which number is which class."""
+        """Rejects integers as labels if classes have names and it is not known which number is which class."""
         [name] = self.label_source.columns
         values = self.table.column(name)
         ids = pa.types.is_integer(values.type)

@@ -19,7 +19,7 @@ from smartbatch_lightning.evaluation.samples import Group, Mistake, quantile_par
 if TYPE_CHECKING:
     from smartbatch_lightning.evaluation.evaluation import Evaluation
 
-_MOST_ERRORS = 50
+_MAX_ERRORS = 50
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RegressionResults:
         return {name: value for name, value in asdict(self).items() if name != "values"}
 
 
-def regress(evaluation: "Evaluation") -> RegressionResults:
+def regression_results(evaluation: "Evaluation") -> RegressionResults:
     """Computes the results of a regression."""
     names = evaluation.task.label_names
     predictions = np.asarray(evaluation.scores, np.float64).reshape(-1, len(names))
@@ -164,7 +164,7 @@ def _mistakes(evaluation: "Evaluation", labels: NDArray[np.float64], predictions
             length=None if lengths is None else int(lengths.values[sample]),
             text=text_at(evaluation.texts, sample),
         )
-        for sample in np.argsort(-losses, kind="stable")[:_MOST_ERRORS].tolist()
+        for sample in np.argsort(-losses, kind="stable")[:_MAX_ERRORS].tolist()
         if losses[sample] > 0
     ]
 

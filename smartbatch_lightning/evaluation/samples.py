@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_MOST_GROUPS, _LEAST_SAMPLES = 10, 50
-_LONGEST_TEXT = 4000
+_MAX_GROUPS, _MIN_SAMPLES = 10, 50
+_MAX_TEXT_LENGTH = 4000
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def quantile_parts(keys: NDArray[Any]) -> list[NDArray[np.bool_]]:
     """Which samples are in each of up to ten groups of about equal size, in the order of the keys."""
     if not len(keys):
         return []
-    number = int(np.clip(len(keys) // _LEAST_SAMPLES, 1, _MOST_GROUPS))
+    number = int(np.clip(len(keys) // _MIN_SAMPLES, 1, _MAX_GROUPS))
     edges = np.unique(np.quantile(keys, np.linspace(0, 1, number + 1)[1:-1]))
     part = np.searchsorted(edges, keys, side="right")
     return [part == one for one in np.unique(part)]
@@ -129,7 +129,7 @@ def text_at(texts: Sequence[str] | None, sample: int) -> str | None:
     if texts is None:
         return None
     text = texts[sample]
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} ..."
+    return text if len(text) <= _MAX_TEXT_LENGTH else f"{text[:_MAX_TEXT_LENGTH]} ..."
 
 
 def _number(value: Any) -> str:

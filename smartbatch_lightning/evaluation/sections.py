@@ -11,12 +11,12 @@ from smartbatch_lightning.evaluation.classification import ClassificationResults
 from smartbatch_lightning.evaluation.regression import RegressionResults, TargetResult
 from smartbatch_lightning.evaluation.samples import Group, Lengths
 
-_MOST_TARGETS = 4  # with their own figures
-_OF_TARGETS = ("scatter", "residuals", "quantiles")
+_MAX_TARGETS = 4  # with their own figures
+_TARGET_FIGURES = ("scatter", "residuals", "quantiles")
 # Names of all figures that a report may have.
 FIGURES = (
-    *("labels", "confusion", "roc", "precision_recall", "reliability", "lengths", *_OF_TARGETS),
-    *(f"{name}_{number}" for name in _OF_TARGETS for number in range(_MOST_TARGETS)),
+    *("labels", "confusion", "roc", "precision_recall", "reliability", "lengths", *_TARGET_FIGURES),
+    *(f"{name}_{number}" for name in _TARGET_FIGURES for number in range(_MAX_TARGETS)),
 )
 
 
@@ -25,9 +25,9 @@ class Section:
     """A section of a report.
 
     Attributes:
-        title: Its title.
-        rows: Rows of its table, cells by column.
-        figures: Its figures by name; files have the same names.
+        title: Title of the section.
+        rows: Rows of the section's table; each maps columns to cells.
+        figures: Figures by name; files have the same names.
         note: A remark for the reader.
     """
 
@@ -37,17 +37,19 @@ class Section:
     note: str = ""
 
 
-def of_classification(results: ClassificationResults, several: bool, lengths: Lengths | None) -> list[Section]:
+def classification_sections(
+    results: ClassificationResults, multi_label: bool, lengths: Lengths | None
+) -> list[Section]:
     """Sections for single-label or multi-label classification."""
     names = [one.name for one in results.classes]
     sections = [
         Section(
-            "By label" if several else "By class",
-            _without_empty([_class_row(one, "label" if several else "class") for one in results.classes]),
+            "By label" if multi_label else "By class",
+            _without_empty([_class_row(one, "label" if multi_label else "class") for one in results.classes]),
             note="The best threshold has the best F1 on these samples." if results.thresholds else "",
         )
     ]
-    if several:
+    if multi_label:
         sections.append(Section("Hits and misses", figures={"labels": figures.label_counts(results.classes)}))
     else:
         sections.append(
@@ -66,7 +68,7 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
             )
         )
     if results.curves:
-        left_out = len(names) > len(results.curves) and (several or len(names) > 2)
+        left_out = len(names) > len(results.curves) and (multi_label or len(names) > 2)
         sections.append(
             Section(
                 "Curves",
@@ -86,18 +88,18 @@ def of_classification(results: ClassificationResults, several: bool, lengths: Le
             [_calibration_row(name, one) for name, one in calibrations.items()],
             {"reliability": figures.reliability(calibrations)},
             note="Based on the probability of every label."
-            if several
+            if multi_label
             else "Based on the probability of the likeliest class.",
         )
     )
-    value = "F1 of a sample" if several else "accuracy"
+    value = "F1 of a sample" if multi_label else "accuracy"
     return sections + _by_length(results.lengths, lengths, value, share=True)
 
 
-def of_regression(results: RegressionResults, lengths: Lengths | None) -> list[Section]:
+def regression_sections(results: RegressionResults, lengths: Lengths | None) -> list[Section]:
     """Sections for regression with one or more targets."""
     sections = [Section("By target", [_target_row(one) for one in results.targets])]
-    for one in results.targets[:_MOST_TARGETS]:
+    for one in results.targets[:_MAX_TARGETS]:
         labels, predictions = results.values[one.name]
         suffix = "" if len(results.targets) == 1 else f"_{results.targets.index(one)}"
         sections.append(

@@ -1,4 +1,4 @@
-"""Adapters of `peft`, such as LoRA: a few weights that are trained instead of a model's own.
+"""`peft` adapters, such as LoRA: a small number of weights that are trained instead of a model's own.
 
 The adapter layers are put into the `transformers` model itself, so packing, freezing and everything else work as usual.
 The pretrained weights do not change, so checkpoints leave them out.
@@ -21,12 +21,15 @@ from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_mess
 from smartbatch_lightning.registry import look_up
 
 FINGERPRINT = "base_fingerprint"  # buffer that identifies the weights left out of a checkpoint
-# Types with which training, saving, merging and loading by transformers were tested. Others add tokens, depend on the
+# Types for which training, saving, merging and loading by transformers are tested. Others add tokens, depend on the
 # training step, or give wrong results when merged.
-_TRIED = ("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA")
-# Options of LoRA for text generation: more layers than in the configuration, and adapters that start at a given token.
-_OF_GENERATION = ("layer_replication", "alora_invocation_tokens")
-_NUMBERS = 1024  # values of each weight that go into the fingerprint
+_SUPPORTED_TYPES = (
+    *("LORA", "BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA"),
+    *("HRA", "IA3", "LOHA", "LOKR", "OFT", "RANDLORA"),
+)
+# LoRA options for text generation: more layers than in the configuration, and adapters that start at a given token.
+_GENERATION_OPTIONS = ("layer_replication", "alora_invocation_tokens")
+_VALUES_HASHED = 1024  # values of each weight that go into the fingerprint
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ class Adapters:
         kind = self.peft_model.peft_type.value
         return f"{kind} trains {trained:,} of {total:,} parameters, {trained / total:.2%}."
 
-    def leaves_out(self, name: str) -> bool:
+    def omits(self, name: str) -> bool:
         """Whether a checkpoint omits this entry of the state: pretrained weights and their bitsandbytes data."""
         module, found, _ = name.partition(".weight.")
         return (f"{module}.weight" if found else name) in self.pretrained or name.endswith((".SCB", ".weight_format"))
 
-    def detached(self, merged_for: Sequence[Mapping[str, Tensor]] = ()) -> Any:
+    def for_saving(self, merged_for: Sequence[Mapping[str, Tensor]] = ()) -> Any:
         """A copy on the CPU for saving: peft's wrapper, or the model with the adapters merged into its weights.
 
         Args:
@@ -105,7 +108,7 @@ def read_peft_config(given: Any) -> Any:
     kind = options.pop("class_path", None) or options.pop("peft_type")
     options = options.pop("init_args", options) or {}
     known = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-    makers = {name: known[name] for name in _TRIED if name in known}  # older versions have fewer
+    makers = {name: known[name] for name in _SUPPORTED_TYPES if name in known}  # older versions have fewer
     make = look_up(kind, makers | {maker.__name__: maker for maker in makers.values()}, "peft_config")
     if not (isinstance(make, type) and issubclass(make, peft.PeftConfig)):  # a checkpoint may name it
         raise UsageError(f"peft_config is {kind!r}, which is not a peft.PeftConfig. Give one of {join_quoted(makers)}.")
@@ -113,9 +116,9 @@ def read_peft_config(given: Any) -> Any:
         config: Any = make(**{**options, "task_type": "SEQ_CLS", "inference_mode": False})
     except Exception as error:  # peft checks arguments in many ways
         raise UsageError(f"peft_config is {dict(given)}: {root_cause_message(error)} Correct it.") from error
-    if config.peft_type.value not in _TRIED:
+    if config.peft_type.value not in _SUPPORTED_TYPES:
         raise UsageError(f"peft_config is {kind!r}, which is not supported. Give one of {join_quoted(makers)}.")
-    if met := [name for name in _OF_GENERATION if config.to_dict().get(name)]:
+    if met := [name for name in _GENERATION_OPTIONS if config.to_dict().get(name)]:
         raise UsageError(f"peft_config has {join_quoted(met)}, which is not supported. Leave it out.")
     return config
 
@@ -151,7 +154,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
         if known:  # peft keeps IA3's elsewhere
             config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
-            config.exclude_modules = _odd_linear_layers(model) or None
+            config.exclude_modules = _special_linear_layers(model) or None
             if not any(isinstance(module, nn.Linear | Conv1D) for module in model.base_model.modules()):
                 raise UsageError(
                     f"{type(model).__name__} has no linear layers to which adapters could be added. Leave peft_config "
@@ -191,7 +194,7 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
 
 
 def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
-    """Refuses a checkpoint of a model with other adapters."""
+    """Rejects a checkpoint of a model with other adapters."""
     if saved != own and (saved is None or own is None or read_peft_config(saved) != read_peft_config(own)):
         raise UsageError(
             f"the checkpoint's peft_config is {saved}, but this model's is {own}. Set --model.peft_config to the "
@@ -200,11 +203,11 @@ def check_same_adapters(saved: dict[str, Any] | None, own: dict[str, Any] | None
 
 
 def check_same_base(fingerprint: Tensor, adapters: Adapters, pretrained: str) -> None:
-    """Refuses adapters that were trained in a model with other weights."""
+    """Rejects adapters that were trained on other base weights."""
     if int(fingerprint) != int(adapters.fingerprint):
         raise UsageError(
-            f"the checkpoint holds adapters of a model with other weights than {pretrained!r} has now. Set "
-            "--model.pretrained, its revision and model_kwargs to what they were."
+            f"the checkpoint holds adapters that were trained on weights that {pretrained!r} does not have now. Set "
+            "--model.pretrained, its revision and model_kwargs as in training."
         )
 
 
@@ -219,7 +222,7 @@ def _trained_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str
     return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
-def _odd_linear_layers(model: PreTrainedModel) -> list[str]:
+def _special_linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of linear layers that return more than a product, such as routers of experts."""
     linear = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return [name for name, kind in linear.items() if kind.__module__.startswith("transformers.models.")]
@@ -235,7 +238,7 @@ def _fingerprint(parameters: Iterable[nn.Parameter]) -> Tensor:
     digest = xxh3_64()
     for parameter in parameters:
         if parameter.is_floating_point():
-            digest.update(parameter.detach().reshape(-1)[:_NUMBERS].float().cpu().numpy().tobytes())
+            digest.update(parameter.detach().reshape(-1)[:_VALUES_HASHED].float().cpu().numpy().tobytes())
     return torch.tensor(digest.intdigest() - 2**63)
 
 

@@ -1,7 +1,7 @@
 """Attention within each sample of a packed batch, registered under a name that `transformers` models accept.
 
-It also handles padded batches. There it differs from transformers' own SDPA in one point: it never checks whether a
-mask hides anything, for which Python would wait for the GPU in every forward pass.
+It also handles padded batches. There it differs from transformers' own SDPA in one respect: it never checks whether a
+mask hides anything, which would make Python wait for the GPU in every forward pass.
 """
 
 import inspect
@@ -226,10 +226,11 @@ def _visible(queries: Tensor, keys: Tensor, radius: int, causal: bool) -> Tensor
 
 
 def _mask(*, attention_mask: Tensor | None = None, local_size: int | None = None, **options: Any) -> Tensor | None:
-    """SDPA's mask for a padded batch; for a batch without a mask none, and in particular not one of tokens x tokens.
+    """SDPA's mask for a padded batch; without a padding mask, None, never a mask of tokens x tokens.
 
-    Instead it has the shape (0, window), since not every model passes its window to attention. `transformers` itself
-    would check whether a mask hides anything at all, and wait for the GPU.
+    For models with a sliding window, a tensor of the shape (0, window) is returned instead of None, since not every
+    model passes its window to attention. `transformers` itself would check whether a mask hides anything, and wait for
+    the GPU.
     """
     if attention_mask is None and not options.get("use_vmap"):  # set for masks defined by the model
         return None if local_size is None else torch.empty(0, local_size)
@@ -238,7 +239,7 @@ def _mask(*, attention_mask: Tensor | None = None, local_size: int | None = None
 
 
 def _without_positions(preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    """What `transformers` does before `_mask`, but without position ids, which `_mask` does not need.
+    """Wraps what `transformers` does before `_mask`, leaving out position ids, which `_mask` does not need.
 
     Otherwise, in every forward pass of a decoder without an attention mask, `transformers` would wait for the GPU to
     check whether positions restart anywhere.

@@ -24,7 +24,7 @@ from torchmetrics import MetricCollection
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, forget_objects, verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, drop_unsavable, verified_checkpoint
 from smartbatch_lightning.contract import (
     TEXT_ENCODING,
     TextData,
@@ -55,8 +55,8 @@ from smartbatch_lightning.models.compatibility import (
 from smartbatch_lightning.models.compilation import check_compilation, check_mode, compile_model
 from smartbatch_lightning.models.dropout import use_fast_dropout
 from smartbatch_lightning.models.finite import REMEDY, TrainingLosses, check_weights
-from smartbatch_lightning.models.layers import checkpoint_gradients, freeze, open_reversible_layers
-from smartbatch_lightning.models.lifecycle import ModelLifecycle, hands_weights_back
+from smartbatch_lightning.models.layers import checkpoint_gradients, enable_reversible_gradients, freeze
+from smartbatch_lightning.models.lifecycle import ModelLifecycle, returns_weights
 from smartbatch_lightning.models.metrics import (
     EpochMetrics,
     Mode,
@@ -73,7 +73,7 @@ from smartbatch_lightning.models.optimizer import (
     check_settings,
 )
 from smartbatch_lightning.models.packing import (
-    TRANSFORMERS_OWN,
+    BUILTIN_ATTENTION,
     attention_dropout,
     enable_packing,
     packed_attention,
@@ -82,16 +82,16 @@ from smartbatch_lightning.models.packing import (
 from smartbatch_lightning.models.schedule import (
     Schedule,
     adds_parameters,
+    adopt_learning_rates,
     check_validation,
-    follow_rates,
     lightning_config,
-    place_schedule,
+    sync_schedule,
 )
 from smartbatch_lightning.models.source import ModelSource
 from smartbatch_lightning.progress import (
     between_steps,
+    respect_early_stopping,
     restore_loaders,
-    stay_stopped,
     total_steps,
     trained_steps,
 )
@@ -141,7 +141,7 @@ class SequenceClassifier(L.LightningModule):
         class_weights: Weight of each class in the loss, by name, or `balanced`; the loss is the weighted mean over a
             whole optimizer step, across batches and ranks. See `LossOptions`.
         pos_weight: For multi-label tasks, the weight of positive samples, by label name or one for all, or `balanced`.
-        label_smoothing: Probability mass of each label that is spread over all classes.
+        label_smoothing: Probability mass that is moved from each label to all classes.
         focal_gamma: Exponent of the focal loss; 0 for the plain loss.
         metrics: Metrics to use instead of the task's: names such as `accuracy`, `f1_micro` or `matthews_correlation`,
             torchmetrics classes, or `class_path` with `init_args`; or a mapping from logged names to these. The first
@@ -166,7 +166,7 @@ class SequenceClassifier(L.LightningModule):
             checkpoints.
 
     Attributes:
-        model: The `transformers` model; None until `configure_model`.
+        model: The `transformers` model; None until `configure_model` has built it.
         adapters: The adapters added by `peft_config`; None without it.
     """
 
@@ -219,7 +219,7 @@ class SequenceClassifier(L.LightningModule):
         self.loss_options = LossOptions(class_weights, pos_weight, label_smoothing, focal_gamma)
         self.metrics = metrics
         if metrics is not None:
-            named_specs(metrics)  # refuses what is not a metric
+            named_specs(metrics)  # rejects what is not a metric
         self.layer_decay = layer_decay
         self.head_learning_rate = head_learning_rate
         self.freeze_embeddings = freeze_embeddings
@@ -269,7 +269,7 @@ class SequenceClassifier(L.LightningModule):
         if labels.dtype == torch.bool:
             labels = labels.to(output.logits.dtype)  # the dtype that multi-label losses take
         loss = self.compute_loss(output, labels)
-        self.epoch_metrics.of(stage, dataloader_idx, self._make_metrics).update(loss, output.logits, labels)
+        self.epoch_metrics.for_data_set(stage, dataloader_idx, self._make_metrics).update(loss, output.logits, labels)
         return loss
 
     def compute_loss(self, output: SequenceClassifierOutput, labels: Tensor) -> Tensor:
@@ -303,8 +303,8 @@ class SequenceClassifier(L.LightningModule):
         settings: Any = {"lr": self.learning_rate, "eps": self.adam_epsilon, "weight_decay": self.weight_decay}
         make = self.optimizer or partial(AdamW, **settings, fused=fused)
         optimizer: Any = build_optimizer(make, trained, self._transformer, self.layer_decay, self.head_learning_rate)
-        # A fused optimizer undoes a gradient scaler's scaling as it steps, too late for clipping, which Lightning
-        # therefore refuses in mixed precision, even without a scaler. Without this mark the scaler does it before.
+        # A fused optimizer unscales a scaler's gradients as it steps, too late for clipping, which Lightning therefore
+        # rejects in mixed precision, even without a scaler. Without this attribute, the scaler unscales them before.
         optimizer._step_supports_amp_scaling = False
         return optimizer  # type: ignore[no-any-return]
 
@@ -342,7 +342,7 @@ class SequenceClassifier(L.LightningModule):
         if stage == "fit":
             check_compilation(self.compiled, self.trainer)
             check_callbacks(self.trainer, self)
-            forget_objects(self, self.hparams)
+            drop_unsavable(self, self.hparams)
             self._seed = run_seed(self.trainer)
 
     def configure_model(self) -> None:
@@ -363,7 +363,7 @@ class SequenceClassifier(L.LightningModule):
         assert self.model is not None
         if data.task is not None:
             check_labels("the model", self.model.config, data.task.label_names, data.task.config_fields())
-        adopt_tokenizer(self.model.config, data.tokenizer)  # also if the model was built for other data
+        adopt_tokenizer(self.model.config, data.tokenizer)  # again if the model was built for other data
         check_inputs(self.model, data)
         if data.encoding and self.trainer.state.fn == TrainerFn.FITTING:
             setattr(self.model.config, TEXT_ENCODING, data.encoding)
@@ -388,7 +388,7 @@ class SequenceClassifier(L.LightningModule):
         if "attn_implementation" not in self.model_kwargs:
             skip_unread_tokens(model)
         freeze(model, embeddings=self.freeze_embeddings, layers=self.freeze_layers)
-        open_reversible_layers(model)
+        enable_reversible_gradients(model)
         if self.gradient_checkpointing:
             checkpoint_gradients(model)
         if self.compiled:
@@ -403,7 +403,7 @@ class SequenceClassifier(L.LightningModule):
 
     def _enable_packing(self) -> None:
         asked = [name for name in ("attn_implementation", "output_attentions") if self.model_kwargs.get(name)]
-        if self.model_kwargs.get("attn_implementation") not in (None, *TRANSFORMERS_OWN):
+        if self.model_kwargs.get("attn_implementation") not in (None, *BUILTIN_ATTENTION):
             asked.remove("attn_implementation")  # a kernel that supports packed batches
         if asked:
             raise UsageError(
@@ -424,7 +424,7 @@ class SequenceClassifier(L.LightningModule):
         if self.model is None:
             raise RuntimeError("the model is not built yet. Run it with a Trainer, or call configure_model() first.")
         if "cu_seq_lens_q" in inputs:
-            self._enable_packing()  # if no data module has announced packed batches
+            self._enable_packing()  # without a data module, packed batches are not known in advance
         elif _is_flattened(inputs):
             raise UsageError(
                 "the batch has several samples in a row, but does not say where each begins. Use "
@@ -449,7 +449,7 @@ class SequenceClassifier(L.LightningModule):
     # --- training ---
 
     def on_fit_start(self) -> None:
-        """Refuses what cannot be trained or monitored; logs which attention packed batches use on a GPU."""
+        """Rejects runs that cannot be trained or monitored; logs which attention packed batches use on a GPU."""
         monitoring = callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping)
         self._step_loss_is_monitored = any(callback.monitor == _STEP_LOSS for callback in monitoring)
         self._check_validates(monitoring)
@@ -469,7 +469,7 @@ class SequenceClassifier(L.LightningModule):
                 "Leave it out, or set the attention dropout to 0 in --model.model_kwargs."
             )
         self._frozen = [p for p in self.parameters() if not p.requires_grad and self.trainer.world_size > 1]
-        follow_rates(self.trainer)
+        adopt_learning_rates(self.trainer)
         data = text_data_of(self._trainer)
         if data and data.spec.packed and self.model is not None and self.device.type == "cuda":
             capability = torch.cuda.get_device_capability(self.device)
@@ -492,25 +492,25 @@ class SequenceClassifier(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Moves schedule and loaders to where training continues, after a resume or in a second `fit`."""
-        stay_stopped(self.trainer)
+        respect_early_stopping(self.trainer)
         check_validation(self.trainer)
         self._losses = TrainingLosses()
         restore_loaders(self.trainer)
         if trained_steps(self.trainer):
-            self._place_schedule()
+            self._sync_schedule()
 
     def on_train_epoch_start(self) -> None:
         """Resets metrics; by now, callbacks may have changed learning rates and unfrozen parameters."""
         self.epoch_metrics.start("train")
         if total_steps(self.trainer) != self._scheduled_steps:  # a finder has changed the batch size
-            self._place_schedule()
-        follow_rates(self.trainer)
+            self._sync_schedule()
+        adopt_learning_rates(self.trainer)
 
-    def _place_schedule(self) -> None:
+    def _sync_schedule(self) -> None:
         # not in a finder's trial, which runs without the run's callbacks
         if not self._overrides("configure_optimizers") and ModelLifecycle.runs_in(self.trainer):
             self._scheduled_steps = total_steps(self.trainer)
-            place_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
+            sync_schedule(self.trainer, self.configure_optimizer, self.configure_scheduler)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the random state of the step, used by dropout, from seed, epoch, batch and rank.
@@ -543,10 +543,10 @@ class SequenceClassifier(L.LightningModule):
         return loss * weight
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Logs the loss when Lightning logs; in every step, it would cost a wait for the device and 0.3 ms."""
+        """Logs the loss when Lightning logs; doing so in every step would cost 0.3 ms and a wait for the device."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
-        if logged or self._losses.are_many:
+        if logged or self._losses.is_full:
             self.read_losses()
         if logged and self._losses.last is not None and not self._step_loss_is_monitored:
             # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
@@ -564,15 +564,15 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: A loss is not finite.
         """
-        return self._losses.read(self.trainer, numbers, self._how_to_converge())
+        return self._losses.read(self.trainer, numbers, self._divergence_remedy())
 
-    def _how_to_converge(self) -> str:
+    def _divergence_remedy(self) -> str:
         if self.optimizer is not None:
             return "Lower the lr of --model.optimizer, or --trainer.gradient_clip_val."
         return f"Lower --model.learning_rate, which is {self.learning_rate:g}, or --trainer.gradient_clip_val."
 
     def on_train_epoch_end(self) -> None:
-        """Logs the metrics of the epoch, and refuses losses that are not finite."""
+        """Logs the metrics of the epoch, and rejects losses that are not finite."""
         self.read_losses()
         self.epoch_metrics.log(self, "train")
 
@@ -609,9 +609,7 @@ class SequenceClassifier(L.LightningModule):
         """
         logits = self(**forward_kwargs(batch)).logits
         if not logits.isfinite().all():  # no extra wait: predictions are fetched from the device anyway
-            raise UsageError(
-                f"the model's logits are nan or infinite, and nothing can be predicted from them. {REMEDY}"
-            )
+            raise UsageError(f"the model's logits are nan or infinite, so nothing can be predicted. {REMEDY}")
         rows = {"index": batch["index"]} if "index" in batch else {}
         return {**rows, **self.task.predict(logits)}
 
@@ -645,7 +643,7 @@ class SequenceClassifier(L.LightningModule):
         if not name:
             first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
             name = name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
-        if name not in logged and not self._logs_others():
+        if name not in logged and not self._may_log_other_metrics():
             raise UsageError(
                 f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of "
                 "these."
@@ -661,8 +659,8 @@ class SequenceClassifier(L.LightningModule):
         return [] if data is None else data.evaluation_splits.get("val", [])
 
     def _check_validates(self, callbacks: Sequence[Any]) -> None:
-        """Refuses callbacks that monitor validation if there is none; Lightning would do so after an epoch."""
-        if validates(self.trainer) or self._logs_others():
+        """Rejects callbacks that monitor validation if there is none; Lightning would do so after an epoch."""
+        if validates(self.trainer) or self._may_log_other_metrics():
             return
         for callback in callbacks:
             stops = isinstance(callback, EarlyStopping)
@@ -674,8 +672,8 @@ class SequenceClassifier(L.LightningModule):
                     f"{what}, but there is no validation. Set --data.validation_split, or leave out {remedy}."
                 )
 
-    def _logs_others(self) -> bool:
-        """Whether a subclass or a callback may log other validation metrics than this class."""
+    def _may_log_other_metrics(self) -> bool:
+        """Whether a subclass or a callback may log validation metrics that this class does not."""
         hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
         own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
         callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -688,10 +686,10 @@ class SequenceClassifier(L.LightningModule):
         """Stores the seed of dropout, and refuses to save weights that are not finite."""
         checkpoint["dropout_seed"] = self._seed
         what = f"no checkpoint is written after {self.trainer.global_step} steps"
-        check_weights(checkpoint["state_dict"].values(), what, self._how_to_converge())
+        check_weights(checkpoint["state_dict"].values(), what, self._divergence_remedy())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adopts the checkpoint's seed unless one is given; refuses a checkpoint for other labels."""
+        """Adopts the checkpoint's seed unless one is given; rejects a checkpoint for other labels."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._check_resumable(checkpoint)
         if not seed_is_given():
@@ -712,7 +710,7 @@ class SequenceClassifier(L.LightningModule):
             self.architecture = saved
 
     def _check_resumable(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses an optimizer that cannot load the checkpoint's state; another kind of schedule starts without it."""
+        """Rejects an optimizer that cannot load the checkpoint's state; a schedule of another type is recreated."""
         states = checkpoint.get("optimizer_states")
         if states is None and not self._strategy_loads:
             raise UsageError(
@@ -744,13 +742,13 @@ class SequenceClassifier(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Like torch's, without weights that adapters leave unchanged; in a spawned process, with the architecture."""
+        """Like torch's, without the weights frozen under adapters; in a spawned process, plus the architecture."""
         state: dict[str, Any] = super().state_dict(*args, **options)
         if self.adapters is not None:
             prefix = f"{options.get('prefix', '')}model."
-            for name in [name for name in state if self.adapters.leaves_out(name.removeprefix(prefix))]:
+            for name in [name for name in state if self.adapters.omits(name.removeprefix(prefix))]:
                 del state[name]
-        if hands_weights_back(self._trainer):
+        if returns_weights(self._trainer):
             state[_ARCHITECTURE] = json.dumps(self.hparams["architecture"])
         return state
 
@@ -767,7 +765,7 @@ class SequenceClassifier(L.LightningModule):
         return super().load_state_dict(state_dict, *args, **options)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any) -> None:
-        """Like torch's, also for a copy of this module inside another one; adds what `state_dict` leaves out.
+        """Like torch's; adds what `state_dict` leaves out, even if this module is inside another one.
 
         Raises:
             ValueError: The weights that `state_dict` leaves out differ from this model's.
@@ -782,7 +780,7 @@ class SequenceClassifier(L.LightningModule):
 
     @property
     def _strategy_loads(self) -> bool:
-        """Whether the strategy itself loads weights and optimizer states, as FSDP does; it has done so before hooks."""
+        """Whether the strategy itself loads weights and optimizer states, before any hooks, as FSDP does."""
         return self._trainer is not None and not self.trainer.strategy.lightning_restore_optimizer
 
     # --- what others need to know about the model ---
@@ -837,7 +835,7 @@ class SequenceClassifier(L.LightningModule):
         )
 
     def _check_text_data(self, data: TextData) -> None:
-        """What can be checked without the model's weights; `check_inputs` checks the rest."""
+        """Checks what can be checked without the model's weights; `check_inputs` checks the rest."""
         own = self._own_config()
         config = self._source.config() if own is None else own
         self._check_validates(callbacks_of(self._trainer, EarlyStopping))
@@ -863,7 +861,7 @@ class SequenceClassifier(L.LightningModule):
 
     @property
     def _transformer(self) -> PreTrainedModel:
-        """The `transformers` model, also if a subclass has wrapped it, as `peft` does."""
+        """The `transformers` model, unwrapped if a subclass has wrapped it, as `peft` does."""
         assert self.model is not None
         return next((part for part in self.model.modules() if isinstance(part, PreTrainedModel)), self.model)
 

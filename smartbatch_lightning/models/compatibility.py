@@ -12,13 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from smartbatch_lightning.contract import TextData
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
 from smartbatch_lightning.families import depends_on_width, end_token_read, pad_token_of, vocabulary_size
-from smartbatch_lightning.models.packing import can_be_tried, check_packing, logits_of
+from smartbatch_lightning.models.packing import can_be_tested, check_packing, logits_of
 from smartbatch_lightning.tasks.config import check_problem_type, label_names_from_config
 from smartbatch_lightning.tasks.labels import other_labels_error
 from smartbatch_lightning.tasks.standardization import Standardization
 
-_FEWEST_TOKENS, _MOST_TOKENS = 4, 8  # with which a model is tested
-_NO_DIFFERENCE = 1e-5  # relative to the effect of another first token
+_MIN_TOKENS, _MAX_TOKENS = 4, 8  # number of different tokens used to test a model
+_NEGLIGIBLE_DIFFERENCE = 1e-5  # relative to the effect of another first token
 
 
 def is_fine_tuned(config: PretrainedConfig) -> bool:
@@ -27,7 +27,7 @@ def is_fine_tuned(config: PretrainedConfig) -> bool:
 
 
 def check_labels(source: str, config: PretrainedConfig, label_names: list[str], task_fields: Mapping[str, Any]) -> None:
-    """Refuses a model whose labels differ from the data's in name or order, or that was trained for another task.
+    """Rejects a model whose labels differ from the data's in name or order, or that was trained for another task.
 
     Args:
         source: The model, for messages.
@@ -56,7 +56,7 @@ def _described(standardization: Standardization | None) -> str:
 
 
 def check_head(source: str, config: PretrainedConfig, label_names: list[str]) -> None:
-    """Refuses a fine-tuned classifier whose head has another number of labels."""
+    """Rejects a fine-tuned classifier whose head does not have the same number of labels."""
     trained = label_names_from_config(config)
     if is_fine_tuned(config) and len(trained) != len(label_names):
         raise UsageError(
@@ -66,7 +66,7 @@ def check_head(source: str, config: PretrainedConfig, label_names: list[str]) ->
 
 
 def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuses a tokenizer with more tokens than a model, and makes its padding token the model's.
+    """Rejects a tokenizer with more tokens than a model, and makes its padding token the model's.
 
     Heads look for the last token that is not padding.
 
@@ -96,7 +96,7 @@ def adopt_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def check_inputs(model: PreTrainedModel, data: TextData) -> None:
-    """Refuses data that a model does not take, and a model that ignores all but the first token of a text.
+    """Rejects data that a model cannot process, and a model that ignores all but the first token of a text.
 
     On a GPU, an id without a row in an embedding table would fail in a kernel assertion. Warns of a model whose results
     depend on the batch.
@@ -123,7 +123,7 @@ def check_inputs(model: PreTrainedModel, data: TextData) -> None:
 
 
 def check_max_length(max_length: int, longest: int | None) -> None:
-    """Refuses a `max_length` beyond the number of positions of a model, which is None if unlimited."""
+    """Rejects a `max_length` beyond the number of positions of a model, which is None if unlimited."""
     if longest is not None and max_length > longest:
         raise UsageError(
             f"max_length is {max_length}, but the model takes {longest} tokens at most. Set --data.max_length to "
@@ -132,22 +132,22 @@ def check_max_length(max_length: int, longest: int | None) -> None:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """Number of positions that a configuration names; None if unlimited. Models like RoBERTa use some less."""
+    """Number of positions in a configuration; None if unlimited. Models like RoBERTa use slightly fewer."""
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
     return number if isinstance(number, int) and number > 0 else None
 
 
 def _check_reads_texts(model: PreTrainedModel) -> None:
-    """Refuses a model that fails on a text, or whose result depends only on the first token.
+    """Rejects a model that fails on a text, or whose result depends only on the first token.
 
-    It is called with a few tokens, unless its weights are not loaded yet or sharded. The first token's hidden states
-    have to be the same too, since a head with extreme weights gives all texts nearly the same logits.
+    The model is run on a few tokens, unless its weights are sharded or not loaded yet. The first token's hidden states
+    are compared too, since a head with extreme weights gives all texts nearly the same logits.
     """
-    if not isinstance(model, PreTrainedModel) or not can_be_tried(model):
+    if not isinstance(model, PreTrainedModel) or not can_be_tested(model):
         return
-    end, size = end_token_read(model.config), getattr(model.config.get_text_config(), "vocab_size", _MOST_TOKENS)
-    tokens = [token for token in range(min(size, _MOST_TOKENS)) if token not in (end, pad_token_of(model.config))]
-    if len(tokens) < _FEWEST_TOKENS:
+    end, size = end_token_read(model.config), getattr(model.config.get_text_config(), "vocab_size", _MAX_TOKENS)
+    tokens = [token for token in range(min(size, _MAX_TOKENS)) if token not in (end, pad_token_of(model.config))]
+    if len(tokens) < _MIN_TOKENS:
         return
     (one, other), text, another = tokens[:2], tokens[2::2], tokens[3::2]
     rows = [[one, *text], [one, *another[: len(text)], *text[len(another) :]], [other, *text]]
@@ -163,20 +163,20 @@ def _check_reads_texts(model: PreTrainedModel) -> None:
         logits = logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     except Exception as error:  # there are many kinds of models
         raise UsageError(
-            f"{type(model).__name__} fails on a text: {root_cause_message(error)} Correct its configuration, for "
+            f"{type(model).__name__} fails on a short text: {root_cause_message(error)} Correct its configuration, for "
             "example with --model.model_kwargs."
         ) from error
     finally:
         hook.remove()
     by_others, by_first = ([(rows[0] - rows[row]).abs().max() for rows in (logits, *compared)] for row in (1, 2))
-    if all(others < _NO_DIFFERENCE * first for others, first in zip(by_others, by_first, strict=True)):
+    if all(others < _NEGLIGIBLE_DIFFERENCE * first for others, first in zip(by_others, by_first, strict=True)):
         causal = getattr(model.config.get_text_config(), "is_decoder", False)
         how = ", with is_decoder=true in its configuration. Set --model.model_kwargs.is_decoder=false" if causal else ""
         raise UsageError(f"{type(model).__name__} reads only the first token of a text{how or '. Use another model'}.")
 
 
 def _check_reformer_width(config: PretrainedConfig, data: TextData) -> None:
-    """Refuses batch widths at which Reformer cannot train; it needs all its positions or a multiple of its chunks."""
+    """Rejects batch widths at which Reformer cannot train; it needs all its positions or a multiple of its chunks."""
     lengths = {"lsh": config.lsh_attn_chunk_length, "local": config.local_attn_chunk_length}
     multiple = math.lcm(*(lengths[kind] for kind in set(config.attn_layers)))
     width = math.prod(config.axial_pos_shape) if config.axial_pos_embds else multiple

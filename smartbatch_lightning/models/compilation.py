@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smartbatch_lightning.errors import UsageError, join_quoted
 
-_GRAPHS = ("reduce-overhead", "max-autotune")
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def compile_model(model: PreTrainedModel, how: bool | str) -> None:
@@ -15,8 +15,8 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
 
     Args:
         model: The model; compiled in place.
-        how: A mode of `torch.compile` for the whole model; or True to compile its layers, which are alike, so that one
-            compilation serves all: it takes a third of the time, and large batches are as fast.
+        how: A mode of `torch.compile` for the whole model; or True to compile its layers: since they are alike, one
+            compilation serves all, which takes a third of the time, and large batches are as fast.
     """
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if isinstance(how, str):
@@ -27,7 +27,7 @@ def compile_model(model: PreTrainedModel, how: bool | str) -> None:
 
 
 def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
-    """Refuses a mode that `torch.compile` does not have, and compilation together with gradient checkpointing."""
+    """Rejects a mode that `torch.compile` does not have, and compilation together with gradient checkpointing."""
     if how and gradient_checkpointing:
         raise UsageError(f"compile is {how!r}, but gradient_checkpointing needs uncompiled layers. Use one of them.")
     if isinstance(how, str):
@@ -38,9 +38,9 @@ def check_mode(how: bool | str, gradient_checkpointing: bool) -> None:
 
 
 def check_compilation(how: bool | str, trainer: L.Trainer) -> None:
-    """Refuses CUDA graphs if gradients are accumulated."""
-    if how in _GRAPHS and trainer.accumulate_grad_batches > 1:
+    """Rejects CUDA graphs if gradients are accumulated."""
+    if how in _CUDA_GRAPH_MODES and trainer.accumulate_grad_batches > 1:
         raise UsageError(
-            f"compile is {how!r}, whose CUDA graphs write over the gradients that accumulate_grad_batches keeps. Set "
-            "--model.compile=true."
+            f"compile is {how!r}, whose CUDA graphs would overwrite the gradients that accumulate_grad_batches keeps. "
+            "Set --model.compile=true."
         )

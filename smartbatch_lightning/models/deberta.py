@@ -80,7 +80,7 @@ def _after_encoder(encoder: Any, args: Any, inputs: dict[str, Any], output: Any)
 
 
 def _attention(forward: Any, hidden: Tensor, mask: Tensor, *args: Any, relative_pos: Any = None, **options: Any) -> Any:
-    """Attention for one sample at a time on a CPU, and for all samples, padded, on a GPU, which would wait for each.
+    """Attention of one sample at a time on a CPU; on a GPU, where Python would wait for each, of padded samples.
 
     Args:
         forward: Attention for padded batches.

@@ -1,4 +1,4 @@
-"""Refusing numbers that are not finite: training ends, and nothing is saved, exported or predicted."""
+"""Rejecting numbers that are not finite: training ends, and nothing is saved, exported or predicted."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from torch import Tensor
 from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError
 
-_MOST_UNREAD = 1000  # losses kept on the device
+_MAX_UNREAD = 1000  # losses kept on the device
 
 # For trained models whose numbers are not finite.
 REMEDY = (
@@ -32,16 +32,16 @@ class TrainingLosses:
         self._unread: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Adds the loss of a batch, a scalar, in an optimizer step, as counted by loggers."""
+        """Adds the loss of a batch, a scalar; `step` is its optimizer step, as counted by loggers."""
         self._unread.append((step, loss.detach()))
 
     @property
-    def are_many(self) -> bool:
-        """Whether so many are unread that they should be read now."""
-        return len(self._unread) >= _MOST_UNREAD
+    def is_full(self) -> bool:
+        """Whether so many losses are unread that they should be read now."""
+        return len(self._unread) >= _MAX_UNREAD
 
     def read(self, trainer: L.Trainer, numbers: Tensor | None, remedy: str) -> list[int]:
-        """Reads the losses and other numbers from the device, with a single wait; refuses losses that are not finite.
+        """Reads the losses and other numbers from the device, with a single wait; rejects losses that are not finite.
 
         All ranks must call it. While `LearningRateFinder` tries learning rates, some of which may be too high, any loss
         is accepted.
@@ -75,7 +75,7 @@ class TrainingLosses:
 
 
 def check_evaluated(trainer: L.Trainer) -> None:
-    """Refuses the results of `validate` or `test` if a loss is not finite, on all ranks."""
+    """Rejects the results of `validate` or `test` if a loss is not finite, on all ranks."""
     if trainer.state.fn == TrainerFn.FITTING:
         return
     for name, value in trainer.callback_metrics.items():
@@ -84,12 +84,12 @@ def check_evaluated(trainer: L.Trainer) -> None:
 
 
 def check_weights(weights: Iterable[Tensor], what: str, remedy: str) -> None:
-    """Refuses weights that are not finite; waits for the device.
+    """Rejects weights that are not finite; waits for the device.
 
     Raises:
         ValueError: A weight is not finite; the message begins with `what`.
     """
-    whole = [weight for weight in weights if type(weight) in (Tensor, torch.nn.Parameter)]  # none for a sharded model
+    whole = [weight for weight in weights if type(weight) in (Tensor, torch.nn.Parameter)]  # not sharded ones
     finite = [weight.detach().isfinite().all() for weight in whole if weight.is_floating_point()]
     if finite and not torch.stack(finite).all():
         raise UsageError(f"{what}: the model has weights that are nan or infinite. {remedy}")

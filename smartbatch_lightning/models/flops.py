@@ -49,7 +49,7 @@ class Flops(NamedTuple):
     per_token: float
     per_square: float
 
-    def of(self, samples: float, tokens: float, sum_squared_lengths: float) -> float:
+    def total(self, samples: float, tokens: float, sum_squared_lengths: float) -> float:
         """Operations for a number of samples with these tokens and sum of squared lengths."""
         return self.per_sample * samples + self.per_token * tokens + self.per_square * sum_squared_lengths
 

@@ -57,19 +57,19 @@ def _before(names: list[str], layer: Any, args: Any, inputs: dict[str, Any]) -> 
 
 @contextmanager
 def _without_queries(layer: nn.Module) -> Iterator[None]:
-    """Skips computing the queries of all tokens, which are not used; a compiler notices that by itself."""
+    """Skips computing the queries of all tokens, which are not used; a compiler does so by itself."""
     named = [] if torch.compiler.is_compiling() else list(layer.named_modules())
-    spared: list[Any] = [
+    skipped: list[Any] = [
         module
         for name, module in named
         if name.rpartition(".")[2] in _QUERIES and "forward" not in vars(module)  # not patched by other code
     ]
-    for module in spared:
+    for module in skipped:
         module.forward = partial(_no_queries, module.out_features)
     try:
         yield
     finally:
-        for module in spared:
+        for module in skipped:
             del module.forward
 
 

@@ -74,8 +74,8 @@ def freeze(model: PreTrainedModel, *, embeddings: bool, layers: int) -> None:
             parameter.requires_grad_(False)
 
 
-def open_reversible_layers(model: PreTrainedModel) -> None:
-    """Makes Reformer's layers train after frozen embeddings; its backward pass would stop at a frozen input."""
+def enable_reversible_gradients(model: PreTrainedModel) -> None:
+    """Lets Reformer's layers train on frozen embeddings, where its backward pass would otherwise stop."""
     if model.config.model_type == "reformer":
         model.enable_input_require_grads()  # type: ignore[no-untyped-call]
 

@@ -2,20 +2,21 @@
 
 Lightning calls `configure_model` after the callbacks' `setup`, in which `StochasticWeightAveraging` copies the module,
 `ModelPruning` looks for weights and finetuning callbacks freeze them. The data module's `setup`, which determines what
-to build, comes before. So a callback that runs first calls `configure_model`, with Lightning's own function, and
-Lightning's later call has nothing to do. Strategies that shard a model while it is built keep Lightning's order.
+to build, comes earlier. So a callback that runs before all others calls `configure_model`, with Lightning's own
+function, and Lightning's later call does nothing. Strategies that shard a model while it is built keep Lightning's
+order.
 
 With `ddp_spawn`, `ddp_fork` and `ddp_notebook`, the model is built and trained in other processes, and Lightning loads
 the trained weights into a module without a model, ignoring what does not fit. So the weights include the architecture.
 
-`WeightAveraging` also averages buffers, including the position ids of most models: whole numbers, which are rounded
-down again and again, so that the averaged model reads texts at wrong positions.
+`WeightAveraging` also averages buffers, including the position ids of most models: whole numbers, whose averages are
+rounded down each time, so that the averaged model uses wrong positions.
 
 `WeightAveraging` and `StochasticWeightAveraging` give the model its averaged weights in a hook that a restarted run
 does not reach if nothing is left to train.
 
-`LearningRateFinder` and `BatchSizeFinder` restore a checkpoint of their own when a `fit` begins, after which Lightning
-does not restore the one that was given: the run would start over, with its weights.
+`LearningRateFinder` and `BatchSizeFinder` restore a checkpoint of their own when `fit` begins, after which Lightning
+does not restore the given one: training would start over from the given checkpoint's weights.
 
 A finetuning callback freezes parameters whenever a `fit` begins, and unfreezes them in a certain epoch. In a second
 `fit` of a Trainer, which goes on after that epoch, they would stay frozen, so it has to go on as after a resume.
@@ -46,7 +47,7 @@ from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.models.finite import check_evaluated
 from smartbatch_lightning.models.schedule import step_by_validation
-from smartbatch_lightning.progress import nothing_was_left
+from smartbatch_lightning.progress import had_nothing_to_train
 
 
 class ModelLifecycle(Callback):
@@ -70,7 +71,7 @@ class ModelLifecycle(Callback):
         self._modes_before.capture(pl_module)
         if not all(buffer.is_floating_point() for buffer in pl_module.buffers()):
             for callback in callbacks_of(trainer, WeightAveraging):
-                callback._use_buffers = False  # they are copied then
+                callback._use_buffers = False  # buffers are then copied
         for callback in callbacks_of(trainer, BaseFinetuning) if stage == "fit" and trainer.global_step else []:
             callback._restarting = True
 
@@ -87,10 +88,10 @@ class ModelLifecycle(Callback):
             except BaseException:
                 pl_module.model = before  # an override may have failed halfway
                 raise
-        pl_module.__dict__["configure_model"] = _is_built
+        pl_module.__dict__["configure_model"] = _do_nothing
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses callbacks with which a run that resumes would start over."""
+        """Rejects callbacks that would make a resumed run start over."""
         hooks = (LearningRateFinder.on_fit_start, BatchSizeFinder.on_fit_start)
         for callback in callbacks_of(trainer, LearningRateFinder, BatchSizeFinder) if trainer.ckpt_path else []:
             if type(callback).on_fit_start in hooks:
@@ -102,14 +103,14 @@ class ModelLifecycle(Callback):
                 )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restores what a run changes: in `fit` the random state, which each step sets; in an evaluation the modes."""
+        """Restores the random state after `fit`, in which each step sets it; after an evaluation, the modes."""
         if stage == "fit":
             torch.set_rng_state(self._random_state)  # from which a later run without a seed draws its own
         else:
             self._modes_before.restore(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restores the modes after an exception in an evaluation, also in one of `fit`."""
+        """Restores the modes after an exception in an evaluation, including those of `fit`."""
         if trainer.evaluating or trainer.sanity_checking or trainer.predicting:
             self._modes_before.restore(pl_module)
 
@@ -119,22 +120,22 @@ class ModelLifecycle(Callback):
         step_by_validation(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses results that are not finite before they are reported."""
+        """Rejects results that are not finite before they are reported."""
         check_evaluated(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the model its averaged weights even if a restarted run has nothing left to train."""
-        if nothing_was_left(trainer):
+        if had_nothing_to_train(trainer):
             for callback in callbacks_of(trainer, WeightAveraging, StochasticWeightAveraging):
                 callback.on_train_end(trainer, pl_module)
 
 
-def _is_built() -> None:
+def _do_nothing() -> None:
     """Replaces the `configure_model` of a module that is already built."""
 
 
-def hands_weights_back(trainer: L.Trainer | None) -> bool:
-    """Whether this process was spawned for a `fit` that is over, and returns its weights to the one that spawned it."""
+def returns_weights(trainer: L.Trainer | None) -> bool:
+    """Whether this process was spawned for a `fit` that has ended, and returns its weights to its parent process."""
     return (
         trainer is not None
         and trainer.state.finished

@@ -24,7 +24,7 @@ _MAX_PENDING_LOGITS = 2**20
 def summed_in_float32() -> Iterator[None]:
     """A context in which metrics are created to sum in at least float32, even with `bf16-true` and `16-true`.
 
-    With these, Lightning makes half precision torch's default, which a metric adopts permanently when it is created.
+    With these precisions, Lightning makes half precision torch's default, which a new metric adopts permanently.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(default, torch.float32))
@@ -97,7 +97,7 @@ class StageMetrics(nn.Module):
 class EpochMetrics(nn.ModuleDict):
     """Metrics of an epoch, by stage and index of the data set."""
 
-    def of(self, stage: Stage, dataloader_idx: int, make: Callable[[], StageMetrics]) -> StageMetrics:
+    def for_data_set(self, stage: Stage, dataloader_idx: int, make: Callable[[], StageMetrics]) -> StageMetrics:
         """The metrics of a data set, created for its first batch."""
         key = f"{stage}_{dataloader_idx}"
         if key not in self:
@@ -107,7 +107,7 @@ class EpochMetrics(nn.ModuleDict):
         return found
 
     def start(self, stage: Stage) -> None:
-        """Discards the metrics of the last pass, whether it finished or not."""
+        """Discards the metrics of the previous pass, whether it finished or not."""
         for key in self._keys_of(stage):
             del self[key]
 
@@ -140,13 +140,13 @@ def name_in_first_set(name: str, splits: Sequence[str]) -> str:
 
 
 def check_logged(trainer: L.Trainer, monitor: str, who: str, remedy: str) -> None:
-    """Refuses to monitor a metric that validation, or the sanity check before training, has not logged.
+    """Rejects to monitor a metric that validation, or the sanity check before training, has not logged.
 
     Args:
         trainer: At the end of a validation.
         monitor: Name of the metric.
         who: What monitors it, for the message.
-        remedy: How to name another one.
+        remedy: How to monitor another metric, for the message.
     """
     if monitor not in trainer.callback_metrics:
         logged = join_quoted(sorted(name for name in trainer.callback_metrics if name.startswith("val")))

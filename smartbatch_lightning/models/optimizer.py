@@ -27,7 +27,7 @@ def build_optimizer(
     layer_decay: float = 1.0,
     head_learning_rate: float | None = None,
 ) -> Optimizer:
-    """Creates an optimizer without weight decay for one-dimensional parameters, and with a learning rate for each part.
+    """Creates an optimizer that does not decay one-dimensional parameters, with a learning rate for each model part.
 
     Args:
         make: Creates it from parameter groups; its own learning rate applies to everything above the layers.
@@ -62,7 +62,7 @@ def build_optimizer(
             "another --model.optimizer, or override configure_optimizer."
         ) from error
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer makes a {type(optimizer).__name__}; give a subclass of torch.optim.Optimizer.")
+        raise UsageError(f"optimizer creates a {type(optimizer).__name__}; give a subclass of torch.optim.Optimizer.")
     for group, (share, learning_rate) in zip(optimizer.param_groups, learning_rates, strict=False):
         if learning_rate is not None:
             group["lr"] = learning_rate
@@ -74,7 +74,7 @@ def build_optimizer(
 
 
 def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, more_follow: bool) -> None:
-    """Refuses to resume with an optimizer that cannot load the state in a checkpoint.
+    """Rejects to resume with an optimizer that cannot load the state in a checkpoint.
 
     Args:
         saved: The parameter groups of the checkpoint's optimizer.
@@ -92,7 +92,7 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
     if not fitting or other_kind:
         differs = f"has parameter groups of {sizes[0]} parameters, where this run has {sizes[1]}"
         if fitting:
-            differs = f"is of another kind than the {type(optimizer).__name__} of this run"
+            differs = f"is not of the type of this run's, {type(optimizer).__name__}"
         raise UsageError(
             f"the checkpoint's optimizer {differs}. Set optimizer, layer_decay and head_learning_rate as they were; or "
             "start from the checkpoint's weights with SequenceClassifier.load_from_checkpoint."
@@ -100,7 +100,7 @@ def check_same_groups(saved: Sequence[dict[str, Any]], optimizer: Optimizer, *, 
 
 
 def check_settings(settings: Any, schedule: Schedule) -> None:
-    """Refuses optimizer settings that are out of range or exclude each other.
+    """Rejects optimizer settings that are out of range or exclude each other.
 
     Args:
         settings: Has the arguments of a `SequenceClassifier` as attributes.
@@ -128,7 +128,7 @@ def check_settings(settings: Any, schedule: Schedule) -> None:
 
 
 def check_callbacks(trainer: L.Trainer, settings: Any) -> None:
-    """Refuses callbacks that would unfreeze weights or override the learning rates of parts of the model.
+    """Rejects callbacks that would unfreeze weights or override the learning rates of parts of the model.
 
     Args:
         trainer: With its callbacks.

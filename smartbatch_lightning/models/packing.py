@@ -1,9 +1,9 @@
 """Packed batches, and a last layer computed only for the tokens that are read, for unmodified `transformers` models.
 
-`transformers` lets attention be supplied by name (`AttentionInterface`) and passes on to it the arguments of a model's
-call. So a classifier can process the row of tokens that `PackCollator` makes if it takes attention from this interface
-and positions from `position_ids`; this is tested on two samples. To the head, each sample then looks like a text of one
-token, the one that it reads.
+`transformers` lets attention be supplied by name (`AttentionInterface`) and passes it the arguments of a model's call.
+So a classifier can process the row of tokens that `PackCollator` makes if it takes attention from this interface and
+positions from `position_ids`; this is tested on two samples. To the head, each sample then looks like a text of a
+single token, the one that the head reads.
 """
 
 import inspect
@@ -29,19 +29,19 @@ from smartbatch_lightning.models.layers import find_layers
 from smartbatch_lightning.models.pooling import head_pooling, mean, pad, padding_mask, pick, tokens_read
 
 _HOOKS = "smartbatch_hooks"  # attribute of a model with our hooks
-_READS_ONE = "reads_one_token"  # attribute of a model whose last layer computes only the tokens that are read
+_READS_ONE_TOKEN = "reads_one_token"  # attribute of a model whose last layer computes only the tokens that are read
 _LENGTHS = (5, 9)  # of the samples on which a model is tested
-TRANSFORMERS_OWN = ("eager", "sdpa", "flex_attention")  # do not support packed batches
+BUILTIN_ATTENTION = ("eager", "sdpa", "flex_attention")  # do not support packed batches
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Refuses a model whose batches cannot be packed.
+    """Rejects a model whose batches cannot be packed.
 
     Raises:
         ValueError: Its attention cannot be replaced, and it is not a DeBERTa.
     """
     if not (is_deberta(model) or takes_attention(model)):
-        raise _cannot_be_packed(model, "have no single stack of layers whose attention can be supplied")
+        raise _packing_error(model, "have no single stack of layers whose attention can be supplied")
 
 
 def enable_packing(model: PreTrainedModel) -> None:
@@ -63,7 +63,7 @@ def enable_packing(model: PreTrainedModel) -> None:
     if TAKES_PACKED_BATCHES in model.__dict__:
         return
     check_packing(model)
-    if not can_be_tried(model):
+    if not can_be_tested(model):
         supply_attention(model, one_token=False)
     else:
         expected = torch.cat([logits_of(model, _padded([sample], 0)) for sample in _samples(model)])
@@ -73,17 +73,17 @@ def enable_packing(model: PreTrainedModel) -> None:
                 break
         if problem:
             _remove(model)
-            raise _cannot_be_packed(model, problem)
+            raise _packing_error(model, problem)
     model.__dict__[TAKES_PACKED_BATCHES] = True
 
 
 def skip_unread_tokens(model: PreTrainedModel) -> None:
-    """With transformers' default attention, SDPA, makes padded batches skip unread tokens and a wait for the GPU.
+    """Makes the last layer compute only the tokens that the head reads, also avoiding a wait for the GPU.
 
-    The last layer then computes only the tokens that the head reads, unless hidden states or attention weights are
-    requested. A model that gives different results for two short samples, or cannot be tested on them, is not changed.
+    All tokens are computed if hidden states or attention weights are requested. Only models with transformers' default
+    attention, SDPA, are changed, and only if they give the same results for two short samples.
     """
-    if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not can_be_tried(model):
+    if not takes_attention(model) or model.config._attn_implementation != "sdpa" or not can_be_tested(model):
         return
     with suppress(Exception):  # there are many kinds of models
         batch = _padded(_samples(model), pad_token_of(model.config) or 0)
@@ -97,7 +97,7 @@ def skip_unread_tokens(model: PreTrainedModel) -> None:
 
 def reads_one_token(model: nn.Module) -> bool:
     """Whether the last layer of a model, or of a wrapped one, computes only the tokens that the head reads."""
-    return any(_READS_ONE in vars(part) for part in model.modules())
+    return any(_READS_ONE_TOKEN in vars(part) for part in model.modules())
 
 
 def takes_attention(model: PreTrainedModel) -> bool:
@@ -136,7 +136,7 @@ def supply_attention(model: PreTrainedModel, *, one_token: bool) -> None:
     ]
     if layer is not None:
         model.__dict__[_HOOKS].append(read_one_token(layer))
-        model.__dict__[_READS_ONE] = True
+        model.__dict__[_READS_ONE_TOKEN] = True
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
@@ -147,7 +147,7 @@ def attention_dropout(model: PreTrainedModel) -> float:
 
 
 def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precision: str) -> str:
-    """A line for the user on what computes attention for packed batches on a GPU, and why.
+    """A message about which attention packed batches use on a GPU, and why.
 
     Args:
         model: A model whose batches can be packed.
@@ -160,10 +160,10 @@ def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precis
     elif "16" not in precision:
         reason = f"FlashAttention does not support {precision}. Set --trainer.precision=bf16-mixed to use it."
     if reason:
-        return f"Attention of packed batches is computed sample by sample: {reason}"
+        return f"Packed batches compute attention sample by sample: {reason}"
     dropout = attention_dropout(model)
-    without = f", without attention dropout, which is {dropout:g} in the model; other dropout stays" if dropout else ""
-    return f"Attention of packed batches is FlashAttention{without}."
+    without = f", without the model's attention dropout of {dropout:g}; other dropout stays on" if dropout else ""
+    return f"Packed batches use FlashAttention{without}."
 
 
 # --- changing a model ---
@@ -171,7 +171,7 @@ def packed_attention(model: PreTrainedModel, capability: tuple[int, int], precis
 
 def _has_other_attention(model: PreTrainedModel) -> bool:
     """Whether an attention kernel was chosen that supports packed batches itself, such as FlashAttention's."""
-    return model.config._attn_implementation not in (*TRANSFORMERS_OWN, ATTENTION)
+    return model.config._attn_implementation not in (*BUILTIN_ATTENTION, ATTENTION)
 
 
 def _one_token_layer(model: PreTrainedModel) -> nn.Module | None:
@@ -190,7 +190,7 @@ def _padding_idx(model: PreTrainedModel) -> int | None:
 
 
 def _positions(input_ids: Tensor, position_ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Positions in a row of samples as RoBERTa counts them: from its position of padding on, without padding tokens.
+    """Positions in a packed row as RoBERTa counts them: from the position after that of padding, skipping padding.
 
     Args:
         input_ids: (1, tokens).
@@ -211,7 +211,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _remove(model: PreTrainedModel) -> None:
-    model.__dict__.pop(_READS_ONE, None)
+    model.__dict__.pop(_READS_ONE_TOKEN, None)
     for hook in model.__dict__.pop(_HOOKS, ()):
         hook.remove()
 
@@ -284,14 +284,14 @@ def _after_layers(pooling: str, stack: Any, args: Any, inputs: dict[str, Any], o
 # --- testing a model ---
 
 
-def _cannot_be_packed(model: PreTrainedModel, reason: str) -> UsageError:
+def _packing_error(model: PreTrainedModel, reason: str) -> UsageError:
     return UsageError(
         f"batches of {model.config.model_type} models cannot be packed: they {reason.rstrip('.')}. Set "
         "--data.padding=longest."
     )
 
 
-def can_be_tried(model: PreTrainedModel) -> bool:
+def can_be_tested(model: PreTrainedModel) -> bool:
     """Whether a model can be called: its weights are loaded and not sharded, and its attention needs no GPU."""
     if _has_other_attention(model) and model.device.type == "cpu":
         return False
@@ -344,7 +344,7 @@ def logits_of(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def _difference(model: PreTrainedModel, batch: dict[str, Any], expected: Tensor) -> str:
-    """What is wrong with a model's logits for a batch, within its precision; empty if nothing."""
+    """How a model's logits for a batch differ from the expected ones, beyond its precision; empty if they do not."""
     try:
         given = logits_of(model, batch)
     except Exception as error:

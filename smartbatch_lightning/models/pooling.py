@@ -1,4 +1,4 @@
-"""Which tokens the head of a classifier reads, and making heads for padded batches read packed ones."""
+"""Which tokens the head of a classifier reads, and how heads for padded batches read packed ones."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _NAMED = {"cls": "first", "bos": "first", "mean": "mean", "late": "all"}
 
 
 def head_pooling(model: PreTrainedModel) -> str:
-    """What the head of a classifier reads of a sample.
+    """Which tokens of a sample the head of a classifier reads.
 
     Returns:
         `first`, its first token; `last`, its last token that is not padding, as decoders do; `mean`, the mean over its

@@ -21,9 +21,9 @@ from smartbatch_lightning.progress import advance_schedule, total_steps, trained
 from smartbatch_lightning.registry import look_up
 
 # All of transformers' except `greedy`, which is not a torch schedule and needs the loss of every step.
-_MADE_BY: Mapping[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
+_FACTORIES: Mapping[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
 SCHEDULES: dict[str, Callable[..., Any]] = {
-    **{kind.value: make for kind, make in _MADE_BY.items() if kind.value != "greedy"},
+    **{kind.value: make for kind, make in _FACTORIES.items() if kind.value != "greedy"},
     "reduce_lr_on_plateau": ReduceLROnPlateau,  # its signature has the arguments, unlike transformers'
 }
 
@@ -35,8 +35,8 @@ _STEPS: dict[str, set[str]] = {
     "total_iters": set(),
 }
 
-# A frequency, in epochs, with which Lightning never steps a `ReduceLROnPlateau`: it would do so at the end of an epoch,
-# after validation's checkpoints have been written, and a resume would miss that step.
+# A frequency, in epochs, at which Lightning never steps a `ReduceLROnPlateau`. Lightning would step it at the end of an
+# epoch, after the validation's checkpoints have been written, so that a resumed run would miss that step.
 _NEVER = sys.maxsize
 
 
@@ -115,7 +115,7 @@ class Schedule:
             ) from error
         if not isinstance(scheduler, LRScheduler):
             raise UsageError(
-                f"lr_scheduler {self._name} makes a {type(scheduler).__name__}; give a schedule of "
+                f"lr_scheduler {self._name} creates a {type(scheduler).__name__}; give a schedule of "
                 "torch.optim.lr_scheduler."
             )
         return scheduler
@@ -188,7 +188,7 @@ def lightning_config(scheduler: LRScheduler, monitor: str) -> dict[str, Any]:
 
 
 def check_validation(trainer: L.Trainer) -> None:
-    """Refuses a schedule that depends on validation if there is none; called when loaders are known."""
+    """Rejects a schedule that depends on validation if there is none; called when loaders are known."""
     validated = trainer.enable_validation and (trainer.val_dataloaders is None or any(trainer.num_val_batches))
     if _by_validation(trainer) and not validated:
         raise UsageError(
@@ -216,12 +216,12 @@ def _by_validation(trainer: L.Trainer) -> list[Any]:
     return [config for config in trainer.lr_scheduler_configs if config.frequency == _NEVER]
 
 
-def place_schedule(
+def sync_schedule(
     trainer: L.Trainer,
     configure_optimizer: Callable[[], Optimizer],
     configure_scheduler: Callable[[Optimizer, int | None], LRScheduler],
 ) -> None:
-    """Recreates the schedule for the number of steps that training has now, at the step that leaves as many as remain.
+    """Recreates the schedule for the current number of training steps, at the step where training is.
 
     After a change of ranks, accumulation, limits or epochs, a checkpoint's schedule has a different number of steps
     than training. Any kind of schedule then continues at the same fraction of training and ends when training ends.
@@ -232,7 +232,7 @@ def place_schedule(
         configure_optimizer: Creates a fresh optimizer.
         configure_scheduler: Creates a schedule from an optimizer and the number of steps, None if there is no end.
     """
-    if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has removed them, and will add its own
+    if not trainer.lr_scheduler_configs:  # StochasticWeightAveraging has removed it, and will add its own
         return
     [config] = trainer.lr_scheduler_configs
     optimizer = config.scheduler.optimizer
@@ -275,11 +275,11 @@ def adds_parameters(trainer: L.Trainer | None) -> bool:
     return bool(callbacks_of(trainer, BaseFinetuning))
 
 
-def follow_rates(trainer: L.Trainer) -> None:
-    """Makes the schedule continue from rates set by callbacks, including those of parameters added by them.
+def adopt_learning_rates(trainer: L.Trainer) -> None:
+    """Makes the schedule continue from the rates that callbacks have set, including those of added parameters.
 
-    `BackboneFinetuning` sets rates and adds parameters at the start of an epoch, and adds them again on resume; a plain
-    schedule would reset the rates and ignore the parameters.
+    `BackboneFinetuning` sets rates and adds parameters at the start of an epoch, and adds them again on resume; the
+    schedule would otherwise reset these rates and ignore these parameters.
 
     Raises:
         ValueError: Parameters were added at a rate of 0, or the schedule is not a `LambdaLR`.

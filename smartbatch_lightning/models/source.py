@@ -30,7 +30,7 @@ from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.standardization import Standardization
 
 # Options of `from_pretrained` that say where a model, and thus its tokenizer, is found.
-_WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code")
 _NOT_IN_CONFIG = ("attn_implementation", "dtype", "quantization_config")
 _WHICH_FILES = ("use_safetensors", "variant")  # options for pretrained weights
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_buffers", "tp_plan", "tp_size", "device_mesh")
@@ -45,7 +45,7 @@ class ModelSource:
         model_kwargs: As the argument of `SequenceClassifier`.
         architecture: Configuration of a model whose weights are in a checkpoint, as a dictionary; takes precedence over
             `pretrained`.
-        adapted: Whether the checkpoint has only the weights of adapters and the head; `pretrained` has all others.
+        adapted: Whether the checkpoint has only the adapters and the head; all other weights are in `pretrained`.
     """
 
     pretrained: str
@@ -67,7 +67,7 @@ class ModelSource:
             num_labels: Number of classes, if there is no task.
             task: The data's task.
             tokenizer: The tokenizer with which batches are padded.
-            untrained_needs_labels: Refuse a model without a trained head if the number of classes is unknown.
+            untrained_needs_labels: Reject a model without a trained head if the number of classes is unknown.
 
         Returns:
             The model, and the names of freshly initialized weights.
@@ -109,7 +109,7 @@ class ModelSource:
         return model, fresh
 
     def check_classes(self, num_labels: int | None, task: Task, config: PretrainedConfig) -> None:
-        """Refuses a task with another number of classes than was given, or than the head of a fine-tuned model has.
+        """Rejects a task whose number of classes is not the given one, or not that of a fine-tuned model's head.
 
         Args:
             num_labels: The number that was given, if any.
@@ -156,7 +156,7 @@ class ModelSource:
     @property
     def location(self) -> dict[str, Any]:
         """The options that say where the model, and thus its tokenizer, is found."""
-        return {name: value for name, value in self.model_kwargs.items() if name in _WHERE}
+        return {name: value for name, value in self.model_kwargs.items() if name in _LOCATION_OPTIONS}
 
     @property
     def _path(self) -> str:
@@ -168,7 +168,12 @@ class ModelSource:
         config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        fixed = (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG, "problem_type")  # a checkpoint always has the last one
+        fixed = (
+            *_LOCATION_OPTIONS,
+            *_WHICH_FILES,
+            *_NOT_IN_CONFIG,
+            "problem_type",
+        )  # a checkpoint always has the last one
         changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
@@ -196,7 +201,7 @@ class ModelSource:
         return self._pretrained_model(config)
 
     def _check_options(self) -> None:
-        """Refuses options that belong to the data or the Trainer, or that transformers has renamed."""
+        """Rejects options that belong to the data or the Trainer, or that transformers has renamed."""
         if of_data := sorted({"num_labels", "id2label", "label2id"} & self.model_kwargs.keys()):
             raise UsageError(
                 f"model_kwargs has {join_quoted(of_data)}, but the classes are those of the data. Leave that out; to "
@@ -236,7 +241,7 @@ class ModelSource:
                 f"the model {self.pretrained!r} was not found locally or on the Hub: {root_cause_message(error)} Give "
                 "the path of a folder written by save_pretrained, or a name on the Hub, and check the network."
             ) from error
-        if unknown := set(unknown) - set(_WHERE):
+        if unknown := set(unknown) - set(_LOCATION_OPTIONS):
             raise _unknown_options(unknown, repr(self.pretrained))
         assert isinstance(config, PretrainedConfig)
         quantization = getattr(config, "quantization_config", None)
@@ -250,7 +255,7 @@ class ModelSource:
         return config
 
     def _pretrained_model(self, config: PretrainedConfig) -> tuple[PreTrainedModel, set[str]]:
-        passed = (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG)
+        passed = (*_LOCATION_OPTIONS, *_WHICH_FILES, *_NOT_IN_CONFIG)
         options = {option: value for option, value in self.model_kwargs.items() if option in passed}
         how = f" with model_kwargs {self.model_kwargs}" if self.model_kwargs else ""
         correct = "Correct these, or check" if self.model_kwargs else "Check"
@@ -278,14 +283,14 @@ class ModelSource:
         mismatched = {name for name, *_ in found["mismatched_keys"]}
         if misfits := sorted(name for name in mismatched if name.startswith(f"{model.base_model_prefix}.")):
             raise UsageError(
-                f"{self._path!r} has {join_quoted(misfits)} in other shapes than its configuration{how} says. "
+                f"the shapes of {join_quoted(misfits)} in {self._path!r} differ from its configuration{how}. "
                 f"{correct} that its files are of one model."
             )
         missing = mismatched | set(found["missing_keys"])
         if not {name for name, _ in model.named_parameters()} - missing:
             raise UsageError(
-                f"none of the weights in {self._path!r} belongs to {type(model).__name__}, which its configuration "
-                "names. Give a folder written by save_pretrained."
+                f"{self._path!r} has no weights for {type(model).__name__}, which its configuration names. Give a "
+                "folder written by save_pretrained."
             )
         if unused := _inside_layers(model, found["unexpected_keys"]):
             rank_zero_warn(
@@ -301,7 +306,7 @@ class ModelSource:
 def _inside_layers(model: PreTrainedModel, names: Collection[str]) -> list[str]:
     """Names of weights that belong to the model's layers, such as BERT's relative positions, not to another head.
 
-    Not those of causal masks, which old versions of transformers saved as `bias` of an attention layer.
+    Leaves out causal masks, which old versions of transformers saved as `bias` of an attention layer.
     """
     layers, base = [*(find_layers(model) or ())], f"{model.base_model_prefix}."
     modules = {name.removeprefix(base): module for name, module in model.named_modules()}
@@ -317,8 +322,8 @@ def _inside_layers(model: PreTrainedModel, names: Collection[str]) -> list[str]:
 
 
 def _unknown_options(names: Collection[str], of: str) -> UsageError:
-    known = ", ".join(map(repr, (*_WHERE, *_WHICH_FILES, *_NOT_IN_CONFIG)))
+    known = ", ".join(map(repr, (*_LOCATION_OPTIONS, *_WHICH_FILES, *_NOT_IN_CONFIG)))
     return UsageError(
-        f"model_kwargs has {join_quoted(sorted(names))}, which the configuration of {of} does not know, and which is "
-        f"none of {known}. Correct the name, or leave it out."
+        f"model_kwargs has {join_quoted(sorted(names))}, which is neither in the configuration of {of} nor one of "
+        f"{known}. Correct the name, or leave it out."
     )

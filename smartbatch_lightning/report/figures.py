@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from smartbatch_lightning.plots import MAIN, SECOND, THIRD, THOUSANDS, drawing, plain
 
-_MOST_BARS, _MOST_POINTS = 40, 50_000
+_MAX_BARS, _MAX_POINTS = 40, 50_000
 
 
 @drawing()
@@ -21,9 +21,9 @@ def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
         (f"{split}: {plain(name)}", count) for split, of_split in counts.items() for name, count in of_split.items()
     ]
     title = "Samples of each class"
-    if len(bars) > _MOST_BARS:
-        title += f", the {_MOST_BARS} largest of {len(bars):,}"
-        bars = sorted(bars, key=lambda bar: -bar[1])[:_MOST_BARS]
+    if len(bars) > _MAX_BARS:
+        title += f", the {_MAX_BARS} largest of {len(bars):,}"
+        bars = sorted(bars, key=lambda bar: -bar[1])[:_MAX_BARS]
     figure, [axes] = _figure(1, height=1.4 + 0.35 * len(bars))
     drawn = axes.barh([name for name, _ in bars], [count for _, count in bars], color=MAIN)
     axes.bar_label(drawn, labels=[f"{count:,}" for _, count in bars], padding=4)
@@ -39,8 +39,8 @@ def classes(counts: Mapping[str, Mapping[str, int]]) -> Figure:
 def lengths(tokens: NDArray[np.integer], max_length: int) -> Figure:
     """Lengths of the samples, in data order and sorted; if there are very many, a regular subset."""
     figure, panels = _figure(2)
-    every = -(-len(tokens) // _MOST_POINTS)
-    for axes, title, shown in zip(panels, ("in order of arrival", "sorted"), (tokens, np.sort(tokens)), strict=True):
+    every = -(-len(tokens) // _MAX_POINTS)
+    for axes, title, shown in zip(panels, ("in data order", "sorted"), (tokens, np.sort(tokens)), strict=True):
         axes.plot(np.arange(len(shown))[::every], shown[::every], ".", markersize=1, color=MAIN)
         axes.axhline(max_length, color=THIRD, linewidth=1, linestyle="--")
         _frame(axes, f"Lengths {title}", "sample", "tokens", max(max_length, int(tokens.max())))

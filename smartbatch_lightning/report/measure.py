@@ -49,10 +49,11 @@ class StrategyCost:
         batches: Number of batches.
         tokens: Number of tokens computed, padding included.
         padding_ratio: Padding over real tokens.
-        savings_vs_fixed: Share of fixed padding's tokens that are saved.
-        batch_overlap: Share of a sample's batch-mates that share a batch with it again in the next epoch.
-        expected_speedup: Operations with fixed padding over operations with this, in linear layers and attention; an
-            estimate, since not all operations take equally long.
+        savings_vs_fixed: Fraction of the tokens of fixed padding that are saved.
+        batch_overlap: Fraction of the samples batched with a given sample that are batched with it again in the next
+            epoch.
+        expected_speedup: Operations with fixed padding over operations with this combination, in linear layers and
+            attention; an estimate, since not all operations take equally long.
         balance: Operations of the slowest rank over the mean, summed over the steps on several ranks; None if a token
             budget does not allow equally many steps on all ranks.
         largest_batch: Samples and width of the batch with the most tokens; for packed batches, samples and tokens.

@@ -46,8 +46,8 @@ class PaddingReport:
         ranks: Number of ranks for which the balance is computed.
         jitter: The jitter of `smart` batches for this data.
         frontier: Padding and batch overlap of `smart` batches by jitter.
-        tokenized_ahead: With lazy tokenization, the padding ratio that the configured batching would have without it;
-            else None.
+        tokenized_ahead: If tokenization is lazy, the padding ratio of the configured batching with `tokenization:
+            ahead`; else None.
     """
 
     splits: list[Split]
@@ -63,7 +63,7 @@ class PaddingReport:
 
     @classmethod
     def from_datamodule(cls, data: SmartBatchDataModule, ranks: int = 8) -> "PaddingReport":
-        """Computes the report for a data module, tokenizing its data first if needed, even if training does so lazily.
+        """Computes the report for a data module, first tokenizing its data if needed, even if training does so lazily.
 
         Args:
             data: Any `SmartBatchDataModule`; its own batch size, token budget and so on are used.

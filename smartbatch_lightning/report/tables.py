@@ -9,20 +9,20 @@ from smartbatch_lightning.batching.jitter import JitterPoint
 from smartbatch_lightning.console import table_of
 from smartbatch_lightning.report.measure import Split, StrategyCost
 
-_LINES_OF_A_TEXT = 5
+_LINES_PER_TEXT = 5
 _WIDTH_OF_TEXT = 78
 _WIDTH_OF_CLASSES = 60
 
 STRATEGIES_LEGEND = (
-    "* as configured.\nBatch overlap: share of a sample's batch-mates that share a batch with it again in the next "
-    "epoch.\nExpected speed-up over fixed padding: estimated from the operations of linear layers and "
-    "attention.\nBalance: slowest rank over the mean. Largest batch: samples x width, or samples: tokens if packed."
+    "* as configured.\nBatch overlap: fraction of a sample's batch that is batched with it again in the next epoch.\n"
+    "Expected speed-up over fixed padding: estimated from the operations of linear layers and attention.\n"
+    "Balance: slowest rank over the mean. Largest batch: samples x width, or samples: tokens if packed."
 )
 
 
 def example(label: str, text: str) -> str:
     """The first lines of a sample."""
-    lines = textwrap.wrap(text, _WIDTH_OF_TEXT, max_lines=_LINES_OF_A_TEXT, placeholder=" ...")
+    lines = textwrap.wrap(text, _WIDTH_OF_TEXT, max_lines=_LINES_PER_TEXT, placeholder=" ...")
     return "\n".join([f"[{label}]", *(f"  {line}" for line in lines), ""])
 
 
@@ -34,7 +34,7 @@ def splits(of: Sequence[Split], max_length: int) -> Table:
                 "split": split.name,
                 "samples": f"{split.samples:,}",
                 "real tokens": f"{split.tokens:,}",
-                "tokens a sample": f"{split.mean_length:,.0f}",
+                "tokens per sample": f"{split.mean_length:,.0f}",
                 f"cut at {max_length}": f"{split.truncated:.1%}",
                 "tokens cut": f"{split.lost_tokens:.1%}",
                 "classes": _shortened(split.classes),

@@ -24,21 +24,21 @@ def problem_type_of(config: PretrainedConfig) -> str:
 
 
 def check_problem_type(config: PretrainedConfig, problem_type: str) -> None:
-    """Refuses a model that was trained for another task.
+    """Rejects a model that was trained for another task.
 
     Raises:
         ValueError: The task differs.
     """
     if (trained := problem_type_of(config)) != problem_type:
-        hint = "" if config.problem_type else f" {if_config_does_not_say(problem_type)}"
+        hint = "" if config.problem_type else f" {missing_problem_type_hint(problem_type)}"
         raise UsageError(
             f"the model was trained for {trained}, not for {problem_type}. Use a model trained for it, or one that is "
             f"not fine-tuned; or set --data.problem_type.{hint}"
         )
 
 
-def if_config_does_not_say(problem_type: str) -> str:
-    """The remedy for a model whose configuration does not name its task, as is the case for many on the Hub."""
+def missing_problem_type_hint(problem_type: str) -> str:
+    """The remedy for a model whose configuration does not name its task, as for many models on the Hub."""
     return (
         f"If the model was trained for {problem_type} and its configuration does not say so, set "
         f'--model.model_kwargs=\'{{"problem_type": "{problem_type}"}}\'.'
@@ -46,7 +46,7 @@ def if_config_does_not_say(problem_type: str) -> str:
 
 
 def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEncoder | None:
-    """The labels that a model was trained for; None if it is not this package's and its labels are `LABEL_0` and so on.
+    """The labels that a model was trained for; None if another library's model has only `LABEL_0` and so on.
 
     Raises:
         ValueError: It was trained for another task.
@@ -55,7 +55,7 @@ def labels_from_config(config: PretrainedConfig, problem_type: str) -> LabelEnco
     names, label_type = label_names_from_config(config), config.to_dict().get(_LABEL_TYPE)
     if len(set(names)) < len(names):
         raise UsageError(
-            f"the model's configuration has the class names {join_quoted(names)}, of which two are the same. Give each "
+            f"the model's configuration has the class names {join_quoted(names)}, two of which are the same. Give each "
             "class its own name in id2label."
         )
     if label_type is None and all(re.fullmatch(r"LABEL_\d+", name) for name in names):

@@ -11,7 +11,7 @@ def detect_problem_type(columns: LabelColumns) -> str:
     """The `problem_type` of a split's labels.
 
     Several numeric columns mean regression, unless they contain only 0 and 1. Several other columns, lists, or texts
-    with a delimiter mean multi-label. Floats, also in lists, mean regression. Everything else means single-label.
+    with a delimiter mean multi-label. Floats, alone or in lists, mean regression. Everything else means single-label.
     """
     if columns.delimiter is not None:
         return "multi_label_classification"

@@ -17,7 +17,7 @@ from smartbatch_lightning.tasks.source import LabelColumns, first_true, is_text
 
 DELIMITERS = (",", ";", "|")  # searched for between labels
 
-AS_LISTS = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
+LISTS_REMEDY = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -41,7 +41,7 @@ class Labels:
     columns: LabelColumns
 
     def row(self, number: int) -> str:
-        """Name of a label's row in messages."""
+        """The row of a label, for messages."""
         return self.columns.row(number if self.rows is None else int(self.rows[number]))
 
 
@@ -52,12 +52,12 @@ class LabelEncoder:
     Attributes:
         names: Class names in the order of their numbers.
         label_type: How labels are written in the data.
-        counted: Names that integers in the data index, because the given names are not numbers.
+        id_names: Names by class id, if integers in the data are ids; None if they are names themselves.
     """
 
     names: tuple[str, ...]
     label_type: LabelType = "text"
-    counted: tuple[str, ...] | None = None
+    id_names: tuple[str, ...] | None = None
 
     @classmethod
     def from_labels(cls, labels: Labels) -> "LabelEncoder":
@@ -94,7 +94,7 @@ class LabelEncoder:
                 f"label_names is {join_quoted(texts) or 'empty'}; give the names of two classes or more, each once. If "
                 "the label is a number to predict, set --data.problem_type=regression."
             )
-        return cls(tuple(texts), label_type_of(texts), counted_by_ids(texts))
+        return cls(tuple(texts), label_type_of(texts), id_names_for(texts))
 
     def encode(self, labels: Labels) -> NDArray[np.int64]:
         """Class number of each label. Shape (number of labels,).
@@ -102,8 +102,8 @@ class LabelEncoder:
         Raises:
             ValueError: A label is not a class; the message names the row.
         """
-        counted = self.counted if labels.label_type == "integer" and labels.columns.class_names is None else None
-        known = list(self.names) if counted is None else [str(number) for number in range(len(counted))]
+        id_names = self.id_names if labels.label_type == "integer" and labels.columns.class_names is None else None
+        known = list(self.names) if id_names is None else [str(number) for number in range(len(id_names))]
         numbers = pc.index_in(labels.names, value_set=pa.array(known, pa.string()))
         if numbers.null_count:
             unknown = first_true(numbers.is_null())
@@ -111,20 +111,20 @@ class LabelEncoder:
             for delimiter in DELIMITERS:
                 if delimiter in met and {part.strip() for part in met.split(delimiter)} <= set(self.names):
                     hint = f" If these are several labels, set label_delimiter={delimiter!r}."
-            if counted is not None:
+            if id_names is not None:
                 hint = f" Integers are class ids here, from 0 to {len(known) - 1}; give a name for each id."
             elif labels.label_type == "integer" and not any(map(_is_whole_number, self.names)):
                 hint = " If integers are class ids, set --data.label_names to the names in their order."
                 if any(map(_NUMBER.fullmatch, self.names)):
                     hint = " Name whole numbers without extra zeros, such as '1' for 1.0 or 01."
             raise UsageError(
-                f"{labels.row(unknown)} has the label {join_quoted([met])}, which is none of "
+                f"{labels.row(unknown)} has the label {join_quoted([met])}, which is not one of "
                 f"the {len(self.names):,} classes: {join_quoted(self.names)}. Correct it, drop such rows, or use "
                 f"predict, which needs no labels.{hint}"
             )
         encoded = np.asarray(numbers, np.int64)
-        if counted is not None:
-            encoded = np.array([self.names.index(name) for name in counted])[encoded]
+        if id_names is not None:
+            encoded = np.array([self.names.index(name) for name in id_names])[encoded]
         return encoded
 
     def decode(self, numbers: NDArray[np.integer]) -> pa.Array:
@@ -156,7 +156,7 @@ def other_labels_error(source: str, trained: Sequence[str], names: Sequence[str]
     )
 
 
-def counted_by_ids(names: Sequence[str]) -> tuple[str, ...] | None:
+def id_names_for(names: Sequence[str]) -> tuple[str, ...] | None:
     """Names that integers in the data index, if none of them is a number; otherwise integers are names themselves."""
     return None if any(map(_NUMBER.fullmatch, names)) else tuple(names)
 

@@ -25,7 +25,7 @@ class LossOptions:
         pos_weight: Weight of having a label relative to not having it, by name or one number for all, as in
             `torch.nn.BCEWithLogitsLoss`; `balanced` is the number of samples without the label over the number with
             it. For multi-label tasks.
-        label_smoothing: Probability mass of each label that is spread evenly over all classes, from 0 to 1 (Szegedy et
+        label_smoothing: Probability mass, from 0 to 1, that is moved from each label to all classes, evenly (Szegedy et
             al., *Rethinking the Inception Architecture*, 2016).
         focal_gamma: Exponent of the focal loss, which gives well-classified samples less weight (Lin et al., *Focal
             Loss for Dense Object Detection*, 2017); 0 for the plain loss.
@@ -41,7 +41,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"label_smoothing is {self.label_smoothing}; give a fraction from 0 to below 1.")
+            raise UsageError(f"label_smoothing is {self.label_smoothing}; give a number of 0 or more and below 1.")
         if not 0 <= self.focal_gamma < math.inf:
             raise UsageError(f"focal_gamma is {self.focal_gamma}; give a number that is 0 or more, such as 2.")
         for argument, weights in (("class_weights", self.class_weights), ("pos_weight", self.pos_weight)):
@@ -70,8 +70,8 @@ class LossOptions:
             options = replace(options, pos_weight=weights)
         return options
 
-    def only(self, problem_type: str, *taken: str) -> None:
-        """Refuses options that a task does not support.
+    def check_supported(self, problem_type: str, *taken: str) -> None:
+        """Rejects options that a task does not support.
 
         Raises:
             ValueError: One is given.
@@ -79,7 +79,7 @@ class LossOptions:
         given = [name for name, value in vars(self).items() if value not in (None, 0.0) and name not in taken]
         if given:
             raise UsageError(
-                f"{given[0]} is given, which the loss of {problem_type} does not take. Leave it out, or set "
+                f"{given[0]} is given, which the loss of {problem_type} does not support. Leave it out, or set "
                 "--data.problem_type."
             )
 
@@ -164,7 +164,7 @@ class BinaryCrossEntropy:
 
 
 def check_shape(labels: Tensor, expected: torch.Size) -> None:
-    """Refuses labels of another shape, which torch may broadcast, pairing each target with every prediction.
+    """Rejects labels of another shape, which torch may broadcast, pairing each target with every prediction.
 
     Raises:
         ValueError: The shape differs.
@@ -201,7 +201,7 @@ def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[fl
     given = {str(name): float(weight) for name, weight in weights.items()}
     if unknown := [name for name in given if name not in names]:
         raise UsageError(
-            f"{argument} has {join_quoted(unknown)}, which is none of the labels: {join_quoted(names)}. Correct the "
+            f"{argument} has {join_quoted(unknown)}, which is not one of the labels: {join_quoted(names)}. Correct the "
             f"name. {QUOTE_NAMES}"
         )
     return tuple(given.get(name, 1.0) for name in names)
@@ -209,6 +209,6 @@ def _in_order(weights: Weights, names: Sequence[str], argument: str) -> tuple[fl
 
 @lru_cache(maxsize=8)
 def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of these values, cached to avoid waiting for a copy to the GPU; usable in training too."""
+    """A tensor of these values, cached to avoid waiting for a copy to the GPU; not an inference tensor."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

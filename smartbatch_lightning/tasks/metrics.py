@@ -110,8 +110,8 @@ def _candidates(metric: str, prefixes: Sequence[str] = ("Multiclass", "Multilabe
     classes = [one for one in found if inspect.isclass(one) and issubclass(one, Metric)]
     if not classes:
         raise UsageError(
-            f"metrics has {metric!r}, which is none of {', '.join(map(repr, sorted(_NAMES)))}, and not a torchmetrics "
-            "class for this task. Correct the name."
+            f"metrics has {metric!r}, which is neither one of {', '.join(map(repr, sorted(_NAMES)))}, nor a "
+            "torchmetrics class for this task. Correct the name."
         )
     return classes
 
@@ -130,8 +130,8 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
             warnings.simplefilter("ignore")  # for example that all predictions will be saved
             binary = kind.__name__.startswith("Binary") and problem_type == "single_label_classification"
             if binary and num_labels == 2:
-                _announce_second(kind.__name__, task.label_names[1])
-                kind = _of_second_class(kind)
+                _log_positive_class(kind.__name__, task.label_names[1])
+                kind = _for_second_class(kind)
             built = kind(**options)
             _try(built, task, problem_type)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
@@ -147,11 +147,11 @@ def _build(name: str, metric: str, options: dict[str, Any], task: Task) -> Metri
 
 
 @cache
-def _announce_second(metric: str, name: str) -> None:
+def _log_positive_class(metric: str, name: str) -> None:
     rank_zero_info(f"{metric} is for {name!r}, the second class. Set --data.label_names to change the order.")
 
 
-def _of_second_class(kind: type[Metric]) -> type[Metric]:
+def _for_second_class(kind: type[Metric]) -> type[Metric]:
     """A binary metric that takes the probabilities of both classes. torchmetrics' wrappers do not count updates."""
 
     def update(self: Metric, preds: Tensor, target: Tensor) -> None:

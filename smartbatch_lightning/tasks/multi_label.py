@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from smartbatch_lightning.errors import UsageError, join_quoted
 from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config
 from smartbatch_lightning.tasks.labels import (
-    AS_LISTS,
+    LISTS_REMEDY,
     LabelEncoder,
     Labels,
     are_written_lists,
@@ -53,7 +53,7 @@ class MultiLabelClassification(Task):
     Attributes:
         labels: The encoder of label names.
         delimiter: Separator with which labels are written again; None for lists.
-        positions: Label names in the order in which the data has a 0 or 1 for each; by default that of the logits.
+        positions: Label names in the order of the data's 0/1 values; by default that of the logits.
         indicators: Whether lists in the training split had a 0 or 1 for each label; None if unknown.
         loss: The loss.
     """
@@ -139,10 +139,10 @@ class MultiLabelClassification(Task):
         return pc.binary_join(lists.cast(pa.list_(pa.string())), self.delimiter)
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Strata of samples with the same labels; if a set of labels occurs only once, with the same rarest label.
+        """Strata of samples with the same labels, or, if no other sample has the same, with the same rarest label.
 
         A sample with a label that at most two samples have is a stratum of its own, which is not split. So is one
-        sample for each label that might otherwise have no sample in the first part.
+        sample of each label that training might otherwise be left without.
         """
         bits = np.packbits(labels, axis=1)  # rows as bytes, which numpy compares fifty times as fast as columns
         sets, stratum, counts = np.unique(
@@ -169,7 +169,7 @@ class MultiLabelClassification(Task):
 
     def with_loss(self, options: LossOptions) -> "MultiLabelClassification":
         """The task with positive weights, label smoothing or focal loss."""
-        options.only(_PROBLEM_TYPE, "pos_weight", "label_smoothing", "focal_gamma")
+        options.check_supported(_PROBLEM_TYPE, "pos_weight", "label_smoothing", "focal_gamma")
         return replace(self, loss=BinaryCrossEntropy.from_options(options, self.label_names))
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class MultiLabelClassification(Task):
         if self.indicators and columns.are_lists and not columns.values.null_count:
             whole = _are_truth_values(columns, len(self.label_names))
             if not whole.all():
-                raise _odd_row(columns, int(np.argmin(whole)), len(self.label_names), "the training split has")
+                raise _odd_row_error(columns, int(np.argmin(whole)), len(self.label_names), "the training split has")
         indicators = are_indicators(columns)
         if indicators is None:
             indicators = self.indicators
@@ -257,7 +257,7 @@ def are_indicators(columns: LabelColumns) -> bool | None:
     if whole.all():
         return True if twice else None
     if 2 * whole.sum() > len(whole) and (twice or (first > second).any()):  # label ids are usually ascending
-        raise _odd_row(columns, int(np.argmin(whole)), width, "most rows have")
+        raise _odd_row_error(columns, int(np.argmin(whole)), width, "most rows have")
     return False
 
 
@@ -270,7 +270,7 @@ def _are_truth_values(columns: LabelColumns, width: int) -> NDArray[np.bool_]:
     return np.asarray((lengths == width) & ~odd, bool)
 
 
-def _odd_row(columns: LabelColumns, row: int, width: int, as_elsewhere: str) -> UsageError:
+def _odd_row_error(columns: LabelColumns, row: int, width: int, as_elsewhere: str) -> UsageError:
     return UsageError(
         f"{columns.row(row)} does not have a 0 or 1 for each of the {width} labels in {columns.names[0]!r}, as "
         f"{as_elsewhere}. Correct it, or drop such rows; if the lists hold label ids, use names instead."
@@ -278,7 +278,7 @@ def _odd_row(columns: LabelColumns, row: int, width: int, as_elsewhere: str) -> 
 
 
 def _named(names: Sequence[str]) -> LabelEncoder:
-    return replace(LabelEncoder.from_names(names), counted=None)
+    return replace(LabelEncoder.from_names(names), id_names=None)
 
 
 def _truth_values(columns: LabelColumns, name: str, values: pa.ChunkedArray, per_row: int = 1) -> NDArray[np.bool_]:
@@ -298,8 +298,8 @@ def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
     [name], lists = columns.names, columns.values
     if lists.null_count:
         raise UsageError(
-            f"{columns.row(first_true(lists.is_null()))} has no labels in {name!r}, not even an empty list or text. "
-            "Drop such rows, or give them an empty one."
+            f"{columns.row(first_true(lists.is_null()))} is null in {name!r}. Drop such rows, or write an empty list "
+            "or text for a sample without labels."
         )
     if not columns.are_lists:
         if columns.delimiter is None:
@@ -311,7 +311,7 @@ def _read_lists(columns: LabelColumns) -> tuple[Labels, NDArray[np.int64]]:
         if is_text(lists.type) and are_written_lists(pc.unique(lists).to_pylist()):
             raise UsageError(
                 f"the label column {name!r} of the split {columns.split!r} holds lists written as text, such as "
-                f"{join_quoted([lists[0].as_py()])}. Instead, {AS_LISTS}."
+                f"{join_quoted([lists[0].as_py()])}. Instead, {LISTS_REMEDY}."
             )
         lists = _split(lists, columns.delimiter, is_text(lists.type))
     lengths = np.asarray(pc.list_value_length(lists), np.int64)

@@ -65,7 +65,7 @@ class Regression(Task):
     @property
     def description(self) -> str:
         """The target names, in words."""
-        how = "" if self.standardization is None else ", standardized in training, predicted in the data's unit"
+        how = "" if self.standardization is None else ", standardized in training, predicted in the original units"
         return f"{len(self.names):,} target{'s' if len(self.names) > 1 else ''}: {join_quoted(self.names)}{how}"
 
     @classmethod
@@ -147,7 +147,7 @@ class Regression(Task):
         return encoded[:, 0] if len(self.names) == 1 else encoded
 
     def _ordered_targets(self, columns: LabelColumns) -> NDArray[np.float64]:
-        """Targets in the data's unit and the order of the logits. Shape (num_samples, num_targets)."""
+        """Targets in the original units and the order of the logits. Shape (num_samples, num_targets)."""
         targets = _read_targets(columns)
         if targets.shape[1] != len(self.names):
             raise UsageError(
@@ -166,7 +166,7 @@ class Regression(Task):
         return _as_column(self._in_unit(labels))
 
     def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        """Tenths of the samples by the rank of their target, or of the targets' mean if there are several."""
+        """Tenths of the samples by target, or by the mean of the standardized targets if there are several."""
         values = np.asarray(labels, np.float64)
         if values.ndim == 2:
             values = ((values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-12)).mean(axis=1)
@@ -188,7 +188,7 @@ class Regression(Task):
 
     def with_loss(self, options: LossOptions) -> "Regression":
         """The same task: regression has no loss options."""
-        options.only(_PROBLEM_TYPE)
+        options.check_supported(_PROBLEM_TYPE)
         return self
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class Regression(Task):
         return F.mse_loss(outputs, labels.to(logits.dtype))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Predicted targets in the data's unit, (batch,), or (batch, num_targets) for several; at least float32."""
+        """Predicted targets in the original units, (batch,), or (batch, num_targets) for several; at least float32."""
         outputs = self._outputs(logits)
         return outputs if self.standardization is None else self.standardization.restore_tensor(outputs)
 
@@ -217,7 +217,7 @@ class Regression(Task):
         return "spearman" if len(self.names) == 1 else "mse"
 
     def metric_labels(self, labels: Tensor) -> Tensor:
-        """Labels as floats in the data's unit."""
+        """Labels as floats in the original units."""
         return labels.float() if self.standardization is None else self.standardization.restore_tensor(labels)
 
     def predict_labels(self, scores: NDArray[Any], thresholds: Mapping[str, float] | None = None) -> NDArray[Any]:
@@ -236,7 +236,7 @@ class Regression(Task):
         return logits[:, 0] if len(self.names) == 1 else logits
 
     def _in_unit(self, labels: NDArray[Any]) -> NDArray[Any]:
-        """Encoded labels in the data's unit."""
+        """Encoded labels in the original units."""
         return np.asarray(labels) if self.standardization is None else self.standardization.restore(labels)
 
 

@@ -14,8 +14,15 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import PretrainedConfig
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.tasks.config import if_config_does_not_say, labels_from_config, labels_in_config
-from smartbatch_lightning.tasks.labels import AS_LISTS, DELIMITERS, LabelEncoder, Labels, are_written_lists, labels_in
+from smartbatch_lightning.tasks.config import labels_from_config, labels_in_config, missing_problem_type_hint
+from smartbatch_lightning.tasks.labels import (
+    DELIMITERS,
+    LISTS_REMEDY,
+    LabelEncoder,
+    Labels,
+    are_written_lists,
+    labels_in,
+)
 from smartbatch_lightning.tasks.losses import CrossEntropy, LossOptions
 from smartbatch_lightning.tasks.source import ONE_COLUMN, LabelColumns, LabelSource
 from smartbatch_lightning.tasks.task import Task
@@ -96,7 +103,7 @@ class SingleLabelClassification(Task):
 
     def with_loss(self, options: LossOptions) -> "SingleLabelClassification":
         """The task with class weights, label smoothing or focal loss."""
-        options.only(_PROBLEM_TYPE, "class_weights", "label_smoothing", "focal_gamma")
+        options.check_supported(_PROBLEM_TYPE, "class_weights", "label_smoothing", "focal_gamma")
         return replace(self, loss=CrossEntropy.from_options(options, self.label_names))
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -142,7 +149,7 @@ def _read_labels(columns: LabelColumns) -> Labels:
         several = "multi_label_classification"
         raise UsageError(
             f"{what}, but problem_type is {_PROBLEM_TYPE!r}, which has one label per sample. Give one column without a "
-            f"delimiter, or set --data.problem_type={several}. {if_config_does_not_say(several)}"
+            f"delimiter, or set --data.problem_type={several}. {missing_problem_type_hint(several)}"
         )
     return labels_in(columns, columns.values)
 
@@ -153,7 +160,7 @@ def _warn_of_classes(names: Sequence[str], num_samples: int) -> None:
     if are_written_lists(names):
         rank_zero_warn(
             f"The {len(names):,} classes, such as {join_quoted(names[:3])}, are lists written as text, but are trained "
-            f"as single classes. If a sample has several labels, {AS_LISTS}."
+            f"as single classes. If a sample has several labels, {LISTS_REMEDY}."
         )
         return
     numbers = "numbers to predict, write them as in 1234.5 and set --data.problem_type=regression"

@@ -53,7 +53,7 @@ class LabelColumns:
         return pa.chunked_array([names]).take(pc.if_else(known, ids, None))
 
     def row(self, number: int) -> str:
-        """Name of a row in messages."""
+        """A row, for messages."""
         return f"row {number} (counted from 0) of the split {self.split!r}"
 
 
@@ -70,7 +70,7 @@ class LabelSource:
     delimiter: str | None = None
 
     @classmethod
-    def of(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
+    def from_arguments(cls, column: str | Sequence[str], delimiter: str | None) -> "LabelSource":
         """Creates a source from a user's arguments.
 
         Raises:
@@ -155,7 +155,7 @@ def flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Values as floats, also from text, ignoring surrounding spaces; None if one is not a number."""
+    """Numbers, or texts that are numbers apart from surrounding spaces, as floats; None if one is not a number."""
     if is_text(values.type):
         try:
             return pc.utf8_trim_whitespace(values).cast(pa.float64())
@@ -165,7 +165,7 @@ def as_numbers(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def as_truth_values(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Booleans for 0 and 1, true and false, also as text in any case, with or without surrounding spaces; else null."""
+    """Booleans for 0 and 1, true and false, and texts of these in any case and with surrounding spaces; else null."""
     if is_text(values.type):
         values = pc.utf8_lower(pc.utf8_trim_whitespace(values))
         no, yes = (pc.is_in(values, value_set=pa.array(words, values.type)) for words in (_FALSE, _TRUE))

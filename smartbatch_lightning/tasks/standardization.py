@@ -21,7 +21,7 @@ class Standardization:
     """Standardization of targets: `(target - mean) / std`.
 
     Attributes:
-        mean: Mean of each target, in the data's unit.
+        mean: Mean of each target, in the original units.
         std: Standard deviation of each target, with the number of samples as divisor.
     """
 
@@ -51,7 +51,7 @@ class Standardization:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Standardization | None":
-        """Reads the standardization from a model's configuration; None if its outputs are in the data's unit."""
+        """Reads the standardization from a model's configuration; None if its outputs are in the original units."""
         mean, std = (fields.get(name) for name in STANDARDIZATION_FIELDS)
         return None if mean is None or std is None else cls(tuple(mean), tuple(std))
 
@@ -65,7 +65,7 @@ class Standardization:
         return np.asarray((targets - np.array(self.mean)) / np.array(self.std))
 
     def restore(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        """Standardized values, (num_samples,) or (num_samples, num_targets), in the data's unit."""
+        """Standardized values, (num_samples,) or (num_samples, num_targets), in the original units."""
         return np.asarray(np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean))
 
     def restore_tensor(self, values: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class Task(Protocol):
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
-        """Input of the metrics, at least float32: probabilities (batch, num_labels), or values in the data's unit."""
+        """Input of the metrics, at least float32: probabilities (batch, num_labels), or values in original units."""
 
     def metric_labels(self, labels: Tensor) -> Tensor:
         """Labels in the form that metrics expect; by default as encoded."""
@@ -123,7 +123,7 @@ class Task(Protocol):
 
     @property
     def names_with_threshold(self) -> list[str]:
-        """Labels that are predicted if their probability is above a threshold; by default none."""
+        """Labels that are predicted if their probability is above a threshold; none by default."""
         return []
 
     @abstractmethod

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smartbatch_lightning.errors import UsageError, join_quoted
-from smartbatch_lightning.storage import atomic_write, refused
+from smartbatch_lightning.storage import atomic_write, reporting_write_errors
 from smartbatch_lightning.tasks.task import Task
 
 THRESHOLDS_FILE = "thresholds.json"
@@ -54,6 +54,6 @@ def write_thresholds(thresholds: Mapping[str, float], path: Path) -> None:
         ValueError: The file cannot be written.
     """
     text = json.dumps(dict(thresholds), indent=2, ensure_ascii=False) + "\n"
-    with refused(path, "Free some space, or give another folder."):
+    with reporting_write_errors(path, "Free some space, or give another folder."):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8"))
