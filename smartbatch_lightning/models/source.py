@@ -168,12 +168,8 @@ class ModelSource:
         config = self.checkpoint_config(self.architecture or {})
         if "quantization_config" in self.model_kwargs:
             del config.quantization_config  # otherwise the pretrained weights would be expected to be quantized
-        fixed = (
-            *_LOCATION_OPTIONS,
-            *_WHICH_FILES,
-            *_NOT_IN_CONFIG,
-            "problem_type",
-        )  # a checkpoint always has the last one
+        # a checkpoint always has a problem_type
+        fixed = (*_LOCATION_OPTIONS, *_WHICH_FILES, *_NOT_IN_CONFIG, "problem_type")
         changed = {name: value for name, value in self.model_kwargs.items() if name not in fixed}
         if unknown := [name for name in changed if not hasattr(config, name)]:
             raise _unknown_options(unknown, "the checkpoint")
