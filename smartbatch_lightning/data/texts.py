@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from smartbatch_lightning.batching.arrays import Int64s
 from smartbatch_lightning.contract import TEXT_ENCODING, TextModel, text_data_of, text_model_of
 from smartbatch_lightning.data.encoding import TextEncoder, check_not_blank
 from smartbatch_lightning.data.lazy import LazyTokenTable
@@ -409,14 +408,10 @@ class TextDataModule(L.LightningDataModule):
         """The task with the mean and deviation of the training targets, if requested and not a trained model's."""
         if not self._task_options.standardize_targets or task.standardization is not None:
             return task
-        share = self._names.validation_share(splits)
-        return task.standardized(labels, self._set_aside(task, labels, share)[0] if share else None)
-
-    def _set_aside(self, task: Task, labels: LabelColumns, share: float) -> tuple[Int64s, Int64s]:
-        """Rows of the training split to train and to validate on."""
-        if isinstance(task, Regression):
-            task = replace(task, standardization=None)  # so that it does not affect the split
-        return train_and_validation_rows(task, task.encode(labels), share, self.seed)
+        share, rows = self._names.validation_share(splits), None
+        if share:
+            rows, _ = train_and_validation_rows(task, task.encode(labels), share, self.seed)
+        return task.standardized(labels, rows)
 
     def _train_and_validation(self) -> tuple[TokenDataset, list[TokenDataset]]:
         train, share = self._labelled(self.train_split), self._names.validation_share(self.splits)
@@ -428,10 +423,14 @@ class TextDataModule(L.LightningDataModule):
                     "about other samples. Unless this is intended, set --data.validation_split."
                 )
             return train, [self._labelled(split) for split in validated]
-        loaded = self._load()
-        assert loaded.task is not None  # otherwise `_labelled` would have raised an error
-        assert loaded.train_labels is not None
-        parts = self._set_aside(loaded.task, loaded.train_labels, share)
+        task, labels, columns = self.task, train.labels, self._load().train_labels
+        assert task is not None  # otherwise `_labelled` would have raised an error
+        assert labels is not None
+        assert columns is not None
+        if isinstance(task, Regression) and task.standardization is not None:
+            task = replace(task, standardization=None)  # so that it does not affect the split
+            labels = task.encode(columns)
+        parts = train_and_validation_rows(task, labels, share, self.seed)
         unused = [split for split in self.splits if split not in self._names.used(self.splits)]
         if self.validation_split == "auto" and unused:
             rank_zero_info(
