@@ -98,6 +98,12 @@ def between_steps(trainer: L.Trainer, every_n_steps: int = 1) -> bool:
     return bool(trained % every == 0 or trained == trainer.num_training_batches)
 
 
+def logs_now(trainer: L.Trainer) -> bool:
+    """Whether Lightning logs after the last batch, which then completed a multiple of `log_every_n_steps`."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every and trainer.global_step % every == 0 and between_steps(trainer))
+
+
 def position(trainer: L.Trainer) -> Position:
     """The training progress; batches whose gradients were still being accumulated do not count."""
     loop = trainer.fit_loop

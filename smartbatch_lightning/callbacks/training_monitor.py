@@ -23,7 +23,7 @@ from smartbatch_lightning.data.loader import SmartBatchLoader
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.flops import peak_flops, training_flops
 from smartbatch_lightning.models.packing import reads_one_token
-from smartbatch_lightning.progress import between_steps, resumes_mid_epoch
+from smartbatch_lightning.progress import between_steps, logs_now, resumes_mid_epoch
 
 try:
     import resource
@@ -158,10 +158,8 @@ class TrainingMonitor(Callback):
             self._tokens += tokens
             self._on_device += sums
         self._accumulated.clear()
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        step = trainer.global_step
-        if trainer.loggers and every and step % every == 0 and step != self._last_step:
-            self._last_step = step
+        if trainer.loggers and logs_now(trainer) and trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
             self._log(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

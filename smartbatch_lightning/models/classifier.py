@@ -89,7 +89,7 @@ from smartbatch_lightning.models.schedule import (
 )
 from smartbatch_lightning.models.source import ModelSource
 from smartbatch_lightning.progress import (
-    between_steps,
+    logs_now,
     respect_early_stopping,
     restore_loaders,
     total_steps,
@@ -544,8 +544,7 @@ class SequenceClassifier(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Logs the loss when Lightning logs; doing so in every step would cost 0.3 ms and a wait for the device."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logged = every and self.trainer.global_step % every == 0 and between_steps(self.trainer)
+        logged = logs_now(self.trainer)
         if logged or self._losses.is_full:
             self.read_losses()
         if logged and self._losses.last is not None and not self._step_loss_is_monitored:
