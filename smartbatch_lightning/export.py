@@ -165,7 +165,7 @@ def _sample_inputs(data: SmartBatchDataModule) -> list[dict[str, Tensor]]:
     return [one for one in inputs if one["input_ids"].shape[1]]
 
 
-def check_exportable(module: Any, datamodule: Any, adapter: bool = False) -> None:
+def check_exportable(module: Any, datamodule: Any, adapter: bool) -> None:
     """Rejects a model that `export_model` cannot write.
 
     Raises:

@@ -48,7 +48,7 @@ def hub_or_cache(name: str, repo_type: str = "model") -> Iterator[None]:
             constants.HF_HUB_OFFLINE = False
 
 
-def create_repository(repo_id: str, private: bool | None = None) -> str:
+def create_repository(repo_id: str, private: bool | None) -> str:
     """Creates a model repository unless it exists, and thereby checks that a folder can be pushed to it.
 
     Args:
@@ -75,7 +75,7 @@ def create_repository(repo_id: str, private: bool | None = None) -> str:
         ) from error
 
 
-def push_folder(folder: Path, repo_id: str, commit_message: str | None = None) -> None:
+def push_folder(folder: Path, repo_id: str, commit_message: str | None) -> None:
     """Uploads all files of a folder to a repository.
 
     Raises:

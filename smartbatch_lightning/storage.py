@@ -98,7 +98,7 @@ def lock_folder(folder: str | Path, remedy: str) -> BaseFileLock:
             raise UsageError(f"another process is writing to {folder}. Wait until it ends. {remedy}") from None
 
 
-def _locked(path: Path, patience: float = math.inf) -> BaseFileLock:
+def _locked(path: Path, patience: float) -> BaseFileLock:
     """Takes the lock next to a file or folder; while waiting, names it every few seconds."""
     lock, waited = FileLock(f"{path}.lock"), 0.0
     while True:
@@ -148,7 +148,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     tmp_path.replace(path)
 
 
-def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable[str] = ()) -> list[Path]:
+def write_into(folder: Path, write: Callable[[Path], object], outdated: Iterable[str]) -> list[Path]:
     """Writes files into a folder that may have others; once all are written, they replace those of the same names.
 
     Args:

@@ -16,6 +16,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerBase
 
 from smartbatch_lightning import SmartBatchDataModule
+from smartbatch_lightning.data import token_cache
 from smartbatch_lightning.data.encoding import TextEncoder, stored_texts, text_blocks
 from smartbatch_lightning.data.token_cache import tokenize_to_cache
 from smartbatch_lightning.data.tokens import TokenDataset, TokenFile, TokenTable
@@ -30,10 +31,8 @@ def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def tokenize(tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
-    def run(
-        dataset: Dataset, text_columns=("text",), max_length: int = 64, tokenizer=tokenizer, **options
-    ) -> TokenTable:
-        return tokenize_to_cache(dataset, TextEncoder(tokenizer, text_columns, None, max_length), tmp_path, **options)
+    def run(dataset: Dataset, text_columns=("text",), max_length: int = 64, tokenizer=tokenizer) -> TokenTable:
+        return tokenize_to_cache(dataset, TextEncoder(tokenizer, text_columns, None, max_length), tmp_path)
 
     return run
 
@@ -59,10 +58,11 @@ def test_pairs_have_token_types_and_are_cut_together(tokenize, tokenizer) -> Non
         assert table[row]["token_type_ids"].tolist() == expected["token_type_ids"]
 
 
-def test_shards_are_one_table(tokenize, tokenizer, tmp_path: Path) -> None:
+def test_shards_are_one_table(tokenize, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"film {number} " * (number % 40) for number in range(50)]
     whole = tokenize(Dataset.from_dict({"text": texts}))
-    table = tokenize(Dataset.from_dict({"text": texts}), rows_per_shard=7)
+    monkeypatch.setattr(token_cache, "_ROWS_PER_SHARD", 7)
+    table = tokenize(Dataset.from_dict({"text": texts}))
     assert len(list(table.path.glob("*.arrow"))) == 8
     expected = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
     for one in (table, pickle.loads(pickle.dumps(table))):
@@ -76,9 +76,10 @@ def test_shards_are_one_table(tokenize, tokenizer, tmp_path: Path) -> None:
         table[50]
 
 
-def test_only_what_is_missing_or_damaged_is_made_again(tokenize) -> None:
+def test_only_what_is_missing_or_damaged_is_made_again(tokenize, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_cache, "_ROWS_PER_SHARD", 10)
     data = Dataset.from_dict({"text": [f"film {number}" for number in range(40)]})
-    table = tokenize(data, rows_per_shard=10)
+    table = tokenize(data)
     expected = [row["input_ids"].tolist() for row in table]
     shards = sorted(table.path.glob("*.arrow"))
     shards[1].write_bytes(b"damaged")
@@ -86,7 +87,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(tokenize) -> None:
     before = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
     with pytest.raises(ValueError, match="000001.arrow is not a valid token file"):
         TokenFile(table.path)
-    assert [row["input_ids"].tolist() for row in tokenize(data, rows_per_shard=10)] == expected
+    assert [row["input_ids"].tolist() for row in tokenize(data)] == expected
     assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == before
     shards[3].unlink()
     with pytest.raises(ValueError, match="does not hold the samples that its files declare"):
@@ -105,7 +106,8 @@ def _tokenize_slowly(folder: Path, minilm: str, made: Path) -> None:
 
     encoder = Slow(AutoTokenizer.from_pretrained(minilm), ("text",), None, 64)
     data = Dataset.from_dict({"text": [f"film {number}" for number in range(300)]})
-    tokenize_to_cache(data, encoder, folder, rows_per_shard=10)
+    token_cache._ROWS_PER_SHARD = 10  # in this process
+    tokenize_to_cache(data, encoder, folder)
 
 
 def _start(*arguments) -> multiprocessing.Process:

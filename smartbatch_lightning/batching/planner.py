@@ -55,7 +55,7 @@ def plan_epoch(
     return find_strategy(spec.batching)(PlanRequest(checked, spec, num_replicas, bit_generator))
 
 
-def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replicas: int = 1) -> BatchPlan:
+def plan_windows(lengths: ArrayLike, spec: BatchSpec, window: int, *, num_replicas: int) -> BatchPlan:
     """Plans windows of consecutive samples, one after another, each as `plan_epoch` does without shuffling.
 
     Once a window's batches are done, all samples up to its end are done.

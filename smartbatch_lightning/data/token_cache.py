@@ -26,9 +26,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def tokenize_to_cache(
-    dataset: Dataset, encoder: TextEncoder, cache_dir: Path, source: str = "", rows_per_shard: int = _ROWS_PER_SHARD
-) -> TokenFile:
+def tokenize_to_cache(dataset: Dataset, encoder: TextEncoder, cache_dir: Path, source: str = "") -> TokenFile:
     """Tokenizes a data set into the cache, except for what is already there.
 
     The folder's name is computed from the fingerprints of the data and the encoder, so later runs, other ranks and
@@ -40,18 +38,17 @@ def tokenize_to_cache(
         encoder: Tokenizes its texts.
         cache_dir: Folder of the cache.
         source: Name of the data set in `smartbatch cache list`.
-        rows_per_shard: Samples per file.
 
     Raises:
         ValueError: A text is missing or not text, or has no tokens or too many special tokens.
     """
-    named = [_FORMAT, rows_per_shard, dataset._fingerprint, encoder.identity]
+    named = [_FORMAT, _ROWS_PER_SHARD, dataset._fingerprint, encoder.identity]
     folder = cache_dir / f"tokens-{sha256(json.dumps(named).encode()).hexdigest()[:32]}"
     num_samples, limit = len(dataset), size_limit()
     lock = CacheLock(folder, f"{num_samples:,} samples of {source}, tokens of {encoder.tokenizer.name_or_path}")
     shards = {
-        folder / f"{shard:06}.arrow": range(first, min(first + rows_per_shard, num_samples))
-        for shard, first in enumerate(range(0, max(num_samples, 1), rows_per_shard))
+        folder / f"{shard:06}.arrow": range(first, min(first + _ROWS_PER_SHARD, num_samples))
+        for shard, first in enumerate(range(0, max(num_samples, 1), _ROWS_PER_SHARD))
     }
     missing = {path: rows for path, rows in shards.items() if not is_valid(path)}
     if missing:

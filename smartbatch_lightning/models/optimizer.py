@@ -24,8 +24,8 @@ def build_optimizer(
     make: OptimizerCallable,
     parameters: Iterable[nn.Parameter],
     model: PreTrainedModel,
-    layer_decay: float = 1.0,
-    head_learning_rate: float | None = None,
+    layer_decay: float,
+    head_learning_rate: float | None,
 ) -> Optimizer:
     """Creates an optimizer that does not decay one-dimensional parameters, with a learning rate for each model part.
 

@@ -61,8 +61,8 @@ class Schedule:
         self,
         lr_scheduler: str | Mapping[str, Any] | Callable[[Optimizer], Any],
         arguments: Mapping[str, Any],
-        warmup_steps: int = 0,
-        warmup_ratio: float = 0.0,
+        warmup_steps: int,
+        warmup_ratio: float,
     ) -> None:
         if warmup_steps and warmup_ratio:
             raise UsageError(f"warmup_steps is {warmup_steps} and warmup_ratio {warmup_ratio}; set one of them to 0.")
