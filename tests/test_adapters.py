@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from helpers import assert_same, begin, cli, finish, kill_after, slow, trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, StochasticWeightAveraging
 from peft import LoraConfig, PrefixTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from test_families import by_pipeline, make_tiny, probabilities
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, pipeline
 
@@ -186,10 +187,11 @@ KINDS = ["BOFT", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA",
     "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly", "ignore:.*script_method"
 )  # peft's
 @pytest.mark.parametrize("config", [{"peft_type": kind} for kind in KINDS] + [{**LORA, "use_dora": True}])
-def test_every_kind_says_the_same_trained_loaded_merged_and_alone(config: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bert", "roberta"])  # whose heads have one layer and two
+def test_every_kind_says_the_same_trained_loaded_merged_and_alone(family: str, config: dict, tmp_path: Path) -> None:
     from test_families import TEXTS, GivenTexts
 
-    make_tiny("bert", tmp_path / "base")
+    make_tiny(family, tmp_path / "base")
     texts = [text for text in TEXTS if text]
     module = GivenTexts(texts, max_length=40, batch_size=4)
     run, model = fitted(tmp_path, module, pretrained=str(tmp_path / "base"), peft_config=config, run={"max_steps": 3})
@@ -205,6 +207,23 @@ def test_every_kind_says_the_same_trained_loaded_merged_and_alone(config: dict, 
         export_model(model, module, tmp_path / str(adapter), adapter=adapter)
         said = by_pipeline(tmp_path / str(adapter), texts, 8, adapter=adapter)
         torch.testing.assert_close(said, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["esm", slow("xlnet")])
+def test_where_peft_names_no_layers_of_a_family_all_linear_ones_but_those_of_the_head_are_adapted(
+    family: str, tmp_path: Path
+) -> None:
+    make_tiny(family, tmp_path / "base")
+    options = {"pretrained": str(tmp_path / "base"), "num_labels": 3}
+    plain = SequenceClassifier(**options)
+    plain.configure_model()
+    prefix = f"{plain.model.base_model_prefix}."
+    linear = {name for name, module in plain.model.named_modules() if type(module) is torch.nn.Linear}
+    for kind in ("IA3", "LOHA"):
+        model = SequenceClassifier(**options, peft_config={"peft_type": kind})
+        model.configure_model()
+        adapted = {name for name, module in model.model.named_modules() if isinstance(module, BaseTunerLayer)}
+        assert adapted == {name for name in linear if name.startswith(prefix)}
 
 
 # --- beside other settings ---

@@ -842,6 +842,12 @@ def test_xmod_without_a_language_is_told_which_ones_it_has(tmp_path: Path) -> No
     refused(tmp_path, "'en_XX', 'de_DE'.*model_kwargs.default_language", model_kwargs={"default_language": None})
 
 
+def test_adapters_of_a_family_without_linear_layers_are_refused(tmp_path: Path) -> None:
+    make_tiny("ibert", tmp_path / "base")
+    message = "IBertForSequenceClassification has no linear layers to which adapters.*Leave peft_config out, or set its"
+    refused(tmp_path, message, peft_config={"peft_type": "LORA"})
+
+
 def test_a_family_without_a_head_is_named(tmp_path: Path) -> None:
     MambaConfig(vocab_size=500, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path / "base")
     make_tokenizer("none").save_pretrained(tmp_path / "base")

@@ -72,6 +72,7 @@ class Adapters:
             return detached
         expected = _logits(detached, merged_for)
         try:
+            _unwrap_trained_modules(detached)
             merged = detached.merge_and_unload()
         except Exception as error:  # peft has many kinds of layers
             raise UsageError(
@@ -151,10 +152,14 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
     config = read_peft_config(peft_config)
     if config.target_modules is None and not config.to_dict().get("target_parameters"):
         known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", {})
-        if known:  # peft keeps IA3's elsewhere
+        if config.peft_type.value == "IA3":  # which peft keeps elsewhere, with layers whose inputs are scaled
+            known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+            if model.config.model_type not in known and config.feedforward_modules is None:
+                config.feedforward_modules = []
+        if known:  # older versions of peft have none
             config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
-            config.exclude_modules = _special_linear_layers(model) or None
+            config.exclude_modules = _excluded_linear_layers(model, _trained_modules(model, fresh)) or None
             if not any(isinstance(module, nn.Linear | Conv1D) for module in model.base_model.modules()):
                 raise UsageError(
                     f"{type(model).__name__} has no linear layers to which adapters could be added. Leave peft_config "
@@ -222,10 +227,28 @@ def _trained_modules(model: PreTrainedModel, fresh: Collection[str]) -> list[str
     return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
-def _special_linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of linear layers that return more than a product, such as routers of experts."""
+def _unwrap_trained_modules(peft_model: Any) -> None:
+    """Replaces peft's wrappers of fully trained modules by these, which most of its adapters do for single layers only.
+
+    Args:
+        peft_model: peft's wrapper around the model; changed in place.
+    """
+    for name, module in list(peft_model.named_modules()):
+        if isinstance(module, _import_peft().utils.ModulesToSaveWrapper):
+            trained = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            parent, _, child = name.rpartition(".")
+            setattr(peft_model.get_submodule(parent), child, trained)
+
+
+def _excluded_linear_layers(model: PreTrainedModel, trained: Collection[str]) -> list[str]:
+    """Names of linear layers that are fully trained, or return more than a product, such as routers of experts."""
     linear = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [name for name, kind in linear.items() if kind.__module__.startswith("transformers.models.")]
+    inside = tuple(f"{name}." for name in trained)
+    return [
+        name
+        for name, kind in linear.items()
+        if kind.__module__.startswith("transformers.models.") or f"{name}.".startswith(inside)
+    ]
 
 
 @torch.no_grad()
