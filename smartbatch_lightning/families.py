@@ -66,14 +66,20 @@ def padding_side(config: PretrainedConfig) -> str:
     return "left" if config.model_type in _PADDED_LEFT else "right"
 
 
+def input_names(config: PretrainedConfig) -> list[str] | None:
+    """Names of a classifier's inputs; None for custom code, whose tokenizer is trusted."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return None
+    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return list(inspect.signature(model_class.forward).parameters)[1:]
+
+
 def takes_token_types(config: PretrainedConfig) -> bool:
     """Whether a classifier distinguishes the two texts of a pair by `token_type_ids`."""
     if config.model_type in _TYPES_ARE_WORDS or getattr(config, "type_vocab_size", 2) < 2:
         return False
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return True  # custom code, whose tokenizer is trusted
-    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-    return "token_type_ids" in inspect.signature(model_class.forward).parameters
+    names = input_names(config)
+    return names is None or "token_type_ids" in names
 
 
 def token_types(config: PretrainedConfig) -> int | None:

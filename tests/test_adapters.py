@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,14 +11,22 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers import assert_same, begin, cli, finish, kill_after, slow, trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, StochasticWeightAveraging
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from test_families import by_pipeline, make_tiny, probabilities
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    pipeline,
+)
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchDataModule
 from smartbatch_lightning.callbacks.best import BestCheckpoint
 from smartbatch_lightning.callbacks.model_export import ModelExport
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.export import export_model
 
 pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own")]
@@ -224,6 +233,28 @@ def test_where_peft_names_no_layers_of_a_family_all_linear_ones_but_those_of_the
         model.configure_model()
         adapted = {name for name, module in model.model.named_modules() if isinstance(module, BaseTunerLayer)}
         assert adapted == {name for name in linear if name.startswith(prefix)}
+
+
+def test_layers_that_are_excluded_get_no_adapters(tmp_path: Path) -> None:
+    make_tiny("olmo2", tmp_path / "base")  # a family for which peft names no layers
+    names = []
+    for options in ({}, {"exclude_modules": ["k_proj"]}, {"exclude_modules": r".*\.k_proj"}):
+        model = SequenceClassifier(str(tmp_path / "base"), num_labels=3, peft_config={**LORA, **options})
+        model.configure_model()
+        names.append({name for name, one in model.model.named_modules() if isinstance(one, BaseTunerLayer)})
+    assert names[1] == names[2] == {name for name in names[0] if not name.endswith(".k_proj")} != names[0]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_that_are_already_in_the_folder_of_a_model_are_refused(base: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    adapted = get_peft_model(AutoModel.from_pretrained(folder), LoraConfig(task_type="FEATURE_EXTRACTION"))
+    adapted.save_pretrained(folder)
+    for options in ({}, {"peft_config": LORA}):
+        model = SequenceClassifier(str(folder), num_labels=2, **options)
+        with pytest.raises(UsageError, match=r"has an adapter_config.json, with adapters .*Merge them .* or remove"):
+            model.configure_model()
 
 
 # --- beside other settings ---

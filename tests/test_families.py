@@ -675,6 +675,21 @@ def test_tokenizer_batches_model_and_export_pad_with_the_same_token(
     torch.testing.assert_close(said, alone[kept], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["bert", slow("fnet"), slow("llama")])
+def test_the_exported_pipeline_masks_padding_also_if_the_tokenizer_gave_no_mask(family: str, tmp_path: Path) -> None:
+    make_tiny(family, tmp_path / "base")
+    names = ["input_ids"]
+    AutoTokenizer.from_pretrained(tmp_path / "base", model_input_names=names).save_pretrained(tmp_path / "base")
+    width = {"padding": "max_length"} if family in FIXED_WIDTH else {}
+    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4, **width)
+    model = SequenceClassifier(str(tmp_path / "base"))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, data)
+    predicted = probabilities(run, model, data)
+    export_model(model, data, tmp_path / "told")
+    torch.testing.assert_close(by_pipeline(tmp_path / "told", SENTENCES, 8, **width), predicted, atol=1e-5, rtol=0)
+
+
 def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tmp_path: Path) -> None:
     llama(tmp_path / "base", None, {})
     tokenizer = make_tokenizer("none")

@@ -15,6 +15,7 @@ from smartbatch_lightning.data.tokens import TokenTable
 from smartbatch_lightning.errors import UsageError, check_trusted, root_cause_message
 from smartbatch_lightning.families import (
     end_token_read,
+    input_names,
     pad_token_id,
     padding_side,
     takes_token_types,
@@ -132,6 +133,8 @@ def tokenizer_for_model(tokenizer: PreTrainedTokenizerBase, config: PretrainedCo
     names = list(tokenizer.model_input_names)
     if "token_type_ids" in names and not takes_token_types(config):
         names.remove("token_type_ids")
+    if "attention_mask" not in names and "attention_mask" in (input_names(config) or ()):
+        names.append("attention_mask")  # without which the exported pipeline would read padding
     wanted = {
         "pad_token": tokenizer.convert_ids_to_tokens(pad),
         "padding_side": padding_side(config),

@@ -6,6 +6,7 @@ The pretrained weights do not change, so checkpoints leave them out.
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,15 +152,18 @@ def add_adapters(model: PreTrainedModel, peft_config: dict[str, Any], fresh: Col
     peft = _import_peft()
     config = read_peft_config(peft_config)
     if config.target_modules is None and not config.to_dict().get("target_parameters"):
-        known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", {})
-        if config.peft_type.value == "IA3":  # which peft keeps elsewhere, with layers whose inputs are scaled
+        known = getattr(peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "target_module_mapping", None)
+        if known is None:  # peft keeps IA3's elsewhere, and those of its layers whose inputs are scaled
             known = peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
             if model.config.model_type not in known and config.feedforward_modules is None:
                 config.feedforward_modules = []
-        if known:  # older versions of peft have none
-            config.target_modules = known.get(model.config.model_type, "all-linear")
+        config.target_modules = known.get(model.config.model_type, "all-linear")
         if config.target_modules == "all-linear":
-            config.exclude_modules = _excluded_linear_layers(model, _trained_modules(model, fresh)) or None
+            given, excluded = config.exclude_modules, _excluded_linear_layers(model, _trained_modules(model, fresh))
+            if isinstance(given, str):  # a regular expression
+                config.exclude_modules = "|".join([given, *map(re.escape, excluded)])
+            else:
+                config.exclude_modules = [*(given or []), *excluded] or None
             if not any(isinstance(module, nn.Linear | Conv1D) for module in model.base_model.modules()):
                 raise UsageError(
                     f"{type(model).__name__} has no linear layers to which adapters could be added. Leave peft_config "

@@ -276,6 +276,11 @@ class ModelSource:
             if isinstance(error, ImportError):  # such as that of a package for quantized weights
                 remedy = "Install it; or choose a model that does not need it."
             raise UsageError(f"{self._path!r} cannot be loaded{how}: {root_cause_message(error)} {remedy}") from error
+        if getattr(model, "_hf_peft_config_loaded", False):  # only they would be trained, or not even they
+            raise UsageError(
+                f"{self._path!r} has an adapter_config.json, with adapters that transformers adds to the model. Merge "
+                "them into its weights with merge_and_unload of peft, or remove that file."
+            )
         mismatched = {name for name, *_ in found["mismatched_keys"]}
         if misfits := sorted(name for name in mismatched if name.startswith(f"{model.base_model_prefix}.")):
             raise UsageError(
