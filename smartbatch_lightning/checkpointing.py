@@ -153,6 +153,14 @@ def verified_checkpoint(path: _PATH, *, trusts_code: bool = True) -> str:
     return local
 
 
+def saved_arguments(path: _PATH) -> dict[str, Any]:
+    """The module's arguments in a checkpoint that was verified."""
+    arguments: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(
+        "hyper_parameters", {}
+    )
+    return arguments
+
+
 def _checkpoint_error(path: _PATH, what: str) -> UsageError:
     message = f"the checkpoint {path} {what}. Give another one with --ckpt_path"
     if not _is_remote(path):

@@ -1,5 +1,6 @@
 """The command line: prepare, report, fit, validate, test, predict, export, evaluate and cache, with flags and YAML."""
 
+import inspect
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ from smartbatch_lightning.callbacks.model_export import ModelExport
 from smartbatch_lightning.callbacks.prediction_writer import PredictionWriter
 from smartbatch_lightning.callbacks.stop_on_signal import StopOnSignal
 from smartbatch_lightning.callbacks.training_monitor import TrainingMonitor, metrics_in
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, verified_checkpoint
+from smartbatch_lightning.checkpointing import AtomicCheckpointIO, saved_arguments, verified_checkpoint
 from smartbatch_lightning.console import echo
 from smartbatch_lightning.contract import TEXT_ENCODING, callbacks_of
 from smartbatch_lightning.data.datamodule import SmartBatchDataModule
@@ -46,6 +47,7 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
 from smartbatch_lightning.precision import with_precision
 from smartbatch_lightning.progress import check_flags
+from smartbatch_lightning.registry import look_up
 from smartbatch_lightning.storage import check_writable
 
 
@@ -270,7 +272,7 @@ _BATCHES = ("data.batch_size", "data.max_tokens_per_batch", "data.padding")
 _FIT = (*_DATA, *_BATCHES, "data.validation_split", "model.pretrained", "model.learning_rate")
 _TRAINER = ("trainer.devices", "trainer.precision", "trainer.default_root_dir")
 _CHECKPOINT_OPTIONS = ("ckpt_path", "config", "data.dataset")
-_MAX_USED = {
+_MOST_USED = {
     "fit": (*_FIT, "trainer.max_epochs", *_TRAINER, "early_stopping.patience", "export_model.folder", "ckpt_path"),
     "validate": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
     "test": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
@@ -292,7 +294,8 @@ class SmartBatchCLI(LightningCLI):
         datamodule_class: Class of the data module, likewise.
         trainer_defaults: As in `LightningCLI`; added to the defaults above.
         args: Arguments to use instead of the command line's; mistakes in them raise exceptions.
-        options: All other arguments of `LightningCLI`.
+        options: All other arguments of `LightningCLI`; here `subclass_mode_model` and `subclass_mode_data` default to
+            True.
     """
 
     def __init__(
@@ -309,7 +312,10 @@ class SmartBatchCLI(LightningCLI):
             # skips collecting the options of other commands, which takes a tenth of a second each
             self.subcommands = {called[0]: commands[called[0]]}.copy  # type: ignore[method-assign]
         classes: dict[str, type] = {"model": model_class, "data": datamodule_class}
+        by_path = {name: of for name, of in classes.items() if options.get(f"subclass_mode_{name}", True)}
         options = {
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
             "seed_everything_default": 321,
             "save_config_callback": ConfigSaver,
             "save_config_kwargs": {"overwrite": True},  # else Lightning would reject its own file
@@ -324,22 +330,21 @@ class SmartBatchCLI(LightningCLI):
                 **{
                     command: {
                         "usage": "%(prog)s [options]",
-                        "classes": classes,
-                        "most_used": _MAX_USED.get(command, ()),
+                        "classes": by_path,
+                        "most_used": _MOST_USED.get(command, ()),
                     }
                     for command in self.subcommands()
                 },
             },
             **options,
         }
-        self._classes = classes
+        self._classes, self._by_path = classes, by_path
+        self._architecture: dict[str, Any] | None = None
         with _as_command(self._remove_rejected_run) if args is None else nullcontext():
             super().__init__(
                 model_class,
                 datamodule_class,
                 trainer_defaults={"max_epochs": 2, "gradient_clip_val": 1.0, **(trainer_defaults or {})},
-                subclass_mode_model=True,
-                subclass_mode_data=True,
                 args=args,
                 **options,
             )
@@ -361,7 +366,7 @@ class SmartBatchCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelExport, "export_model")
         parser.add_lightning_class_args(EvaluationReport, "evaluation")
-        for name, chosen in self._classes.items():
+        for name, chosen in self._by_path.items():
             module = __package__ if chosen in (SequenceClassifier, SmartBatchDataModule) else chosen.__module__
             parser.set_defaults({name: {"class_path": f"{module}.{chosen.__qualname__}"}})
 
@@ -383,15 +388,20 @@ class SmartBatchCLI(LightningCLI):
             if self.config[command].get(name, {}) is None:
                 raise UsageError(f"{name} is null in the config. Leave it out, or give its options.")
         for name, of in self._classes.items():
-            given = self.config[command].get(name) or {}
-            for argument, value in (given.get("init_args") or {}).items():
+            for argument, value in self._arguments(self.config[command], name).items():
                 if value is None and not _accepts_null(of, argument):
                     raise UsageError(f"--{name}.{argument} is null. Leave it out, or give a value.")
+
+    def _arguments(self, config: Any, name: str) -> Any:
+        """The arguments of the model or the data module in a command's config."""
+        given = config.get(name) or {}
+        return given.get("init_args") or {} if name in self._by_path else given
 
     def _parse_ckpt_path(self) -> None:
         """Takes the architecture and the model arguments that are not given from a local checkpoint.
 
-        Lightning would take all arguments, silently replacing the given ones, before any checkpoint plugin is involved.
+        Lightning would take all arguments, silently replacing the given ones, before any checkpoint plugin is involved,
+        and fail if the class does not take one.
         """
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
@@ -402,19 +412,29 @@ class SmartBatchCLI(LightningCLI):
         if command in ("prepare", "report") and not Path(path).exists():
             return
         given = self.config
-        model_kwargs = given[command].model.get("init_args", {}).get("model_kwargs") or {}
+        model_kwargs = self._arguments(given[command], "model").get("model_kwargs") or {}
         verified_checkpoint(path, trusts_code=model_kwargs.get("trust_remote_code", False))
-        super()._parse_ckpt_path()
-        saved = self.config
-        if saved is given:
+        saved = saved_arguments(path)
+        self._architecture = saved.pop("architecture", None)
+        saved.pop("_instantiator", None)
+        class_path = saved.pop("_class_path", None)
+        chosen = class_path or given[command].model.get("class_path")
+        of = self._classes["model"] if chosen is None else look_up(chosen, {}, "class_path")
+        taken = {name: value for name, value in saved.items() if _takes(of, name)}
+        if not taken:
             return
+        if class_path:
+            taken = {"class_path": class_path, "dict_kwargs": taken}
+        config = self.parser.parse_object({command: {"model": taken}}, given)
         parse: Any = self.parser.parse_object if isinstance(self._args, dict | Namespace) else self.parser.parse_args
         # everything else stays as parsed: lists with `+=` would be extended twice
-        self.config = given
-        self.config[command].model = parse(self._args, saved.clone())[command].model
-        architecture = f"{command}.model.init_args.architecture"
-        if architecture in saved:
-            self.config[architecture] = saved[architecture]
+        given[command].model = parse(self._args, config)[command].model
+
+    def instantiate_classes(self) -> None:
+        """Also gives the model the architecture of the checkpoint, which a subclass may not take as an argument."""
+        super().instantiate_classes()
+        if self._architecture is not None and isinstance(self.model, SequenceClassifier):
+            self.model.architecture = self.model.architecture or self._architecture
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Adds `AtomicCheckpointIO` unless a `CheckpointIO` is given; as a default, other plugins would replace it."""
@@ -463,6 +483,12 @@ class SmartBatchCLI(LightningCLI):
                 "That was the built-in demo. For a real run: smartbatch fit --model.pretrained=bert-base-uncased "
                 "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"
             )
+
+
+def _takes(of: type, argument: str) -> bool:
+    """Whether the constructor of a class takes an argument, or any."""
+    parameters = inspect.signature(of).parameters
+    return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _accepts_null(of: type, argument: str) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -406,6 +407,14 @@ def test_callbacks_that_monitor_validation_are_refused_before_the_first_step_if_
     run = trainer(tmp_path, callbacks=[callback], enable_checkpointing=True, **options)
     with pytest.raises(ValueError, match=f"{known}, but there is no validation. Set --data.validation_split"):
         run.fit(SequenceClassifier(), data(validation_split=0.1 if options else None))
+    assert run.global_step == 0
+
+
+@pytest.mark.parametrize("kind", [partial(EarlyStopping, check_on_train_epoch_end=True), ModelCheckpoint])
+def test_a_metric_of_training_that_is_not_logged_is_refused_before_the_first_step(kind, tmp_path: Path) -> None:
+    run = trainer(tmp_path, callbacks=[kind(monitor="train_los")], enable_checkpointing=True, limit_val_batches=1)
+    with pytest.raises(ValueError, match="monitors 'train_los', but training logs 'train_loss_step', 'train_loss', "):
+        run.fit(SequenceClassifier(), data())
     assert run.global_step == 0
 
 

@@ -1,6 +1,8 @@
 """Tests of the house: imports run one way, each question has one place, and what users bring of their own fits in."""
 
 import ast
+import copy
+import pickle
 import sys
 from functools import cache
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from helpers import QUIET, trainer
+from helpers import QUIET, slow, trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from torch.utils.data import DataLoader
 from transformers import (
@@ -474,3 +476,76 @@ def test_the_command_line_is_made_for_classes_of_ones_own() -> None:
     config = run.config.fit.trainer
     assert config.gradient_clip_val == 1.0  # what the defaults leave out stays
     assert run.trainer.gradient_clip_val == 1.0
+
+
+class Scaled(SequenceClassifier):
+    """Has few arguments, of its own, as a LightningCLI's model may have."""
+
+    def __init__(self, pretrained: str = "demo", scale: float = 1.0) -> None:
+        super().__init__(pretrained, learning_rate=1e-3)
+        self.scale = scale
+
+    def compute_loss(self, output, labels):
+        return self.scale * super().compute_loss(output, labels)
+
+
+@pytest.mark.parametrize("by_path", [True, slow(False)])
+def test_a_command_line_of_ones_own_links_arguments_and_evaluates_a_model_with_few_arguments(by_path, tmp_path) -> None:
+    class Own(SmartBatchCLI):
+        def add_arguments_to_parser(self, parser) -> None:
+            super().add_arguments_to_parser(parser)
+            init = "init_args." if by_path else ""
+            parser.link_arguments(f"data.{init}batch_size", f"model.{init}scale", compute_fn=float)
+
+    def run(command: str, *args: str) -> Own:
+        options = ["--data.max_length=16", "--data.batch_size=64", "--data.validation_split=test", *QUIET, *args]
+        modes = {"subclass_mode_model": by_path, "subclass_mode_data": by_path}
+        return Own(Scaled, SmartBatchDataModule, args=[command, *options], **modes)
+
+    fitted = run("fit", f"--checkpoint.dirpath={tmp_path}", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1")
+    assert fitted.model.scale == 64
+    before = fitted.trainer.callback_metrics["val_loss"]
+    tested = run("test", f"--ckpt_path={tmp_path}/last.ckpt")
+    assert float(tested.trainer.callback_metrics["test_loss"]) == pytest.approx(float(before))
+    assert tested.model.architecture == fitted.model.hparams["architecture"]
+
+
+class Teaching(Scaled):
+    def __init__(self, pretrained: str = "demo", scale: float = 1.0) -> None:
+        super().__init__(pretrained, scale)
+        self.save_hyperparameters()
+        self.teacher = SequenceClassifier("demo", num_labels=5)
+
+
+def test_a_checkpoint_gives_its_architecture_to_a_model_without_that_argument_and_to_no_other(
+    base: str, tmp_path: Path
+) -> None:
+    data = SmartBatchDataModule(
+        {"train": [{"text": "a fine film", "label": label} for label in ("bad", "good", "odd")] * 4},
+        max_length=16,
+        validation_split=None,
+    )
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.fit(Teaching(base, scale=3.0), data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Teaching.load_from_checkpoint(tmp_path / "a.ckpt", scale=2.0)
+    assert (loaded.label_names, loaded.scale) == (["bad", "good", "odd"], 2.0)
+    assert loaded.teacher.architecture is None
+    for given, message in [
+        ({"scal": 1.0}, "is given 'scal', which Teaching does not take. Leave it out. Did you mean scale"),
+        ({"num_labels": 5}, "num_labels is 5, but the checkpoint classifies into 'bad', 'good', 'odd'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            (SequenceClassifier if "num_labels" in given else Teaching).load_from_checkpoint(
+                tmp_path / "a.ckpt", **given
+            )
+
+
+def test_modules_are_copied_and_pickled_after_a_run(tmp_path: Path) -> None:
+    model, data = SequenceClassifier(), SmartBatchDataModule(max_length=16, seed=1)
+    run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=2)
+    run.fit(model, data)
+    [expected] = run.validate(model, data, verbose=False)
+    for copied in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        [found] = trainer(tmp_path, limit_val_batches=2).validate(copied(model), copied(data), verbose=False)
+        assert found == expected

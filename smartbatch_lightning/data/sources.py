@@ -69,7 +69,8 @@ def is_named(dataset: Any) -> bool:
 
 def describe_source(dataset: Any) -> str:
     """The data set, as messages name it."""
-    names = [one if isinstance(one, str) else f"the given {type(one).__name__}" for one in _flat(dataset)]
+    every = [one if isinstance(one, str) else f"the given {type(one).__name__}" for one in _flat(dataset)]
+    names = list(dict.fromkeys(every))
     more = len(names) - _MAX_FILES_NAMED
     return ", ".join(names[:_MAX_FILES_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 

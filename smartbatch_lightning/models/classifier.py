@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +25,12 @@ from torchmetrics import MetricCollection
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from smartbatch_lightning.checkpointing import AtomicCheckpointIO, drop_unsavable, verified_checkpoint
+from smartbatch_lightning.checkpointing import (
+    AtomicCheckpointIO,
+    drop_unsavable,
+    saved_arguments,
+    verified_checkpoint,
+)
 from smartbatch_lightning.contract import (
     TEXT_ENCODING,
     TextData,
@@ -34,7 +40,7 @@ from smartbatch_lightning.contract import (
     text_data_of,
     validates,
 )
-from smartbatch_lightning.errors import UsageError, check_at_least, join_quoted
+from smartbatch_lightning.errors import UsageError, check_at_least, did_you_mean, join_quoted, nearest
 from smartbatch_lightning.models.adapters import (
     FINGERPRINT,
     Adapters,
@@ -106,6 +112,8 @@ Batch = dict[str, Any]
 
 _ARCHITECTURE = "architecture"  # key among the weights passed between processes
 _STEP_LOSS = "train_loss_step"
+# That of the checkpoint from which a module is being created; a subclass may not have the argument `architecture`.
+_architecture_to_load: ContextVar[dict[str, Any] | None] = ContextVar("_architecture_to_load", default=None)
 
 
 class SequenceClassifier(L.LightningModule):
@@ -234,7 +242,8 @@ class SequenceClassifier(L.LightningModule):
         self.hparams.update({name: value for name, value in resolved.items() if name in self.hparams})
         self.compiled = compile
         self.model_kwargs = model_kwargs or {}
-        self.architecture = architecture
+        self.architecture = architecture or _architecture_to_load.get()
+        _architecture_to_load.set(None)  # not for another classifier that a subclass has
         self.model = None
         self._task: Task | None = None
         self.epoch_metrics = EpochMetrics()
@@ -456,6 +465,8 @@ class SequenceClassifier(L.LightningModule):
         for callback in monitoring:
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
+            elif callback.monitor and type(self) is SequenceClassifier and not self._logs_others():
+                self._check_monitored_in_training(callback)
         if self.adapters is not None:
             rank_zero_info(str(self.adapters))
         elif self.model is self._transformer and is_quantized(self.model):
@@ -652,6 +663,16 @@ class SequenceClassifier(L.LightningModule):
             raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
         return name, mode or ("max" if better else "min")
 
+    def _check_monitored_in_training(self, callback: ModelCheckpoint | EarlyStopping) -> None:
+        """Refuses to monitor what is not logged in training; Lightning would do so after an epoch."""
+        logged = [_STEP_LOSS, *(f"train_{name}" for name in ("loss", *map(str, self._make_metrics().metrics)))]
+        others = ("epoch", "step", "train_padding_ratio", "train_seconds", "train_real_tokens_per_second")
+        if callback.monitor not in (*logged, *others):
+            raise UsageError(
+                f"{type(callback).__name__} monitors {callback.monitor!r}, but training logs {join_quoted(logged)}, "
+                "and validation the same with val_. Name one of these."
+            )
+
     @property
     def _validation_sets(self) -> Sequence[str]:
         data = text_data_of(self._trainer)
@@ -735,10 +756,25 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
         """
+        own, lightnings = (inspect.signature(of).parameters for of in (cls.__init__, super().load_from_checkpoint))
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
+        unknown = [name for name in options if name not in {*own, *lightnings}]
+        if unknown and not takes_any:  # Lightning would ignore them
+            meant = did_you_mean(nearest(unknown[0], own))
+            raise UsageError(
+                f"load_from_checkpoint is given {join_quoted(unknown)}, which {cls.__name__} does not take. Leave it "
+                f"out.{meant}"
+            )
+        architecture = None
         if isinstance(checkpoint_path, str | Path):
             trusts_code = (options.get("model_kwargs") or {}).get("trust_remote_code", False)
             checkpoint_path = verified_checkpoint(checkpoint_path, trusts_code=trusts_code)
-        return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
+            architecture = saved_arguments(checkpoint_path).get("architecture")
+        before = _architecture_to_load.set(architecture)
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args[:3], **{**options, "weights_only": True})
+        finally:
+            _architecture_to_load.reset(before)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Like torch's, without the weights frozen under adapters; in a spawned process, plus the architecture."""
@@ -830,8 +866,11 @@ class SequenceClassifier(L.LightningModule):
             trained_config=config if own is not None or is_fine_tuned(config) else None,
             trained_on=self._trained_on,
             check=self._check_text_data,
-            sample_weights=lambda labels: self.task.sample_weights(labels),
+            sample_weights=self._sample_weights,
         )
+
+    def _sample_weights(self, labels: Tensor) -> Tensor | None:
+        return self.task.sample_weights(labels)
 
     def _check_text_data(self, data: TextData) -> None:
         """Checks what can be checked without the model's weights; `check_inputs` checks the rest."""

@@ -76,7 +76,13 @@ class ModelSource:
             ValueError: The model is not found, does not fit the task, or `model_kwargs` has options that it lacks.
         """
         if self.architecture is not None:
-            return self._model_for_checkpoint(tokenizer)
+            model, fresh = self._model_for_checkpoint(tokenizer)
+            if num_labels not in (None, model.config.num_labels):
+                raise UsageError(
+                    f"num_labels is {num_labels}, but the checkpoint classifies into "
+                    f"{join_quoted(label_names_from_config(model.config))}. Leave num_labels out."
+                )
+            return model, fresh
         config, standardization = self._pretrained_config(), None
         check_has_head(config)
         adopt_tokenizer(config, tokenizer)  # before the model is built, since embeddings also use the padding token
