@@ -67,6 +67,23 @@ def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path) -> None:
     assert (epoch_of(saver.best_model_path), epoch_of(saver.last_model_path)) == (1, 2)
 
 
+def test_a_second_fit_knows_all_of_the_first_after_the_best_weights_were_tested(tmp_path: Path) -> None:
+    class Never(Planned):
+        PLAN = (0.9, 0.5, 0.2, 0.1)
+
+    saver, stopping = BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), EarlyStop(9)
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "enable_checkpointing": True, "max_epochs": 3}
+    run = trainer(tmp_path, callbacks=[saver, stopping], **options)
+    model, data = Never(), SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1)
+    run.fit(model, data)
+    run.test(model, data, ckpt_path="best", verbose=False)
+    assert (stopping.wait_count, saver.last_model_path) == (2, str(tmp_path / "kept" / "last.ckpt"))
+    run.fit_loop.max_epochs = 4
+    run.fit(model, data)
+    assert epoch_of(saver.best_model_path) == 0
+    assert epoch_of(saver.last_model_path) == 3
+
+
 def test_another_run_in_the_same_folder_is_refused_and_replaces_nothing(tmp_path: Path) -> None:
     planned(tmp_path, BestCheckpoint("val_planned", "max", str(tmp_path / "kept")), max_epochs=1)
     before = (tmp_path / "kept" / "best.ckpt").read_bytes()

@@ -49,6 +49,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, "best", monitor, enable_version_counter=dirpath is None)
         self.given = (monitor, mode)
         self._steps_between = every_n_train_steps
+        self._fits = True
 
     @property
     def state_key(self) -> str:
@@ -62,7 +63,8 @@ class BestCheckpoint(ModelCheckpoint):
             ValueError: There is no such metric.
         """
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        self._fits = stage == "fit"
+        if not self._fits:
             return
         if trainer.global_step == 0:  # otherwise this fit continues the Trainer's previous one
             self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
@@ -74,8 +76,11 @@ class BestCheckpoint(ModelCheckpoint):
         self.kth_value = torch.tensor(float("inf" if self.mode == "min" else "-inf"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state, unless another metric was monitored."""
-        if state_dict["monitor"] == self.monitor:
+        """Restores the state in `fit`, unless another metric was monitored.
+
+        Lightning would do so for a checkpoint that is tested too, and a second `fit` would know only what that one did.
+        """
+        if self._fits and state_dict["monitor"] == self.monitor:
             super().load_state_dict(state_dict)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -157,6 +162,7 @@ class EarlyStop(EarlyStopping):
         super().__init__(monitor or "", min_delta, patience, mode=mode or "min")  # type: ignore[arg-type]
         self.given = (monitor, mode)
         self._given_delta = min_delta
+        self._fits = True
 
     @property
     def state_key(self) -> str:
@@ -169,7 +175,8 @@ class EarlyStop(EarlyStopping):
         Raises:
             ValueError: There is no such metric, or no validation.
         """
-        if stage == "fit" and self.patience is not None:
+        self._fits = stage == "fit"
+        if self._fits and self.patience is not None:
             monitor, mode = self.given
             if monitor is None:
                 for saver in callbacks_of(trainer, BestCheckpoint):
@@ -201,8 +208,8 @@ class EarlyStop(EarlyStopping):
         return {**super().state_dict(), "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state except the patience, unless another metric was monitored."""
-        if state_dict.get("monitor") != self.monitor:
+        """Restores the state in `fit` except the patience, unless another metric was monitored."""
+        if not self._fits or state_dict.get("monitor") != self.monitor:
             return
         super().load_state_dict({**state_dict, "patience": self.patience})
         if self.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED and self.wait_count < self.patience:
