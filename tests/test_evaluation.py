@@ -34,6 +34,7 @@ from smartbatch_lightning import (
     demo,
 )
 from smartbatch_lightning.cli import main
+from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.evaluation.samples import Lengths
 from smartbatch_lightning.evaluation.sections import FIGURES
 from smartbatch_lightning.tasks import MultiLabelClassification, Regression, SingleLabelClassification
@@ -738,6 +739,13 @@ def test_a_refused_label_names_the_options_of_evaluate(monkeypatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_refused_label_that_reads_like_an_option_is_quoted_as_it_is(tmp_path: Path) -> None:
+    table = pa.table({"probability_a": [0.2], "probability_b": [0.8], "label": ["--data.label_names"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="'--data.label_names'"):
+        evaluate(str(tmp_path / "rows.parquet"), folder=str(tmp_path / "evaluation"))
+
+
 def test_a_report_leaves_nothing_of_an_earlier_one_and_other_files_where_they_are(tmp_path: Path) -> None:
     """Its thresholds would be taken for those of the newer predictions."""
     (tmp_path / "mine.png").write_bytes(b"a picture")

@@ -1,5 +1,6 @@
 """`smartbatch evaluate`."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,10 @@ from smartbatch_lightning.evaluation.evaluation import Evaluation
 from smartbatch_lightning.storage import check_writable
 from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, read_thresholds, write_thresholds
+
+
+# The label options as in other commands, where they are among the data's, unless quoted: then they are in the table.
+_OF_THE_DATA = re.compile(r"(?<!['\"\w])--data\.(?=label_(column|delimiter|names)\b)")
 
 
 def evaluate(
@@ -64,8 +69,8 @@ def evaluate(
             temperature=temperature,
             title=title,
         )
-    except UsageError as error:  # in other commands, the label options are among the data's
-        raise UsageError(str(error).replace("--data.label_", "--label_")) from error
+    except UsageError as error:
+        raise UsageError(_OF_THE_DATA.sub("--", str(error)).replace(" or --data.problem_type", "")) from error
     if thresholds == "best" and not evaluation.task.names_with_threshold:
         raise UsageError(
             "thresholds=best needs a multi-label task or two classes, but here the outputs are "
