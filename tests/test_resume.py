@@ -166,6 +166,16 @@ def test_a_run_resumed_after_an_optimizer_step_ends_with_the_same_weights(
     assert_same(resumed, weights)
 
 
+def test_a_run_on_the_same_batches_in_every_epoch_is_resumed_exactly(tmp_path: Path) -> None:
+    options = {"overfit_batches": 3}
+    whole, weights = train(tmp_path, module=data(jitter="auto"), **options)
+    assert [len(batches) for batches in whole] == [3] * 3
+    train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 1), module=data(jitter="auto"), **options)
+    after, resumed = train(tmp_path, ckpt_path=tmp_path / "a.ckpt", module=data(jitter="auto"), **options)
+    assert after == [[], whole[1][2:], whole[2]]
+    assert_same(resumed, weights)
+
+
 def test_batches_whose_gradients_were_being_accumulated_are_trained_again(tmp_path: Path) -> None:
     whole, weights = train(tmp_path, accumulate_grad_batches=3)
     train(tmp_path, SaveAndStop(tmp_path / "a.ckpt", 1, 4), accumulate_grad_batches=3)

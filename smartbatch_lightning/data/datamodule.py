@@ -205,8 +205,7 @@ class SmartBatchDataModule(TextDataModule):
 
     def train_dataloader(self) -> SmartBatchLoader:
         """Batches in a new plan every epoch; with `overfit_batches`, always the same ones."""
-        overfit = self.trainer is not None and bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        sampler = self.configure_sampler(self.train_data.lengths, shuffle=not overfit)
+        sampler = self._configure_train_sampler()
         if self._restored is not None:
             sampler.load_state_dict(self._restored)
         self._train_sampler = sampler
@@ -261,7 +260,7 @@ class SmartBatchDataModule(TextDataModule):
         if stage != TrainerFn.FITTING:
             return
         self._adopt_seed(state["fingerprint"]["seed"], "fit")
-        sampler = self.configure_sampler(self.train_data.lengths, shuffle=True)
+        sampler = self._configure_train_sampler()
         if has_trained(state) and not self.ignore_fingerprint_mismatch:
             check_fingerprint(state["fingerprint"], dataset_fingerprint(self.train_data, sampler.spec))
         resume_training(self.trainer, sampler, state)
@@ -272,6 +271,10 @@ class SmartBatchDataModule(TextDataModule):
         unpatch_loaders()
 
     # --- the rest ---
+
+    def _configure_train_sampler(self) -> SmartBatchSampler:
+        overfit = self.trainer is not None and bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return self.configure_sampler(self.train_data.lengths, shuffle=not overfit)
 
     @property
     def _width_step(self) -> int:

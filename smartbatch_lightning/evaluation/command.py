@@ -14,7 +14,6 @@ from smartbatch_lightning.storage import check_writable
 from smartbatch_lightning.tasks.config import label_names_from_config
 from smartbatch_lightning.tasks.thresholds import THRESHOLDS_FILE, read_thresholds, write_thresholds
 
-
 # The label options as in other commands, where they are among the data's, unless quoted: then they are in the table.
 _OF_THE_DATA = re.compile(r"(?<!['\"\w])--data\.(?=label_(column|delimiter|names)\b)")
 
