@@ -465,7 +465,7 @@ class SequenceClassifier(L.LightningModule):
         for callback in monitoring:
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
-            elif callback.monitor and type(self) is SequenceClassifier and not self._logs_others():
+            elif callback.monitor and type(self) is SequenceClassifier and not self._may_log_other_metrics():
                 self._check_monitored_in_training(callback)
         if self.adapters is not None:
             rank_zero_info(str(self.adapters))
