@@ -137,6 +137,8 @@ def verified_checkpoint(path: _PATH, *, trusts_code: bool = True) -> str:
         raise _checkpoint_error(path, what) from error
     except Exception as error:  # a damaged file may raise anything
         what = f"is damaged or not a checkpoint: {root_cause_message(error).rstrip('.')}"
+        if Path(path).is_dir():
+            what = "is a folder, not a file"
         if Path(path, ".metadata").is_file():  # written by torch.distributed.checkpoint
             what = (
                 "is a folder of shards, which only the strategy that wrote it can load. To get a single file, let the "
@@ -164,9 +166,9 @@ def saved_arguments(path: _PATH) -> dict[str, Any]:
 def _checkpoint_error(path: _PATH, what: str) -> UsageError:
     message = f"the checkpoint {path} {what}. Give another one with --ckpt_path"
     if not _is_remote(path):
-        folder = Path(path).parent
+        folder, name = (Path(path), "it") if Path(path).is_dir() else (Path(path).parent, "its folder")
         others = sorted(other.name for other in folder.glob("*.ckpt"))
-        message += f"; its folder has {others}" if others else f"; there is none in {str(folder)!r}"
+        message += f"; {name} has {others}" if others else f"; there is none in {str(folder)!r}"
     return UsageError(f"{message}.")
 
 

@@ -226,6 +226,13 @@ def test_a_damaged_checkpoint_ends_with_one_line(
     assert "\n" not in line
 
 
+def test_a_folder_given_as_a_checkpoint_is_refused_by_the_checkpoints_in_it(tmp_path: Path) -> None:
+    for name in ("last.ckpt", "best.ckpt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=r"is a folder, not a file. .*; it has \['best.ckpt', 'last.ckpt'\]\.$"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path)
+
+
 def test_a_missing_checkpoint_in_a_folder_without_any_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"runs/best.ckpt does not exist. .*; there is none in '.*runs'\.$"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "runs" / "best.ckpt")
