@@ -140,6 +140,7 @@ class Parser(LightningArgumentParser):
         described = problem[0] if problem else inner.partition('":')[2]
         described = re.sub(r"\s+- Expected a path but .*? either not accessible or invalid\s+- ", "", described)
         described = _UNION.sub(_expected, described)
+        described = re.sub(r"typing\.Literal\[(.+?)\]", r"\1", described)  # only the values
         described = (
             re.sub(r"<class '([\w.]+)'>", r"\1", described)
             .replace("NoneType", "null")

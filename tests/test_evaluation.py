@@ -571,7 +571,7 @@ def changed(column: str, value) -> pa.Table:
     ("table", "options", "message"),
     [
         (labelled(single(3)), {"label_column": "stars"}, "no column 'stars'; it has 'index', 'label', 'prediction', 'pro"),
-        (labelled(single(3)), {"text_column": "body"}, "no column 'body'; it has .*Set text_column"),
+        (labelled(single(3)), {"text_column": "body"}, "no column 'body'; it has .*Set text_column, or .*predictions.columns"),
         (labelled(single(3)).select(["index", "label", "prediction"]), {}, "neither a column 'probability_NAME'.*it has"),
         (changed("label", "class 9"), {}, "row 7 .*'class 9', which is not one of the 3 classes: 'class 0', 'class 1'"),
         (changed("label", None), {}, "row 7 .*has no label in 'label'"),

@@ -411,6 +411,12 @@ def test_a_module_that_another_loop_trains_needs_no_trainer(data) -> None:
     assert model.training_step(next(iter(data.train_dataloader())), 0).isfinite()
 
 
+def test_a_batch_without_labels_is_refused_by_what_it_has() -> None:
+    batch = {"input_ids": torch.tensor([[2, 5, 3]]), "target": torch.tensor([1])}
+    with pytest.raises(ValueError, match="a batch for val has 'input_ids', 'target', but no 'labels'"):
+        SequenceClassifier(num_labels=2).step(batch, "val")
+
+
 def test_a_checkpoint_for_other_labels_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "stars.csv").write_text("text,label\n" + "\n".join(f"film,{row % 3}" for row in range(30)))
     data = SmartBatchDataModule({"train": str(tmp_path / "stars.csv")}, str(demo.model_dir()), test_split="train")

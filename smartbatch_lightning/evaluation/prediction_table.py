@@ -287,5 +287,5 @@ def _check_columns(path: Path, names: Sequence[str], source: LabelSource, text_c
         if missing := [name for name in columns if name not in names]:
             raise UsageError(
                 f"{path} has no column {join_quoted(missing)}; it has {join_quoted(names)}. Set {option}, or have "
-                "predict copy that column from its input."
+                "predict copy that column from its input, with --predictions.columns."
             )

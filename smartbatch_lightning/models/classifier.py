@@ -267,6 +267,8 @@ class SequenceClassifier(L.LightningModule):
         Returns:
             The mean loss over the samples of the batch, a scalar.
         """
+        if "labels" not in batch:
+            raise UsageError(f"a batch for {stage} has {join_quoted(batch)}, but no 'labels'. Add them in its loader.")
         output = self(**forward_kwargs(batch))
         assert output.logits is not None
         labels = batch["labels"]
@@ -656,7 +658,7 @@ class SequenceClassifier(L.LightningModule):
         if name not in logged and not self._may_log_other_metrics():
             raise UsageError(
                 f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of "
-                "these."
+                "these, or add the metric to --model.metrics."
             )
         better = logged.get(name)
         if mode is None and better is None:
