@@ -285,7 +285,7 @@ def test_a_texts_logits_are_pooled_over_its_windows_padded_and_packed(pooling: s
     ],
 )
 def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
-    truncation: str, given: dict, tmp_path: Path
+    truncation: str, given: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "model"
     data, model = module("packed", truncation=truncation, **given), SequenceClassifier(MODEL)
@@ -323,6 +323,7 @@ def test_texts_are_cut_as_in_training_by_checkpoint_and_exported_model(
         )
     else:
         assert "but a pipeline reads only the" in card
+        assert "but a pipeline reads only the" in capsys.readouterr().out
 
 
 def test_a_trained_model_that_reads_texts_in_another_way_says_so(tmp_path: Path, caplog) -> None:
