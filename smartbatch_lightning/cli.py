@@ -20,9 +20,10 @@ import lightning as L
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace, auto_cli, get_loader, set_dumper, set_loader
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -78,6 +79,70 @@ class SmartBatchTrainer(L.Trainer):
         if logger in (None, True) and isinstance(self.logger, TensorBoardLogger):
             # written at every log, so that a kill loses nothing; the default is every hundredth step
             self.loggers.append(CSVLogger(self.logger.log_dir, name="csv", flush_logs_every_n_steps=1))
+
+    def fit(
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Trains a model, and saves its best and its last weights.
+
+        Args:
+            model: The model.
+            train_dataloaders: Data loaders to use instead of the data module's.
+            val_dataloaders: Likewise, for validation.
+            datamodule: The data.
+            ckpt_path: Checkpoint to resume from; `last` for the `last.ckpt` in `--checkpoint.dirpath`, or to start from
+                scratch if there is none.
+            weights_only: Ignored: checkpoints are always loaded without running code in them.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measures a trained model on the validation data.
+
+        Args:
+            model: The model.
+            dataloaders: Data loaders to use instead of the data module's.
+            ckpt_path: Checkpoint to measure.
+            verbose: Whether to print the results.
+            datamodule: The data.
+            weights_only: Ignored: checkpoints are always loaded without running code in them.
+        """
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: L.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: L.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measures a trained model on the test data.
+
+        Args:
+            model: The model.
+            dataloaders: Data loaders to use instead of the data module's.
+            ckpt_path: Checkpoint to measure.
+            verbose: Whether to print the results.
+            datamodule: The data.
+            weights_only: Ignored: checkpoints are always loaded without running code in them.
+        """
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def prepare(
         self,
@@ -272,11 +337,13 @@ _BATCHES = ("data.batch_size", "data.max_tokens_per_batch", "data.padding")
 _FIT = (*_DATA, *_BATCHES, "data.validation_split", "model.pretrained", "model.learning_rate")
 _TRAINER = ("trainer.devices", "trainer.precision", "trainer.default_root_dir")
 _CHECKPOINT_OPTIONS = ("ckpt_path", "config", "data.dataset")
+_RUN = ("early_stopping.patience", "checkpoint.monitor", "checkpoint.dirpath", "export_model.folder")
+_PREDICTIONS = ("predictions.path", "predictions.columns", "predictions.overwrite", "predictions.thresholds")
 _MOST_USED = {
-    "fit": (*_FIT, "trainer.max_epochs", *_TRAINER, "early_stopping.patience", "export_model.folder", "ckpt_path"),
+    "fit": (*_FIT, "trainer.max_epochs", *_TRAINER, *_RUN, "ckpt_path"),
     "validate": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
     "test": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "evaluation.folder"),
-    "predict": (*_CHECKPOINT_OPTIONS, *_BATCHES, *_TRAINER, "predictions.path", "predictions.columns"),
+    "predict": (*_CHECKPOINT_OPTIONS, "data.text_columns", *_BATCHES, *_TRAINER, *_PREDICTIONS),
     "prepare": (*_DATA, "data.cache_dir", "model.pretrained"),
     "report": (*_DATA, *_BATCHES, "model.pretrained", "folder", "ranks"),
     "export": (*_CHECKPOINT_OPTIONS, "folder", "push_to_hub", "private"),
@@ -447,6 +514,25 @@ class SmartBatchCLI(LightningCLI):
         self._new_folders = [one for one in (folder, *folder.parents) if trainer.loggers and not one.exists()]
         return trainer
 
+    def _check_last(self) -> None:
+        """Refuses to resume from the last checkpoint of a folder that is new at every start.
+
+        Raises:
+            ValueError: `ckpt_path` is `last`, but the checkpoint folder has the number of the run in it.
+        """
+        settings = self.config[self.config["subcommand"]]
+        numbered = settings["trainer"].get("logger") in (None, True) and SLURMEnvironment.job_id() is None
+        kept = [one for one in callbacks_of(self.trainer, Checkpoint) if getattr(one, "dirpath", None)]
+        if settings.get("ckpt_path") != "last" or not numbered or kept:
+            return
+        saved = Path(self.trainer.default_root_dir).glob("lightning_logs/version_*/checkpoints/last*.ckpt")
+        latest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+        raise UsageError(
+            "--ckpt_path=last means the last.ckpt in --checkpoint.dirpath, which is not set, so every start has a "
+            "new folder. Set it to the same folder at every start, or give --ckpt_path the path of a checkpoint"
+            + (f"; the latest is {latest}." if latest else ".")
+        )
+
     def _remove_rejected_run(self) -> None:
         """Removes the log folders that this run created, if it was rejected before its first step."""
         trainer = getattr(self, "trainer", None)
@@ -459,7 +545,7 @@ class SmartBatchCLI(LightningCLI):
                 for one in outer:
                     one.rmdir()  # unless another run is in it
 
-    def before_fit(self) -> None:
+    def _log_demo(self) -> None:
         """Logs that the data is the demo, if it is."""
         if isinstance(self.datamodule, SmartBatchDataModule) and self.datamodule.is_demo:
             rank_zero_info(
@@ -467,14 +553,19 @@ class SmartBatchCLI(LightningCLI):
                 "about real texts. For other data, set --data.dataset, or give a run's config with --config."
             )
 
-    before_validate = before_test = before_fit
+    def before_fit(self) -> None:
+        """Also refuses to resume from a folder that is new at every start."""
+        self._check_last()
+        self._log_demo()
+
+    before_validate = before_test = _log_demo
 
     def before_predict(self) -> None:
         """Also refuses to overwrite predictions, before the data is tokenized."""
         for writer in callbacks_of(self.trainer, PredictionWriter):
             if isinstance(self.model, SequenceClassifier):
                 writer.check_path()
-        self.before_fit()
+        self._log_demo()
 
     def after_fit(self) -> None:
         """After the demo, prints the command for a real run."""
@@ -548,7 +639,8 @@ def _user_message(error: Exception) -> str | None:
     """
     for one in exception_chain(error):  # jsonargparse wraps what a constructor raises
         raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(one.__traceback__)]
-        refusal = isinstance(one, ValueError | RuntimeError) and "".join(raised_in[-1:]).startswith("lightning.")
+        refusal = isinstance(one, ValueError | RuntimeError | ModuleNotFoundError)  # the last: of a logger
+        refusal = refusal and "".join(raised_in[-1:]).startswith("lightning.")
         if isinstance(one, UsageError | MisconfigurationException) or refusal:
             return str(one).strip().rpartition("UsageError: ")[2]  # torch prepends the traceback of a loader process
     if rank_zero_only.rank and re.search("closed by peer|remote process exited", str(error)):  # type: ignore[attr-defined]
@@ -558,6 +650,10 @@ def _user_message(error: Exception) -> str | None:
 
 # Commands that take no model and no data, unlike the subcommands of LightningCLI.
 _WITHOUT_MODEL: dict[str, Any] = {"evaluate": evaluate, "cache": {"list": list_cache, "prune": prune_cache}}
+_DESCRIPTIONS = {
+    "evaluate": str(evaluate.__doc__).partition("\n")[0],
+    "cache": "Lists and prunes the folders of tokenized text.",
+}
 
 
 def main() -> None:
@@ -572,6 +668,7 @@ def main() -> None:
                 sys.argv[2:],
                 as_positional=False,
                 prog=f"smartbatch {name}",
+                description=_DESCRIPTIONS[name],
                 usage="%(prog)s [options]" if name == "evaluate" else None,
                 parser_class=Parser,
             )

@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers import FAST, QUIET, ROOT, Fork, cli, slow
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning_utilities.core.imports import RequirementCache
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
@@ -312,6 +313,7 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
             "error: metrics is '.nan', which cannot be imported: Empty module name. Check the path.",
         ),
         (["--checkpoint.monitor=val_x"], "error: the metric 'val_x' is monitored, but the logged metrics are"),
+        (["--ckpt_path=last"], "error: --ckpt_path=last means the last.ckpt in --checkpoint.dirpath, which is not set"),
         (["--trainer.max_epochs=-2"], "error: `max_epochs` must be a non-negative integer or -1"),
     ],
 )
@@ -325,6 +327,24 @@ def test_a_mistake_ends_with_one_line_wherever_it_is_found(
     assert str(stop.value).startswith(message)
     assert "\n" not in str(stop.value)
     assert list(Path().iterdir()) == []  # no folder of a run that never began
+
+
+def test_last_without_a_folder_that_stays_is_refused_with_the_latest_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    for version, written in ((0, 1000), (1, 3000), (2, 2000)):
+        path = tmp_path / "lightning_logs" / f"version_{version}" / "checkpoints" / "last.ckpt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (written, written))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match=r"^error: .*the latest is .*version_1/checkpoints/last\.ckpt\.$"):
+        smartbatch("fit", *FAST, "--ckpt_path=last")
+
+
+def test_a_logger_whose_package_is_missing_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("no-such-package>=2"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match=r"^error: .*no-such-package>=2.*pip install[^\n]*$"):
+        smartbatch("fit", *FAST, "--trainer.logger=WandbLogger")
 
 
 def smartbatch(*arguments: str) -> None:
@@ -367,6 +387,10 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         (["fit", "--model.learning_rate=abc"], "--model.learning_rate: expected .*float.*, null. Got value: abc"),
         slow(["fit", "--data.max_length=abc"], "--data.max_length: expected one of int, null. Got value: abc"),
         slow(["fit", "--trainer.max_epochs=abc"], "--trainer.max_epochs: expected one of int, null. Got value: abc"),
+        (
+            ["fit", "--data.truncation=window"],
+            "--data.truncation: expected one of 'head', 'tail', 'head_tail', 'windows', null. Got value: window",
+        ),
         slow(["fit", "--model=Nope"], "--model: expected a class, or options such as --model.pretrained=..."),
         # not the content of the file
         slow(["fit", "--data=texts.csv"], "--data: expected a class, or options such as --data.dataset=..."),
@@ -443,6 +467,21 @@ def test_help_shows_what_most_runs_need_and_help_all_everything(monkeypatch, cap
         assert option in shown["--help"]
     assert "--trainer.num_sanity_val_steps" in shown["--help_all"]
     assert len(shown["--help"].splitlines()) < 90 < len(shown["--help_all"].splitlines())
+
+
+def test_help_describes_every_command_in_a_whole_sentence(monkeypatch, capsys) -> None:
+    def shown(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["smartbatch", *words, "--help"])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit):
+            main()
+        return " ".join(capsys.readouterr().out.split())
+
+    described = re.findall(r" (fit|validate|test|predict|prepare|report|export) ([A-Z].*?\.)(?= )", shown())
+    assert [command for command, _ in described] == [*SmartBatchCLI.subcommands()]
+    assert "Trains a model, and saves its best and its last weights." in dict(described).values()
+    for command in ("evaluate", "cache"):
+        assert "Lightning Trainer" not in shown(command)
 
 
 @pytest.mark.slow
