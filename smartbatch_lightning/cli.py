@@ -393,7 +393,8 @@ class SmartBatchCLI(LightningCLI):
                 "version": version("smartbatch_lightning"),
                 "description": "Fine-tune BERT and other transformers on text classification.",
                 "more_commands": tuple(_WITHOUT_MODEL),
-                "epilog": "Without a model and data: smartbatch evaluate --help and smartbatch cache --help.",
+                "epilog": "Two more commands need no model: smartbatch evaluate --help, for a table of predictions, "
+                "and smartbatch cache --help, for tokenized texts.",
                 **{
                     command: {
                         "usage": "%(prog)s [options]",

@@ -286,6 +286,12 @@ def test_nothing_is_measured_or_predicted_by_a_model_that_was_never_trained(comm
         cli(command, "--data.max_length=24", f"--model.pretrained={base}", "--ckpt_path=last")
 
 
+def test_predicting_unlabelled_texts_without_a_checkpoint_is_told_to_give_one(base: str, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("text\na fine film\n")
+    with pytest.raises(ValueError, match="has not been trained to classify, no checkpoint.*no labels.*--ckpt_path"):
+        cli("predict", "--data.max_length=24", f"--model.pretrained={base}", "--data.dataset=new.csv")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

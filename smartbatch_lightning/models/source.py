@@ -104,6 +104,11 @@ class ModelSource:
                 )
             config.num_labels = num_labels
         elif untrained_needs_labels and not is_fine_tuned(config):
+            if tokenizer is not None:  # of a data module, whose data has no labels
+                raise UsageError(
+                    f"{self._path!r} has not been trained to classify, no checkpoint was loaded, and the data has no "
+                    "labels. Give a checkpoint with --ckpt_path, or an exported folder with --model.pretrained."
+                )
             raise UsageError(
                 "num_labels is not given, and there is no SmartBatchDataModule to take the number of classes from. Set "
                 "--model.num_labels."
