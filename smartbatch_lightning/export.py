@@ -117,7 +117,7 @@ def export_model(
     write_into(folder, write, outdated=[THRESHOLDS_FILE])  # chosen for other weights
     echo(f"Wrote the model to {folder}")
     if (truncation := data.truncation_in_use).side is None:
-        echo(_IN_PARTS[truncation.truncation].format(data.max_length))
+        echo(_PIPELINE_LIMITS[truncation.truncation].format(data.max_length))
     if repo_id is not None:
         push_folder(folder, repo_id, commit_message)
 
