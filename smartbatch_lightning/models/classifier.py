@@ -168,8 +168,8 @@ class SequenceClassifier(L.LightningModule):
             mode for the whole model, such as `reduce-overhead`, which replays small batches as CUDA graphs and needs
             rows of one shape (`padding: packed` with `pad_to_multiple_of`).
         model_kwargs: Extra arguments for `from_pretrained`, such as `revision`, `variant`, `attn_implementation` or the
-            configuration's dropout rates; not those that place the model, such as `device_map`. Weights are float32 unless
-            you set `dtype` (or, with `peft_config`, `quantization_config`).
+            configuration's dropout rates; not those that place the model, such as `device_map`. Weights are float32
+            unless you set `dtype` (or, with `peft_config`, `quantization_config`).
         architecture: A model configuration, as from `PretrainedConfig.to_dict`, for a model with fresh weights; set by
             checkpoints.
 
