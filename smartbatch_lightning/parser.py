@@ -161,7 +161,7 @@ class Parser(LightningArgumentParser):
             return f"--{name} is an option of a command. Write it, or the --config that holds it, after the command."
         last = name.rpartition(".")[2]
         same = [option for option in options if option.rpartition(".")[2] == last]
-        near = same or nearest(name, options)
+        near = same or nearest(name, options) or [option for option in options if _is_short_for(last, option)][:2]
         return f"There is no option --{name}.{did_you_mean(f'--{option}' for option in near)}"
 
 
@@ -174,6 +174,12 @@ def _as_class_paths(args: Any) -> Any:
         if any(arg.startswith(f"{option}.") for arg in args):
             args = [re.sub(f"^{option}(?==|$)", f"{option}.class_path", arg) for arg in args]
     return args
+
+
+def _is_short_for(name: str, option: str) -> bool:
+    """Whether a name is the end of an option, like `epochs` of `max_epochs`, or its initials, like `lr`."""
+    words = option.rpartition(".")[2].split("_")
+    return "".join(word[:1] for word in words) == name or "_".join(words).endswith(f"_{name}")
 
 
 def _expected(union: re.Match[str]) -> str:

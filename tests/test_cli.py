@@ -419,6 +419,8 @@ def test_a_refused_start_leaves_all_files_and_folders_that_were_there(logger, ma
         slow(["fit", "--max_length=9"], r"There is no option --max_length. Did you mean --data.max_length\?"),
         slow(["fit", "--trainer.max_epoch=9"], r"There is no option .*max_epoch. Did you mean --trainer.max_epochs\?"),
         slow(["fit", "--early_stopping.patiense=9"], r"There is no .* Did you mean --early_stopping.patience\?"),
+        (["fit", "--model.lr=1"], r"There is no option --model.lr. Did you mean --model.learning_rate\?"),
+        slow(["fit", "--epochs=9"], r"There is no .* mean --trainer.max_epochs or --trainer.min_epochs\?"),
         slow(["fit", "--config=misspelt.yaml"], r"There is no option --data.max_lenght. .* --data.max_length\?"),
         slow(["fit", "--config=trainer.yaml"], r"There is no option --trainer.max_epoch. .* --trainer.max_epochs\?"),
         slow(["fit", "--model.nothing_like_it=9"], "There is no option --model.nothing_like_it."),
