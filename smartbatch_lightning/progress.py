@@ -104,6 +104,12 @@ def logs_now(trainer: L.Trainer) -> bool:
     return bool(every and trainer.global_step % every == 0 and between_steps(trainer))
 
 
+def is_cut_short(trainer: L.Trainer) -> bool:
+    """Whether the epoch that is ending has not trained all of its batches."""
+    trained = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    return bool(trained < trainer.num_training_batches)
+
+
 def position(trainer: L.Trainer) -> Position:
     """The training progress; batches whose gradients were still being accumulated do not count."""
     loop = trainer.fit_loop

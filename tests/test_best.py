@@ -253,6 +253,19 @@ def test_without_validation_the_last_weights_are_kept_alone(tmp_path: Path) -> N
     assert fitted.trainer.checkpoint_callback.monitor is None
 
 
+@pytest.mark.parametrize(("steps", "waited"), [(1, 0), (3, 0), (5, 1)])
+def test_early_stopping_counts_no_validation_that_max_steps_leaves_out(steps: int, waited: int, tmp_path) -> None:
+    class Never(Planned):
+        PLAN = (0.9, 0.5, 0.2)
+
+    stopping, saver = EarlyStop(9, "val_planned", "max"), BestCheckpoint("val_planned", "max", str(tmp_path / "kept"))
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0, "max_steps": steps}
+    run = trainer(tmp_path, callbacks=[stopping, saver], max_epochs=-1, enable_checkpointing=True, **options)
+    run.fit(Never(), SmartBatchDataModule(max_length=16, batch_size=16, validation_split=0.9, seed=1))
+    assert stopping.wait_count == waited
+    assert torch.load(saver.last_model_path, weights_only=True)["global_step"] == steps
+
+
 def test_an_epoch_that_ends_before_its_validation_leaves_the_last_weights(tmp_path: Path) -> None:
     cli("fit", *FAST[:2], "--trainer.max_steps=3", "--trainer.default_root_dir=run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]

@@ -15,7 +15,7 @@ from smartbatch_lightning.contract import callbacks_of, validates
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.models.metrics import Mode, check_logged
-from smartbatch_lightning.progress import between_steps, validation_interval
+from smartbatch_lightning.progress import between_steps, is_cut_short, validation_interval
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -197,6 +197,11 @@ class EarlyStop(EarlyStopping):
                 monitor, self._given_delta, self.patience, mode=mode, check_on_train_epoch_end=_at_epoch_end(trainer)
             )
         super().setup(trainer, pl_module, stage)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks at the metric, unless `max_steps` or the like has ended the epoch before its validation."""
+        if not is_cut_short(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs why training ended early."""
