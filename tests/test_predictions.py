@@ -436,3 +436,16 @@ def test_labels_in_csv_are_read_again_as_they_were_whatever_they_begin_with(tmp_
     shards.join(1, "index", lambda table: table)
     shards.release()
     assert Evaluation.from_table(str(tmp_path / "out.csv")).results.summary["accuracy"] == 1
+
+
+def test_what_a_subclass_adds_to_its_predictions_is_left_out_of_the_table(tmp_path: Path) -> None:
+    class Adding(SequenceClassifier):
+        def predict_step(self, batch, batch_idx):
+            return {**super().predict_step(batch, batch_idx), "note": "mine", "number": batch_idx}
+
+    rows = [{"text": "a fine film"}, {"text": "dull"}]
+    data = SmartBatchDataModule(rows, str(demo.model_dir()), max_length=16, label_names=["negative", "positive"])
+    trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "rows.csv"))]).predict(Adding(), data)
+    table = pd.read_csv(tmp_path / "rows.csv")
+    assert list(table) == ["index", "prediction", "probability_negative", "probability_positive"]
+    assert table["index"].tolist() == [0, 1]

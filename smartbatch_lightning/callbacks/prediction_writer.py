@@ -169,7 +169,9 @@ class PredictionWriter(BasePredictionWriter):
             raise UsageError(
                 "the batches have no 'index' to order the predictions by. Add each sample's row number as 'index'."
             )
-        self._pending.append({name: values.cpu() for name, values in prediction.items()})
+        # a subclass may add what is not a column
+        tensors = {name: values for name, values in prediction.items() if isinstance(values, torch.Tensor)}
+        self._pending.append({name: values.cpu() for name, values in tensors.items()})
         if self._steps and batch_idx + 1 == self._steps[self._shard]:
             self._write_shard(trainer, pl_module)
 
