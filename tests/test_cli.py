@@ -18,7 +18,7 @@ from lightning_utilities.core.imports import RequirementCache
 
 from smartbatch_lightning import SequenceClassifier, SmartBatchCLI, SmartBatchDataModule, demo
 from smartbatch_lightning.checkpointing import AtomicCheckpointIO
-from smartbatch_lightning.cli import _MAX_USED, main
+from smartbatch_lightning.cli import _MOST_USED, main
 from smartbatch_lightning.console import resume_command
 
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -500,7 +500,7 @@ def test_every_option_that_the_help_of_a_command_shows_is_one_that_it_takes(comm
     with pytest.raises(SystemExit):
         main()
     options = re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.MULTILINE)
-    assert options == list(_MAX_USED[command])
+    assert options == list(_MOST_USED[command])
 
 
 @pytest.mark.slow

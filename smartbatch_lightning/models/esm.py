@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 _MASKED_IN_TRAINING = 0.15 * 0.8  # the share for which ESM's `token_dropout` makes up, as in transformers
 
 
-def drops_masked_tokens(model: PreTrainedModel) -> bool:
+def drops_masked_tokens(config: PretrainedConfig) -> bool:
     """Whether a model's embeddings depend on the share of masked tokens, as with ESM's `token_dropout`."""
-    return bool(getattr(getattr(model.base_model, "embeddings", None), "token_dropout", False))
+    return bool(getattr(config, "token_dropout", False))
 
 
 def embed(embeddings: Any, input_ids: Tensor, position_ids: Tensor, cu_seq_lens: Tensor) -> Tensor:

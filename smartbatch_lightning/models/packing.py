@@ -257,7 +257,7 @@ def _before_base_model(names: list[str], base_model: Any, args: Any, inputs: dic
         inputs["input_ids"] = inputs.pop("all_input_ids")
     if "cu_seq_lens_q" in inputs:
         inputs["attention_mask"] = None
-        if drops_masked_tokens(base_model):
+        if drops_masked_tokens(base_model.config):
             of_tokens = inputs.pop("input_ids"), inputs["position_ids"], inputs["cu_seq_lens_q"]
             inputs["inputs_embeds"] = embed(base_model.embeddings, *of_tokens)
     return (), inputs
