@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from smartbatch_lightning.contract import callbacks_of, validates
 from smartbatch_lightning.errors import UsageError, check_at_least
 from smartbatch_lightning.models.classifier import SequenceClassifier
-from smartbatch_lightning.models.metrics import Mode, check_logged
+from smartbatch_lightning.models.monitored import Mode, check_logged
 from smartbatch_lightning.progress import between_steps, is_cut_short, validation_interval
 
 

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial
@@ -38,7 +38,6 @@ from smartbatch_lightning.contract import (
     callbacks_of,
     fingerprint_in,
     text_data_of,
-    validates,
 )
 from smartbatch_lightning.errors import UsageError, check_at_least, did_you_mean, join_quoted, nearest
 from smartbatch_lightning.models.adapters import (
@@ -65,11 +64,18 @@ from smartbatch_lightning.models.layers import checkpoint_gradients, enable_reve
 from smartbatch_lightning.models.lifecycle import ModelLifecycle, returns_weights
 from smartbatch_lightning.models.metrics import (
     EpochMetrics,
-    Mode,
     Stage,
     StageMetrics,
-    name_in_first_set,
     summed_in_float32,
+)
+from smartbatch_lightning.models.monitored import (
+    STEP_LOSS,
+    Mode,
+    check_logged_in_training,
+    check_validates,
+    find_monitored,
+    step_loss_is_monitored,
+    validation_name,
 )
 from smartbatch_lightning.models.optimizer import (
     OptimizerCallable,
@@ -111,7 +117,6 @@ from smartbatch_lightning.tasks.metrics import build_metrics, named_specs
 Batch = dict[str, Any]
 
 _ARCHITECTURE = "architecture"  # key among the weights passed between processes
-_STEP_LOSS = "train_loss_step"
 # That of the checkpoint from which a module is being created; a subclass may not have the argument `architecture`.
 _architecture_to_load: ContextVar[dict[str, Any] | None] = ContextVar("_architecture_to_load", default=None)
 
@@ -249,7 +254,6 @@ class SequenceClassifier(L.LightningModule):
         self.epoch_metrics = EpochMetrics()
         self._frozen: list[nn.Parameter] = []  # with several ranks, which synchronize only the gradients of the others
         self._losses = TrainingLosses()
-        self._step_loss_is_monitored = False  # by a callback, which needs that of its own step
         self._seed = run_seed()
         self._scheduled_steps: float | None = None
         self._trained_on: dict[str, Any] | None = None
@@ -461,14 +465,12 @@ class SequenceClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Rejects runs that cannot be trained or monitored; logs which attention packed batches use on a GPU."""
-        monitoring = callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping)
-        self._step_loss_is_monitored = any(callback.monitor == _STEP_LOSS for callback in monitoring)
-        self._check_validates(monitoring)
-        for callback in monitoring:
+        check_validates(self, ModelCheckpoint, EarlyStopping)
+        for callback in callbacks_of(self.trainer, ModelCheckpoint, EarlyStopping):
             if (callback.monitor or "").startswith("val_"):
                 self.monitored(callback.monitor, callback.mode)
-            elif callback.monitor and type(self) is SequenceClassifier and not self._may_log_other_metrics():
-                self._check_monitored_in_training(callback)
+        if type(self) is SequenceClassifier:  # a subclass may log anything
+            check_logged_in_training(self, ["loss", *map(str, self._make_metrics().metrics)])
         if self.adapters is not None:
             rank_zero_info(str(self.adapters))
         elif self.model is self._transformer and is_quantized(self.model):
@@ -500,7 +502,7 @@ class SequenceClassifier(L.LightningModule):
         self._scheduled_steps = num_steps
         optimizer = self.configure_optimizer()
         scheduler = self.configure_scheduler(optimizer, None if endless else int(num_steps))
-        monitor = self._schedule.monitor or name_in_first_set("val_loss", self._validation_sets)
+        monitor = self._schedule.monitor or validation_name(self.trainer, "loss")
         return {"optimizer": optimizer, "lr_scheduler": lightning_config(scheduler, monitor)}  # type: ignore[return-value]
 
     def on_train_start(self) -> None:
@@ -550,7 +552,7 @@ class SequenceClassifier(L.LightningModule):
         loss = self.step(batch, "train")
         if self._trainer is not None:
             self._losses.add(self._trainer.global_step, loss)
-            if self._step_loss_is_monitored:
+            if step_loss_is_monitored(self.trainer):
                 self._log_step_loss(loss.detach(), batch)
         weight: float = batch.get("loss_weight", 1.0)
         return loss * weight
@@ -560,12 +562,12 @@ class SequenceClassifier(L.LightningModule):
         logged = logs_now(self.trainer)
         if logged or self._losses.is_full:
             self.read_losses()
-        if logged and self._losses.last is not None and not self._step_loss_is_monitored:
+        if logged and self._losses.last is not None and not step_loss_is_monitored(self.trainer):
             # a tensor on the CPU, since Lightning reads the values of the progress bar in every step
             self._log_step_loss(self._losses.last, batch)
 
     def _log_step_loss(self, loss: Tensor, batch: Batch) -> None:
-        self.log(_STEP_LOSS, loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
+        self.log(STEP_LOSS, loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
 
     def read_losses(self, numbers: Tensor | None = None) -> list[int]:
         """Reads the losses that were not read yet from the device, together with whole numbers, with a single wait.
@@ -648,59 +650,10 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: There is no such metric, or its mode is unknown.
         """
-        metrics, splits = self._make_metrics().metrics, self._validation_sets
+        metrics = self._make_metrics().metrics
         higher_is_better = {"loss": False, **{str(key): metric.higher_is_better for key, metric in metrics.items()}}
-        suffixes = [f"/{split}" for split in splits] if len(splits) > 1 else [""]
-        logged = {f"val_{metric}{suffix}": better for suffix in suffixes for metric, better in higher_is_better.items()}
-        if not name:
-            first = next(iter(named_specs(self.metrics)), None) if self.metrics else self.task.monitored
-            name = name_in_first_set(f"val_{first if first in metrics else 'loss'}", splits)
-        if name not in logged and not self._may_log_other_metrics():
-            raise UsageError(
-                f"the metric {name!r} is monitored, but the logged metrics are {join_quoted(logged)}. Name one of "
-                "these, or add the metric to --model.metrics."
-            )
-        better = logged.get(name)
-        if mode is None and better is None:
-            raise UsageError(f"the metric {name!r} does not say whether higher is better. Set mode to min or max.")
-        return name, mode or ("max" if better else "min")
-
-    def _check_monitored_in_training(self, callback: ModelCheckpoint | EarlyStopping) -> None:
-        """Refuses to monitor what is not logged in training; Lightning would do so after an epoch."""
-        logged = [_STEP_LOSS, *(f"train_{name}" for name in ("loss", *map(str, self._make_metrics().metrics)))]
-        others = ("epoch", "step", "train_padding_ratio", "train_seconds", "train_real_tokens_per_second")
-        if callback.monitor not in (*logged, *others):
-            raise UsageError(
-                f"{type(callback).__name__} monitors {callback.monitor!r}, but training logs {join_quoted(logged)}, "
-                "and validation the same with val_. Name one of these."
-            )
-
-    @property
-    def _validation_sets(self) -> Sequence[str]:
-        data = text_data_of(self._trainer)
-        return [] if data is None else data.evaluation_splits.get("val", [])
-
-    def _check_validates(self, callbacks: Sequence[Any]) -> None:
-        """Rejects callbacks that monitor validation if there is none; Lightning would do so after an epoch."""
-        if validates(self.trainer) or self._may_log_other_metrics():
-            return
-        for callback in callbacks:
-            stops = isinstance(callback, EarlyStopping)
-            monitors = (callback.monitor or "").startswith("val_") or callback.monitor == ""  # of an EarlyStop
-            if monitors and not (stops and callback.patience is None):
-                what = "early stopping is on" if stops else f"{type(callback).__name__} monitors {callback.monitor!r}"
-                remedy = "--early_stopping.patience or the callback" if stops else "the callback"
-                raise UsageError(
-                    f"{what}, but there is no validation. Set --data.validation_split, or leave out {remedy}."
-                )
-
-    def _may_log_other_metrics(self) -> bool:
-        """Whether a subclass or a callback may log validation metrics that this class does not."""
-        hooks = ("step", "validation_step", "on_validation_epoch_end", "on_validation_end")
-        own = [one for one in type(self).__mro__ if any(hook in vars(one) for hook in hooks)]
-        callbacks = [type(callback).__module__ for callback in self.trainer.callbacks]  # type: ignore[attr-defined]
-        known = ("lightning.", "smartbatch_lightning.")
-        return own[0] is not SequenceClassifier or not all(module.startswith(known) for module in callbacks)
+        default = next(iter(named_specs(self.metrics)), "loss") if self.metrics else self.task.monitored
+        return find_monitored(self, higher_is_better, default if default in metrics else "loss", name, mode)
 
     # --- checkpoints ---
 
@@ -878,7 +831,7 @@ class SequenceClassifier(L.LightningModule):
         """Checks what can be checked without the model's weights; `check_inputs` checks the rest."""
         own = self._own_config()
         config = self._source.config() if own is None else own
-        self._check_validates(callbacks_of(self._trainer, EarlyStopping))
+        check_validates(self, EarlyStopping)
         check_max_length(data.max_length, positions(config))
         if data.task is not None:
             data.task.with_loss(self.loss_options.balanced({}, 0))  # the samples of each class are counted later

@@ -1,6 +1,6 @@
 """Loss and metrics of each stage and data set, updated with many batches at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from smartbatch_lightning.contract import name_of_set
-from smartbatch_lightning.errors import UsageError, join_quoted
+from smartbatch_lightning.errors import UsageError
 from smartbatch_lightning.tasks import Task
 
 Stage = Literal["train", "val", "test"]
-Mode = Literal["min", "max"]
 
 _MAX_PENDING = 1000  # batches
 _MAX_PENDING_LOGITS = 2**20
@@ -132,22 +131,3 @@ class EpochMetrics(nn.ModuleDict):
 
     def _keys_of(self, stage: Stage) -> list[str]:
         return [key for key in self if key.startswith(f"{stage}_")]
-
-
-def name_in_first_set(name: str, splits: Sequence[str]) -> str:
-    """Name under which a metric is logged; with several data sets, that for the first one."""
-    return f"{name}/{splits[0]}" if len(splits) > 1 else name
-
-
-def check_logged(trainer: L.Trainer, monitor: str, who: str, remedy: str) -> None:
-    """Rejects to monitor a metric that validation, or the sanity check before training, has not logged.
-
-    Args:
-        trainer: At the end of a validation.
-        monitor: Name of the metric.
-        who: What monitors it, for the message.
-        remedy: How to monitor another metric, for the message.
-    """
-    if monitor not in trainer.callback_metrics:
-        logged = join_quoted(sorted(name for name in trainer.callback_metrics if name.startswith("val")))
-        raise UsageError(f"{who} monitors {monitor!r}, but validation logs {logged or 'none'}. {remedy}")

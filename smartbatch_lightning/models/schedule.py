@@ -16,7 +16,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from smartbatch_lightning.contract import callbacks_of
 from smartbatch_lightning.errors import UsageError, join_quoted, root_cause_message
-from smartbatch_lightning.models.metrics import check_logged
+from smartbatch_lightning.models.monitored import check_logged
 from smartbatch_lightning.progress import advance_schedule, total_steps, trained_steps
 from smartbatch_lightning.registry import look_up
 
