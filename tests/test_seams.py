@@ -47,13 +47,14 @@ PACKAGE = Path(smartbatch_lightning.__file__).parent
 # From the ground up: a room imports rooms of its own floor's line and below it, never above. Rooms of one line are apart.
 FLOORS = [
     ["errors"],
-    ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser", "plots"],
+    ["registry", "storage", "console", "progress", "seeds", "families", "precision", "parser", "plots", "config_files"],
     ["batching", "demo", "checkpointing", "shards", "cache", "hub"],
     ["tasks"],
     ["contract"],
     ["data", "models"],
     ["evaluation", "report", "export"],
     ["callbacks"],
+    ["trainer"],
     ["cli"],
     ["__main__"],
 ]

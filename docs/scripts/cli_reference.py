@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from smartbatch_lightning.cli import _WITHOUT_MODEL, SmartBatchCLI, SmartBatchTrainer
+from smartbatch_lightning.cli import _WITHOUT_MODEL, SmartBatchCLI
 from smartbatch_lightning.parser import Parser
+from smartbatch_lightning.trainer import SmartBatchTrainer
 
 _INTRODUCTION = """# Command line
 
