@@ -368,6 +368,16 @@ def test_labels_that_are_all_the_same_are_refused(module, tmp_path: Path) -> Non
         module(path, validation_split=None).setup("fit")
 
 
+def test_an_ignored_label_is_no_class_unless_it_is_named(module, tmp_path: Path) -> None:
+    rows = [("a dull film", 0), ("a fine film", 1), ("a film", -100)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(ValueError, match="row 2 .* has the label -100, which torch's losses ignore. Drop such rows"):
+        module(path, validation_split=None).setup("fit")
+    data = module(path, validation_split=None, label_names=["-100", "0", "1"])
+    data.setup("fit")
+    assert data.task.label_counts(data.train_data.labels) == {"-100": 1, "0": 1, "1": 1}
+
+
 def test_a_split_that_is_trained_and_validated_on_is_told(module, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [("a dull film", "no"), ("a fine film", "yes")])
     with pytest.warns(UserWarning, match="The split 'train' is trained on and validated on"):

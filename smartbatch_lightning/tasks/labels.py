@@ -19,6 +19,7 @@ DELIMITERS = (",", ";", "|")  # searched for between labels
 
 LISTS_REMEDY = "save lists in JSON lines or Parquet, or write 'a,b' and set --data.label_delimiter=','"
 
+_IGNORED = "-100"  # marks what torch's losses leave out, by default
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 LabelType = Literal["text", "integer", "boolean"]
@@ -64,11 +65,17 @@ class LabelEncoder:
         """Uses the names of a `ClassLabel`, in its order; else the distinct labels, sorted as whole numbers or as text.
 
         Raises:
-            ValueError: All labels are the same, or there are none.
+            ValueError: All labels are the same, there are none, or one is -100.
         """
         names = list(labels.columns.class_names or ())
         if not names:
             names = pc.unique(labels.names).to_pylist()
+            if labels.label_type == "integer" and _IGNORED in names:
+                row = labels.row(first_true(pc.equal(labels.names, _IGNORED)))
+                raise UsageError(
+                    f"{row} has the label -100, which torch's losses ignore. Drop such rows; or if -100 is a class, "
+                    "name all classes with --data.label_names."
+                )
             names.sort(key=(lambda name: int(name)) if all(map(_is_whole_number, names)) else str)
         if len(names) < 2:
             found = f"the split {labels.columns.split!r} has no label in any row"
