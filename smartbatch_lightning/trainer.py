@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,21 @@ from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.precision import with_precision
 from smartbatch_lightning.progress import check_flags
 from smartbatch_lightning.storage import check_writable
+
+_MEASURES = """Measures a trained model on the {} data.
+
+Args:
+    ckpt_path: Checkpoint to measure.
+    verbose: Whether to print the results.
+    weights_only: Ignored: checkpoints are always loaded without running code in them.
+"""
+
+
+def _described(method: Any, docstring: str) -> Any:
+    """A copy of a method with another docstring, which the command line shows as its help."""
+    copied = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, method.__closure__)
+    copied.__annotations__, copied.__doc__ = method.__annotations__, docstring
+    return copied
 
 
 class SmartBatchTrainer(L.Trainer):
@@ -50,69 +66,18 @@ class SmartBatchTrainer(L.Trainer):
             # written at every log, so that a kill loses nothing; the default is every hundredth step
             self.loggers.append(CSVLogger(self.logger.log_dir, name="csv", flush_logs_every_n_steps=1))
 
-    def fit(
-        self,
-        model: L.LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: L.LightningDataModule | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
+    fit = _described(
+        L.Trainer.fit,
         """Trains a model, and saves its best and its last weights.
 
         Args:
-            model: The model.
-            train_dataloaders: Data loaders to use instead of the data module's.
-            val_dataloaders: Likewise, for validation.
-            datamodule: The data.
             ckpt_path: Checkpoint to resume from; `last` for the `last.ckpt` in `--checkpoint.dirpath`, or to start from
                 scratch if there is none.
             weights_only: Ignored: checkpoints are always loaded without running code in them.
-        """
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-
-    def validate(
-        self,
-        model: L.LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: L.LightningDataModule | None = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Measures a trained model on the validation data.
-
-        Args:
-            model: The model.
-            dataloaders: Data loaders to use instead of the data module's.
-            ckpt_path: Checkpoint to measure.
-            verbose: Whether to print the results.
-            datamodule: The data.
-            weights_only: Ignored: checkpoints are always loaded without running code in them.
-        """
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
-
-    def test(
-        self,
-        model: L.LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | Path | None = None,
-        verbose: bool = True,
-        datamodule: L.LightningDataModule | None = None,
-        weights_only: bool | None = None,
-    ) -> Any:
-        """Measures a trained model on the test data.
-
-        Args:
-            model: The model.
-            dataloaders: Data loaders to use instead of the data module's.
-            ckpt_path: Checkpoint to measure.
-            verbose: Whether to print the results.
-            datamodule: The data.
-            weights_only: Ignored: checkpoints are always loaded without running code in them.
-        """
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        """,
+    )
+    validate = _described(L.Trainer.validate, _MEASURES.format("validation"))
+    test = _described(L.Trainer.test, _MEASURES.format("test"))
 
     def prepare(
         self,
