@@ -1,6 +1,5 @@
 """The command line: prepare, report, fit, validate, test, predict, export, evaluate and cache, with flags and YAML."""
 
-import inspect
 import logging
 import os
 import re
@@ -41,7 +40,7 @@ from smartbatch_lightning.errors import UsageError, exception_chain
 from smartbatch_lightning.evaluation.command import evaluate
 from smartbatch_lightning.models.classifier import SequenceClassifier
 from smartbatch_lightning.parser import Parser
-from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.registry import look_up, takes_argument
 from smartbatch_lightning.trainer import SmartBatchTrainer
 
 # The options that most runs need, by command.
@@ -201,7 +200,7 @@ class SmartBatchCLI(LightningCLI):
         class_path = saved.pop("_class_path", None)
         chosen = class_path or given[command].model.get("class_path")
         of = self._classes["model"] if chosen is None else look_up(chosen, {}, "class_path")
-        taken = {name: value for name, value in saved.items() if _takes(of, name)}
+        taken = {name: value for name, value in saved.items() if takes_argument(of, name)}
         if not taken:
             return
         if class_path:
@@ -288,12 +287,6 @@ class SmartBatchCLI(LightningCLI):
                 "That was the built-in demo. For a real run: smartbatch fit --model.pretrained=bert-base-uncased "
                 "--data.dataset=stanfordnlp/imdb (or your own CSV, JSON lines or Parquet file)"
             )
-
-
-def _takes(of: type, argument: str) -> bool:
-    """Whether the constructor of a class takes an argument, or any."""
-    parameters = inspect.signature(of).parameters
-    return argument in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _accepts_null(of: type, argument: str) -> bool:

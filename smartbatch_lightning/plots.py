@@ -23,7 +23,7 @@ _STYLE: Any = {
     "text.parse_math": False,  # a $ in a name is not mathematics
     "svg.fonttype": "none",  # text stays text: browsers have fonts for every script
 }
-_LONGEST_NAME = 24
+_MAX_NAME_LENGTH = 24
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def as_png(figure: Figure, path: object) -> None:
 
 def plain(name: str) -> str:
     """A name without special meaning to matplotlib, shortened if it is long."""
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[: _LONGEST_NAME - 3]}..."
+    if len(name) > _MAX_NAME_LENGTH:
+        name = f"{name[: _MAX_NAME_LENGTH - 3]}..."
     name = " ".join(name.split())
     return f"\N{ZERO WIDTH SPACE}{name}" if name.startswith("_") else name  # legends omit names that begin with _

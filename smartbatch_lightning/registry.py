@@ -1,5 +1,6 @@
-"""Looking things up by name: an entry of an open registry, or a user's own object by its import path."""
+"""Looking things up by name: an entry of an open registry, a user's own object by its import path, or an argument."""
 
+import inspect
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TypeVar
@@ -36,3 +37,9 @@ def look_up(name: str, registry: Mapping[str, _Entry], argument: str) -> _Entry:
             f"{argument} is {name!r}, which cannot be imported: {error}. Check the path{names}."
         ) from error
     return entry
+
+
+def takes_argument(of: type, name: str) -> bool:
+    """Whether the constructor of a class takes an argument, or any."""
+    parameters = inspect.signature(of).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

@@ -598,6 +598,16 @@ def test_chunks_that_do_not_divide_the_width_of_a_batch_are_left_out(
     torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
 
 
+def trained_and_exported(folder: Path, texts: list[Any], **options: Any) -> torch.Tensor:
+    """Trains the model in `base` a step, exports it to `told`, and returns what `predict` says of the texts."""
+    data = GivenTexts(texts, max_length=MAX_LENGTH, batch_size=4, **options)
+    model = SequenceClassifier(str(folder / "base"))
+    run = trainer(folder, max_steps=1)
+    run.fit(model, data)
+    export_model(model, data, folder / "told")
+    return probabilities(run, model, data)
+
+
 @pytest.mark.parametrize("padding", ["longest", slow("packed")])
 def test_a_model_with_a_single_token_type_reads_pairs_without_types(padding: str, tmp_path: Path) -> None:
     config, tokenizer = tiny_config("bert")
@@ -606,13 +616,9 @@ def test_a_model_with_a_single_token_type_reads_pairs_without_types(padding: str
     AutoModelForSequenceClassification.from_config(config).base_model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     assert max(tokenizer(*PAIRS[0])["token_type_ids"]) == 1
-    data = GivenTexts(PAIRS, max_length=MAX_LENGTH, batch_size=4, padding=padding)
-    model = SequenceClassifier(str(tmp_path / "base"))
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(model, data)
-    export_model(model, data, tmp_path / "told")
+    predicted = trained_and_exported(tmp_path, PAIRS, padding=padding)
     alone = one_at_a_time(tmp_path / "told", PAIRS)
-    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predicted, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(by_pipeline(tmp_path / "told", PAIRS, 8), alone, atol=1e-5, rtol=0)
 
 
@@ -622,13 +628,9 @@ def test_a_configuration_that_asks_for_more_or_for_tuples_gives_the_same_logits(
     path = tmp_path / "base" / "config.json"
     asks = {"output_attentions": True, "output_hidden_states": True, "return_dict": False}
     path.write_text(json.dumps({**json.loads(path.read_text()), **asks}))
-    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4)
-    model = SequenceClassifier(str(tmp_path / "base"))
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(model, data)
-    export_model(model, data, tmp_path / "told")
+    predicted = trained_and_exported(tmp_path, SENTENCES)
     alone = one_at_a_time(tmp_path / "told", SENTENCES)
-    torch.testing.assert_close(probabilities(run, model, data), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predicted, alone, atol=1e-5, rtol=0)
 
 
 # --- the token to pad with ---
@@ -684,12 +686,7 @@ def test_the_exported_pipeline_masks_padding_also_if_the_tokenizer_gave_no_mask(
     names = ["input_ids"]
     AutoTokenizer.from_pretrained(tmp_path / "base", model_input_names=names).save_pretrained(tmp_path / "base")
     width = {"padding": "max_length"} if family in FIXED_WIDTH else {}
-    data = GivenTexts(SENTENCES, max_length=MAX_LENGTH, batch_size=4, **width)
-    model = SequenceClassifier(str(tmp_path / "base"))
-    run = trainer(tmp_path, max_steps=1)
-    run.fit(model, data)
-    predicted = probabilities(run, model, data)
-    export_model(model, data, tmp_path / "told")
+    predicted = trained_and_exported(tmp_path, SENTENCES, **width)
     torch.testing.assert_close(by_pipeline(tmp_path / "told", SENTENCES, 8, **width), predicted, atol=1e-5, rtol=0)
 
 

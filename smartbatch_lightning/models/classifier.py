@@ -107,7 +107,7 @@ from smartbatch_lightning.progress import (
     total_steps,
     trained_steps,
 )
-from smartbatch_lightning.registry import look_up
+from smartbatch_lightning.registry import look_up, takes_argument
 from smartbatch_lightning.seeds import run_seed, seed_is_given
 from smartbatch_lightning.tasks import TASKS, Task
 from smartbatch_lightning.tasks.config import label_names_from_config, problem_type_of
@@ -711,11 +711,10 @@ class SequenceClassifier(L.LightningModule):
         Raises:
             ValueError: The checkpoint does not exist, is damaged, or is not a checkpoint.
         """
-        own, lightnings = (inspect.signature(of).parameters for of in (cls.__init__, super().load_from_checkpoint))
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values())
-        unknown = [name for name in options if name not in {*own, *lightnings}]
-        if unknown and not takes_any:  # Lightning would ignore them
-            meant = did_you_mean(nearest(unknown[0], own))
+        lightnings = inspect.signature(super().load_from_checkpoint).parameters
+        unknown = [name for name in options if name not in lightnings and not takes_argument(cls, name)]
+        if unknown:  # Lightning would ignore them
+            meant = did_you_mean(nearest(unknown[0], inspect.signature(cls).parameters))
             raise UsageError(
                 f"load_from_checkpoint is given {join_quoted(unknown)}, which {cls.__name__} does not take. Leave it "
                 f"out.{meant}"
